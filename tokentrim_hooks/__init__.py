@@ -1,0 +1,89 @@
+"""TokenTrim for autoregressive video diffusion: prune drifting tokens from the context of any model, from outside.
+
+>>> import tokentrim_hooks as tokentrim
+>>> handle = tokentrim.patch(pipeline)  # doctest: +SKIP
+"""
+
+from tokentrim_hooks.adapter import (
+    Adapter,
+    CacheRows,
+    Call,
+    Context,
+    KeyLayout,
+    Match,
+    NoMatch,
+    Phase,
+    Role,
+    Seen,
+    Segment,
+    default_phase,
+    shares_storage,
+)
+from tokentrim_hooks.api import Detection, adapters, detect, is_patched, patch, patched, unpatch
+from tokentrim_hooks.errors import (
+    AlreadyPatchedError,
+    AmbiguousModelError,
+    AttachError,
+    CompiledModelError,
+    LatentsError,
+    PluginError,
+    TokenTrimError,
+    TokenTrimWarning,
+    UnknownAdapterError,
+    UnsupportedContextError,
+    UnsupportedModelError,
+    UnsupportedProbeError,
+)
+from tokentrim_hooks.handle import PatchHandle
+from tokentrim_hooks.patches import Patches
+from tokentrim_hooks.plugins import AdapterInfo, hookimpl
+from tokentrim_hooks.policy import DriftPolicy, History, ObservePolicy, Policy, Verdict
+from tokentrim_hooks.report import ChunkRecord, Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterInfo",
+    "AlreadyPatchedError",
+    "AmbiguousModelError",
+    "AttachError",
+    "CacheRows",
+    "Call",
+    "ChunkRecord",
+    "CompiledModelError",
+    "Context",
+    "Detection",
+    "DriftPolicy",
+    "History",
+    "KeyLayout",
+    "LatentsError",
+    "Match",
+    "NoMatch",
+    "ObservePolicy",
+    "PatchHandle",
+    "Patches",
+    "Phase",
+    "PluginError",
+    "Policy",
+    "Report",
+    "Role",
+    "Seen",
+    "Segment",
+    "TokenTrimError",
+    "TokenTrimWarning",
+    "UnknownAdapterError",
+    "UnsupportedContextError",
+    "UnsupportedModelError",
+    "UnsupportedProbeError",
+    "Verdict",
+    "adapters",
+    "default_phase",
+    "detect",
+    "hookimpl",
+    "is_patched",
+    "patch",
+    "patched",
+    "shares_storage",
+    "unpatch",
+]

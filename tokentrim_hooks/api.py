@@ -1,0 +1,175 @@
+"""The public face: patch, unpatch, patched, is_patched, detect, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from tokentrim_hooks.adapter import Adapter, Match
+from tokentrim_hooks.errors import (
+    AlreadyPatchedError,
+    AmbiguousModelError,
+    CompiledModelError,
+    TokenTrimError,
+    UnknownAdapterError,
+    UnsupportedModelError,
+)
+from tokentrim_hooks.handle import PatchHandle, handle_of
+from tokentrim_hooks.plugins import AdapterInfo, enabled, everything
+from tokentrim_hooks.policy import DriftPolicy, Policy
+from tokentrim_hooks.rollout import Probe
+
+OnError = Literal["raise", "warn"]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What one adapter says of a model."""
+
+    adapter: str
+    distribution: str
+    matches: bool
+    reason: str
+
+
+def patch(
+    model: Any,
+    policy: Policy | None = None,
+    *,
+    adapter: str | None = None,
+    probe: Probe = "first-step",
+    on_error: OnError = "raise",
+    replace: bool = False,
+) -> PatchHandle:
+    """Patch a model so that drifting tokens are pruned from its context while it generates.
+
+    Args:
+        model: a pipeline or generator that an installed adapter recognises; its source is never touched.
+        policy: when and what to prune; ``DriftPolicy()`` (the paper's constants) by default.
+        adapter: name of the adapter to use, instead of detection.
+        probe: which prediction is judged: ``"first-step"`` (the chunk's first denoising iteration, paper section 1;
+            one extra denoiser call a trigger) or ``"candidate"`` (the finished chunk, Algorithm 1; a whole chunk).
+        on_error: ``"raise"``, or ``"warn"`` to go on unpatched rather than lose a long generation.
+        replace: take an existing patch off first, instead of raising AlreadyPatchedError.
+
+    Returns:
+        A handle with ``report``, ``reset()`` and ``unpatch()``; also a context manager.
+
+    Raises:
+        UnsupportedModelError, AmbiguousModelError, UnknownAdapterError, AlreadyPatchedError, CompiledModelError,
+        AttachError; TypeError or ValueError for a bad option.
+    """
+    policy = DriftPolicy() if policy is None else policy
+    _check_options(policy, probe, on_error)
+    chosen, match = _choose(model, adapter)
+    _make_room(model, match, replace)
+    _refuse_compiled(match.denoiser)
+    return PatchHandle.attach(model, chosen(), match, policy, probe, on_error)
+
+
+def unpatch(model: Any) -> None:
+    """Take the patch off ``model``; does nothing if there is none."""
+    handle = handle_of(model)
+    if handle is not None:
+        handle.unpatch()
+
+
+@contextmanager
+def patched(model: Any, policy: Policy | None = None, **options: Any) -> Iterator[PatchHandle]:
+    """``with patched(model) as handle:`` patch for the duration of a block; options as for :func:`patch`."""
+    with patch(model, policy, **options) as handle:
+        yield handle
+
+
+def is_patched(model: Any) -> bool:
+    """Whether ``model`` itself (a pipeline or its denoiser) carries an active patch."""
+    return handle_of(model) is not None
+
+
+def detect(model: Any) -> list[Detection]:
+    """Ask every installed adapter whether it recognises ``model``, and why or why not."""
+    return [found for found, _ in _ask_all(model)]
+
+
+def adapters() -> list[AdapterInfo]:
+    """List installed adapters with their distributions, and plugins that failed to load with the reason."""
+    return everything()
+
+
+def _check_options(policy: Any, probe: str, on_error: str) -> None:
+    if not isinstance(policy, Policy) or isinstance(policy, type):
+        raise TypeError(f"policy must be an object with judge(drift, history), got {policy!r}")
+    if probe not in ("first-step", "candidate"):
+        raise ValueError(f"probe must be 'first-step' or 'candidate', got {probe!r}")
+    if on_error not in ("raise", "warn"):
+        raise ValueError(f"on_error must be 'raise' or 'warn', got {on_error!r}")
+
+
+def _ask_all(model: Any) -> list[tuple[Detection, Match | None]]:
+    return [_ask(info, model) for info in enabled()]
+
+
+def _ask(info: AdapterInfo, model: Any) -> tuple[Detection, Match | None]:
+    assert info.adapter is not None
+    try:
+        answer = info.adapter.probe(model)
+    except Exception as failure:
+        reason = f"its probe failed with {type(failure).__name__}: {failure}"
+        return Detection(info.name, info.distribution, False, reason), None
+    if isinstance(answer, Match):
+        return Detection(info.name, info.distribution, True, answer.note or "recognised"), answer
+    return Detection(info.name, info.distribution, False, answer.reason), None
+
+
+def _choose(model: Any, name: str | None) -> tuple[type[Adapter], Match]:
+    by_name = {info.name: info for info in enabled()}
+    if name is not None and name not in by_name:
+        raise UnknownAdapterError(f"no adapter named {name!r}; installed: {', '.join(by_name) or 'none'}")
+    infos = [by_name[name]] if name is not None else list(by_name.values())
+    answers = [(info, *_ask(info, model)) for info in infos]
+    hits = [(info, match) for info, _, match in answers if match is not None]
+    if len(hits) > 1:
+        names = ", ".join(f"{info.name} ({info.distribution})" for info, _ in hits)
+        raise AmbiguousModelError(f"several adapters recognise this model: {names}; choose with adapter='...'")
+    if not hits:
+        raise UnsupportedModelError(_refusal(model, [found for _, found, _ in answers]))
+    info, match = hits[0]
+    assert info.adapter is not None
+    return info.adapter, match
+
+
+def _refusal(model: Any, found: list[Detection]) -> str:
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if not found:
+        return (
+            f"cannot patch {kind}: no adapter is installed or enabled; install this package with pip "
+            "(adapters are found through entry points) and see `tokentrim adapters`"
+        )
+    reasons = "\n".join(f"  {item.adapter}: {item.reason}" for item in found)
+    return f"cannot patch {kind}; the adapters say:\n{reasons}\nTo add a model, see 'Writing an adapter' in the README."
+
+
+def _make_room(model: Any, match: Match, replace: bool) -> None:
+    for handle in (handle_of(model), handle_of(match.denoiser)):
+        if handle is None or not handle.active:
+            continue
+        if not replace:
+            raise AlreadyPatchedError("this model is patched already; call handle.unpatch() or pass replace=True")
+        handle.unpatch()
+
+
+def _refuse_compiled(denoiser: nn.Module) -> None:
+    for name, module in denoiser.named_modules():
+        optimised = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        if optimised:
+            raise CompiledModelError(
+                f"{type(module).__name__} {name or '(the denoiser)'} was compiled before it was patched, and compiled "
+                "code ignores new hooks; call tokentrim.patch first, then compile"
+            )
+
+
+__all__ = ["Detection", "TokenTrimError", "adapters", "detect", "is_patched", "patch", "patched", "unpatch"]

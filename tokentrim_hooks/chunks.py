@@ -1,0 +1,165 @@
+"""What the rollout remembers: of the chunk in progress, of the video, and what one host read brings back."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.adapter import Call, Phase, Seen
+from tokentrim_hooks.drift import RunningStatistics
+from tokentrim_hooks.policy import History, Verdict
+from tokentrim_hooks.report import ChunkRecord
+
+
+@dataclass
+class Step:
+    """A denoising call kept for a whole-chunk replay."""
+
+    call: Call
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    prediction: Tensor
+
+
+@dataclass
+class Chunk:
+    """The chunk in progress."""
+
+    start: int
+    frames: int
+    grid: tuple[int, int]
+    phases: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    committed: bool = False
+    given: bool = False
+    latest: Tensor | None = None
+    """Summary of the chunk as last seen; becomes the next chunk's predecessor."""
+    clean: list[Tensor] = field(default_factory=list)
+    """Per call whose kind only the device knows: whether its latents were clean."""
+    reading: Reading | None = None
+    accepted: list[float] | None = None
+    tokens: list[list[int]] = field(default_factory=list)
+    """Tokens to prune per sample; empty lists spare a sample; empty while nothing is pruned."""
+    applied: set[Hashable] = field(default_factory=set)
+    """Streams whose context has been pruned for this chunk."""
+    dead: int = 0
+    regenerations: int = 0
+    extra_calls: int = 0
+    history: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+    ended: float = field(default_factory=time.perf_counter)
+
+    def count(self, phase: Phase) -> None:
+        """Note a call of the sampler."""
+        self.phases[phase.value] = self.phases.get(phase.value, 0) + 1
+        self.steps += phase in (Phase.FIRST, Phase.REFINE)
+        self.committed = self.committed or phase is Phase.COMMIT
+        self.ended = time.perf_counter()
+
+
+@dataclass
+class Video:
+    """What belongs to one video: reset when a new one starts."""
+
+    stream: Hashable
+    batch: int
+    statistics: RunningStatistics
+    streams: set[Hashable] = field(default_factory=set)
+    previous: Tensor | None = None
+    chunk: int = 0
+    usual_steps: int = 0
+    returned: Tensor | None = None
+    waiting: list[Tensor] = field(default_factory=list)
+    """Flags of the previous chunk's calls that wait for the next host read."""
+
+    def history(self) -> History:
+        """Accepted chunks so far, for the policy."""
+        return History(self.chunk, self.statistics.count, self.statistics.mean, self.statistics.std)
+
+    def seen(self, chunk: Chunk | None) -> Seen:
+        """What the adapter may know when it tells phases apart."""
+        if chunk is None:
+            return Seen()
+        return Seen(
+            chunk.start,
+            chunk.start + chunk.frames,
+            chunk.steps,
+            self.usual_steps,
+            chunk.committed,
+            self.returned,
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One verdict and all that was waiting on the device, read by the host in one go."""
+
+    severity: list[float]
+    threshold: list[float]
+    mean: list[float]
+    std: list[float]
+    prune: list[bool]
+    tokens: list[list[int]]
+    flags: list[bool]
+
+
+def read(verdict: Verdict, history: History, flags: list[Tensor]) -> Reading:
+    """Bring a verdict to the host together with waiting flags: exactly one synchronisation."""
+    severity = verdict.severity
+    wide = torch.float32 if severity.device.type == "mps" else torch.float64
+    columns = [severity, verdict.threshold, history.mean, history.std, verdict.prune]
+    table = torch.stack([column.to(severity.device, wide) for column in columns])
+    waiting = [flag.reshape(1).to(severity.device, wide) for flag in flags]
+    values: list[float] = torch.cat([table.flatten(), verdict.tokens.to(wide).flatten(), *waiting]).tolist()
+    batch, k = verdict.tokens.shape
+    rows = [values[i * batch : (i + 1) * batch] for i in range(5)]
+    chosen, tail = values[5 * batch : (5 + k) * batch], values[(5 + k) * batch :]
+    tokens = [[int(t) for t in chosen[b * k : (b + 1) * k]] for b in range(batch)]
+    prune = [bool(value) for value in rows[4]]
+    return Reading(rows[0], rows[1], rows[2], rows[3], prune, tokens, [bool(value) for value in tail])
+
+
+def records_of(number: int, video: Video, chunk: Chunk) -> list[ChunkRecord]:
+    """Records of a chunk, one a sample; ``number`` is the video's ordinal."""
+    return [_record(number, video, chunk, sample) for sample in range(video.batch)]
+
+
+def _record(number: int, video: Video, chunk: Chunk, sample: int) -> ChunkRecord:
+    record = ChunkRecord(
+        video=number,
+        chunk=video.chunk,
+        sample=sample,
+        start=chunk.start,
+        frames=chunk.frames,
+        phases=dict(chunk.phases),
+        extra_calls=chunk.extra_calls,
+        grid=chunk.grid,
+        seconds=chunk.ended - chunk.began,
+        given=chunk.given,
+        notes=tuple(chunk.notes),
+    )
+    reading = chunk.reading
+    return record if reading is None else _judged(record, chunk, reading, sample)
+
+
+def _judged(record: ChunkRecord, chunk: Chunk, reading: Reading, sample: int) -> ChunkRecord:
+    pruned = reading.prune[sample] and chunk.regenerations > 0
+    return dataclasses.replace(
+        record,
+        severity=reading.severity[sample],
+        mean=reading.mean[sample],
+        std=reading.std[sample],
+        threshold=reading.threshold[sample],
+        accepted_severity=(chunk.accepted or reading.severity)[sample],
+        pruned=pruned,
+        tokens=tuple(reading.tokens[sample]),
+        dead=chunk.dead // sum(reading.prune) if pruned else 0,
+        regenerations=chunk.regenerations if pruned else 0,
+    )

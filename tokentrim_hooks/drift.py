@@ -1,0 +1,103 @@
+"""Drift between two chunks: pure tensor functions, on the device of their inputs (paper, Equations 3 to 7).
+
+Shapes: ``B`` samples, ``F`` latent frames, ``C`` channels, ``H x W`` latent pixels, ``N`` spatial tokens of a frame
+(row-major over the patch grid), ``D = C * patch_h * patch_w`` features of a token. Accumulation is in float32, or in
+the input's type where that is wider.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from tokentrim_hooks.errors import LatentsError
+
+
+def latent_summary(latents: Tensor, patch: tuple[int, int] = (2, 2)) -> Tensor:
+    """Average the spatial tokens of a chunk over its frames (Eq. 3-4).
+
+    Args:
+        latents: ``[B, F, C, H, W]``, any floating type.
+        patch: (height, width) of a token in latent pixels.
+
+    Returns:
+        ``[B, N, D]``, float32 or wider.
+
+    Raises:
+        LatentsError: latents are not five-dimensional, or H or W is not divisible by the patch.
+    """
+    if latents.ndim != 5:
+        raise LatentsError(f"latents must be [B, F, C, H, W], got shape {tuple(latents.shape)}")
+    height, width = latents.shape[-2:]
+    if height % patch[0] or width % patch[1]:
+        raise LatentsError(f"a {height}x{width} latent is not divisible into {patch[0]}x{patch[1]} patches")
+    mean = latents.mean(dim=1, dtype=torch.promote_types(latents.dtype, torch.float32))
+    summary: Tensor = rearrange(mean, "b c (h p) (w q) -> b (h w) (p q c)", p=patch[0], q=patch[1])
+    return summary
+
+
+def token_drift(current: Tensor, previous: Tensor) -> Tensor:
+    """Euclidean distance of every token to its predecessor (Eq. 5): ``[B, N, D], [B, N, D] -> [B, N]``."""
+    if current.shape != previous.shape:
+        raise LatentsError(
+            f"chunk summaries differ in shape: {tuple(current.shape)} against {tuple(previous.shape)}; "
+            "the batch size or the frame size changed in the middle of a rollout"
+        )
+    drift: Tensor = torch.linalg.vector_norm(current - previous, dim=-1)
+    return drift
+
+
+def unstable_count(fraction: float, tokens: int) -> int:
+    """``ceil(fraction * tokens)``, exact for the decimal number that was written (0.07 of 100 is 7, not 8)."""
+    return min(tokens, math.ceil(Fraction(str(fraction)) * tokens))
+
+
+def unstable_tokens(drift: Tensor, fraction: float) -> Tensor:
+    """Indices of the ``ceil(fraction * N)`` largest drifts, largest first: ``[B, N] -> LongTensor[B, k]``.
+
+    Ties go to the lower index, on every device.
+    """
+    order = torch.sort(drift, dim=-1, descending=True, stable=True).indices
+    return order[:, : unstable_count(fraction, drift.shape[-1])]
+
+
+def severity_of(drift: Tensor, tokens: Tensor) -> Tensor:
+    """Mean drift over the unstable set (Eq. 6): ``[B, N], LongTensor[B, k] -> [B]``."""
+    return drift.gather(-1, tokens).mean(dim=-1)
+
+
+@dataclass(frozen=True)
+class RunningStatistics:
+    """Mean and population standard deviation of severities, per sample (Eq. 7), by Welford's update.
+
+    ``count`` is the number of severities, ``mean`` and ``m2`` (sum of squared deviations) are ``[B]`` in float64
+    where the device has it.
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device | str = "cpu") -> RunningStatistics:
+        """Statistics of no severity."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        zeros = torch.zeros(batch, dtype=dtype, device=device)
+        return cls(0, zeros, zeros)
+
+    @property
+    def std(self) -> Tensor:
+        """Population standard deviation ``[B]``; 0 while fewer than two severities were seen."""
+        return (self.m2 / max(self.count, 1)).sqrt()
+
+    def updated(self, severity: Tensor) -> RunningStatistics:
+        """Statistics with one more severity ``[B]``."""
+        count = self.count + 1
+        delta = severity.to(self.mean.dtype) - self.mean
+        mean = self.mean + delta / count
+        return RunningStatistics(count, mean, self.m2 + delta * (severity.to(mean.dtype) - mean))

@@ -1,0 +1,51 @@
+"""Every error and warning that tokentrim raises, so that callers can catch them by name."""
+
+from __future__ import annotations
+
+
+class TokenTrimError(Exception):
+    """Base class of all errors raised by this package."""
+
+
+class UnsupportedModelError(TokenTrimError):
+    """No installed adapter recognises the model; the message gives every adapter's reason."""
+
+
+class AmbiguousModelError(TokenTrimError):
+    """Several adapters recognise the model; the message names them and how to choose."""
+
+
+class UnknownAdapterError(TokenTrimError):
+    """``adapter=`` names an adapter that is not installed."""
+
+
+class AlreadyPatchedError(TokenTrimError):
+    """The model carries a patch already and ``replace=True`` was not given."""
+
+
+class CompiledModelError(TokenTrimError):
+    """The model was compiled before it was patched, so its hooks would never run."""
+
+
+class AttachError(TokenTrimError):
+    """An adapter recognised the model but found nothing to attach to."""
+
+
+class UnsupportedProbeError(TokenTrimError):
+    """The chosen probe cannot be computed for this model or sampler."""
+
+
+class UnsupportedContextError(TokenTrimError):
+    """The context of this call cannot be pruned exactly (quantised, sharded, foreign layout)."""
+
+
+class LatentsError(TokenTrimError):
+    """Latents have a shape, batch size or value (NaN, inf) that cannot be judged."""
+
+
+class PluginError(TokenTrimError):
+    """Two installed adapters have one name, or a plugin breaks the hook's contract."""
+
+
+class TokenTrimWarning(UserWarning):
+    """Something went wrong, generation goes on without pruning; or a run saw no chunk at all."""

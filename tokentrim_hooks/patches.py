@@ -1,0 +1,253 @@
+"""All that hangs on one model, and how it comes off: an undo stack and a dead-man's switch.
+
+Modules get forward hooks (they survive offloading and keep signatures); methods and module-level functions get wrapt
+wrappers. Everything is inert as soon as ``active`` is False, also a copy that somebody else kept. A copied or pickled
+model carries inert remains only.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import wrapt
+from torch import Tensor, nn
+
+from tokentrim_hooks.errors import AttachError, UnsupportedContextError
+from tokentrim_hooks.pruning import CallTap, current_tap
+
+MISSING = object()
+_inside: ContextVar[int] = ContextVar("tokentrim_inside_self_attention", default=0)
+
+
+def _inert(*_args: Any, **_kwargs: Any) -> None:
+    """What remains of a hook in a copied or unpickled model: nothing."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep ``function`` out of compiled graphs: our bookkeeping is not the model's."""
+    return cast(Callable[..., Any], torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+class Hook:
+    """A forward hook bound to one module; copies and pickles of it do nothing."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], patches: Patches) -> None:
+        self._module = module
+        self._function = function
+        self._patches = patches
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run, but only for the module that was hooked (a shallow copy shares its hooks) and while the patch is on."""
+        if not self._patches.active or module is not self._module:
+            return None
+        return self._function(module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _make_inert, ()
+
+
+class Wrapper(wrapt.FunctionWrapper[Any, Any]):
+    """A wrapt wrapper whose copies and pickles are the original."""
+
+    def __copy__(self) -> Any:
+        return self.__wrapped__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.__wrapped__, memo)
+
+    def __reduce__(self) -> Any:
+        return _same, (self.__wrapped__,)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+
+@dataclass(frozen=True)
+class TapNames:
+    """Names under which an attention function takes query, key, value and mask; it refuses what ``refuse`` names."""
+
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    mask: str | None = None
+    refuse: tuple[str, ...] = ()
+
+
+class TapSite:
+    """One tapped function in a namespace, shared by all patched models whose code lives there."""
+
+    _sites: dict[tuple[int, str], TapSite] = {}  # noqa: RUF012 - a registry of the process
+
+    def __init__(self, namespace: Any, name: str, names: TapNames) -> None:
+        self.namespace, self.name, self.names = namespace, name, names
+        self.users = 0
+        self.original = getattr(namespace, name)
+        self.signature = inspect.signature(self.original)
+        self.wrapper = Wrapper(self.original, self._call)
+        self._attend_eagerly = eagerly(self._attend)
+
+    @classmethod
+    def use(cls, namespace: Any, name: str, names: TapNames) -> TapSite:
+        """Install the tap, or share the one that is there."""
+        key = (id(namespace), name)
+        site = cls._sites.get(key)
+        if site is None:
+            site = cls._sites[key] = cls(namespace, name, names)
+            setattr(namespace, name, site.wrapper)
+        site.users += 1
+        return site
+
+    def release(self) -> None:
+        """Take the tap out with its last user, unless somebody has wrapped it since (then it stays, inert)."""
+        self.users -= 1
+        if self.users == 0:
+            del self._sites[(id(self.namespace), self.name)]
+            if getattr(self.namespace, self.name) is self.wrapper:
+                setattr(self.namespace, self.name, self.original)
+
+    def _call(self, wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tap = current_tap()
+        if tap is None or (tap.gated and not _inside.get()):
+            return wrapped(*args, **kwargs)
+        return self._attend_eagerly(tap, wrapped, args, kwargs)
+
+    def _attend(self, tap: CallTap, wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        given, names = bound.arguments, self.names
+        for name in names.refuse:
+            if given.get(name) is not None:
+                raise UnsupportedContextError(f"cannot prune while {self.name}() is called with {name}")
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            given.update({names.q: q, names.k: k, names.v: v})
+            if names.mask is not None:
+                given[names.mask] = mask
+            result: Tensor = wrapped(*bound.args, **bound.kwargs)
+            return result
+
+        mask = given.get(names.mask) if names.mask else None
+        return tap.attend(attend, given[names.q], given[names.k], given[names.v], mask)
+
+
+class Patches:
+    """Undo stack of one patched model. Adapters call :meth:`tap` and :meth:`wrap`; undoing is the core's business."""
+
+    def __init__(self) -> None:
+        self.active = True
+        self.taps = 0
+        self.layers = 0
+        self._undo: list[Callable[[], None]] = []
+
+    def hook(
+        self,
+        module: nn.Module,
+        before: Callable[..., Any] | None = None,
+        after: Callable[..., Any] | None = None,
+        leave: Callable[..., Any] | None = None,
+    ) -> None:
+        """Watch the calls of a module: ``before(module, args, kwargs)``, ``after(module, args, kwargs, output)``.
+
+        ``leave`` has ``after``'s signature and runs also when the call raises.
+        """
+        handles = []
+        if before is not None:
+            handles.append(
+                module.register_forward_pre_hook(Hook(module, before, self), prepend=True, with_kwargs=True)
+            )
+        if after is not None:
+            handles.append(module.register_forward_hook(Hook(module, after, self), with_kwargs=True))
+        if leave is not None:
+            handles.append(
+                module.register_forward_hook(Hook(module, leave, self), with_kwargs=True, always_call=True)
+            )
+        for handle in handles:
+            self._undo.append(handle.remove)
+
+    def tap(
+        self,
+        namespace: Any,
+        name: str,
+        *,
+        q: str = "q",
+        k: str = "k",
+        v: str = "v",
+        mask: str | None = None,
+        refuse: tuple[str, ...] = (),
+        within: Iterable[nn.Module] = (),
+    ) -> None:
+        """Let only live keys reach the attention function ``namespace.name``.
+
+        q, k, v are ``[B, length, heads, head_dim]``; the names say which parameters hold them. Where the same
+        function also serves cross attention, ``within`` lists the self-attention modules in whose calls it counts.
+        A call that sets a parameter named in ``refuse`` (lengths, say) raises instead of going wrong.
+        """
+        site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse))
+        self._undo.append(site.release)
+        self.taps += 1
+        for module in within:
+            self.layers += 1
+            self.hook(module, before=_go_inside, leave=_go_outside)
+
+    def wrap(
+        self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> None:
+        """Wrap a method or function, wrapt style: ``wrapper(wrapped, instance, args, kwargs)``."""
+        before = vars(owner).get(name, MISSING)
+        wrapped = Wrapper(getattr(owner, name), wrapper, enabled=lambda: self.active)
+        setattr(owner, name, wrapped)
+
+        def undo() -> None:
+            if vars(owner).get(name) is not wrapped:
+                return
+            if before is MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        self._undo.append(undo)
+
+    def on_undo(self, action: Callable[[], None]) -> None:
+        """Run ``action`` when the patch comes off."""
+        self._undo.append(action)
+
+    def require_tap(self, adapter: str) -> None:
+        """Raise AttachError if the adapter attached nothing that could prune."""
+        if not self.taps:
+            raise AttachError(f"adapter {adapter!r} found no attention function to tap; nothing was patched")
+
+    def undo(self) -> None:
+        """Take everything off, last first; runs to the end even if a step fails, then raises the first failure."""
+        self.active = False
+        failures: list[Exception] = []
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except Exception as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+
+
+def _go_inside(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
+    _inside.set(_inside.get() + 1)
+
+
+def _go_outside(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
+    _inside.set(_inside.get() - 1)

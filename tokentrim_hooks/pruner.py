@@ -1,0 +1,86 @@
+"""One model's pruning: chooses tombstones or key selection by the context, proves itself once, cleans up."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from tokentrim_hooks.adapter import Adapter, CacheRows, Call
+from tokentrim_hooks.pruning import CallTap, Ledger, Tombstones, clear_marks
+
+
+class Pruner:
+    """Applies verdicts to contexts and gives every denoiser call its tap.
+
+    ``enabled`` turns False when the self-check of the first prune failed; ``proven`` turns True when it passed.
+    """
+
+    def __init__(self, adapter: Adapter, prune_anchors: bool = False, layers: int = 0) -> None:
+        self.enabled = True
+        self.proven = False
+        self._adapter = adapter
+        self._anchors = prune_anchors
+        self._layers = layers
+        self._ledger = Ledger(prune_anchors)
+        self._tombstones = Tombstones()
+        self._marked: dict[Hashable, Call] = {}
+        self._expected = layers
+        self._last: CallTap | None = None
+
+    @property
+    def dead(self) -> bool:
+        """Whether anything may be dead in the context."""
+        return bool(self._marked or self._ledger.killed)
+
+    def tap(self, call: Call) -> CallTap | None:
+        """Tap for one denoiser call; None while nothing is dead, so that nothing is computed."""
+        if not self.dead:
+            return None
+        layout = None
+        if self._ledger.killed:
+            context = self._adapter.context(call)
+            assert not isinstance(context, CacheRows), "a model keeps its context in one way"
+            layout = context
+        self._last = CallTap(layout, self._ledger, gated=self._layers > 0)
+        return self._last
+
+    def prune(self, call: Call, tokens: Sequence[Sequence[int]], chunk: int) -> int:
+        """Kill ``tokens`` (one list a sample) in the context of ``call`` for ``chunk``; return rows newly dead."""
+        context = self._adapter.context(call)
+        if not isinstance(context, CacheRows):
+            return self._ledger.kill(context, tokens, chunk)
+        dead = self._tombstones.mark(context, tokens, self._anchors)
+        if dead:
+            self._marked[call.stream] = call
+            self._expected = len(context.values)
+        return dead
+
+    def check(self, finite: bool) -> bool:
+        """Self-check after the first prune and replay; on failure everything is revived and pruning stays off."""
+        tap = self._last
+        self.proven = finite and tap is not None and tap.dropped > 0 and tap.calls >= max(self._expected, 1)
+        if not self.proven:
+            self.enabled = False
+            self._tombstones.revive()
+            self._ledger.killed.clear()
+            self._marked.clear()
+        return self.proven
+
+    def revive(self, chunk: int) -> None:
+        """Bring back what was pruned for ``chunk``; valid until that chunk's rows move."""
+        self._tombstones.revive()
+        self._marked.clear()
+        self._ledger.forget(chunk)
+
+    def settle(self) -> None:
+        """The prune is final: the pruned context goes forward."""
+        self._tombstones.settle()
+
+    def clear(self) -> None:
+        """Forget all marks and leave no cache poisoned: a new video starts, or the patch comes off."""
+        self._tombstones.revive()
+        for call in self._marked.values():
+            context = self._adapter.context(call)
+            if isinstance(context, CacheRows):
+                clear_marks(context.values)
+        self._marked.clear()
+        self._ledger.killed.clear()

@@ -1,0 +1,106 @@
+"""What happened: one :class:`ChunkRecord` per chunk and sample, kept, summarised and written as JSON lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """One chunk of one sample.
+
+    Attributes:
+        video: ordinal of the video in this report; chunk: ordinal of the chunk in its video; sample: batch index.
+        start, frames: the chunk's latent frames. phases: denoiser calls of the sampler by phase.
+        severity, mean, std, threshold: at the first judgement, in latent units; None where there was none.
+        accepted_severity: severity of what was accepted, after regeneration.
+        pruned: whether tokens were pruned for this sample. tokens: the unstable set (row-major over the patch grid).
+        dead: context rows newly dead. regenerations, extra_calls: second attempts and the calls that they cost.
+        grid: (height, width) of the token grid. seconds: wall clock from the chunk's first call to its last.
+        given: the chunk was handed in as clean context (an image or video prefix). notes: anything unusual.
+    """
+
+    video: int
+    chunk: int
+    sample: int
+    start: int
+    frames: int
+    phases: dict[str, int]
+    severity: float | None = None
+    mean: float | None = None
+    std: float | None = None
+    threshold: float | None = None
+    accepted_severity: float | None = None
+    pruned: bool = False
+    tokens: tuple[int, ...] = ()
+    dead: int = 0
+    regenerations: int = 0
+    extra_calls: int = 0
+    grid: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
+    given: bool = False
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> str:
+        """One line of strict JSON; values that are not finite become null."""
+        values = {k: _finite(v) for k, v in dataclasses.asdict(self).items()}
+        return json.dumps(values, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass
+class Report:
+    """All chunk records of a patched model, with the settings they were made under."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    records: list[ChunkRecord] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[ChunkRecord]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def add(self, record: ChunkRecord) -> None:
+        """Append a record."""
+        self.records.append(record)
+
+    @property
+    def triggers(self) -> int:
+        """Chunks (of any sample) that were pruned and regenerated."""
+        return sum(record.pruned for record in self.records)
+
+    def summary(self) -> str:
+        """A few lines of plain text: chunks, triggers, tokens pruned, extra denoiser calls."""
+        if not self.records:
+            return "tokentrim: no chunk seen yet"
+        judged = [r for r in self.records if r.severity is not None]
+        calls = sum(sum(r.phases.values()) for r in self.records if r.sample == 0)
+        extra = sum(r.extra_calls for r in self.records if r.sample == 0)
+        pruned = sum(len(r.tokens) for r in self.records if r.pruned)
+        share = f"{100 * extra / calls:.1f} %" if calls else "n/a"
+        return "\n".join(
+            [
+                f"tokentrim: {len(self.records)} chunk records, {len(judged)} judged, {self.triggers} pruned",
+                f"  token positions pruned {pruned}, context rows dead {sum(r.dead for r in self.records)}",
+                f"  denoiser calls {calls} + {extra} extra ({share})",
+            ]
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``chunks.jsonl`` and ``settings.json`` into ``folder`` (made if absent); return the folder."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        lines = "".join(record.as_json() + "\n" for record in self.records)
+        (path / "chunks.jsonl").write_text(lines, encoding="utf-8")
+        (path / "settings.json").write_text(json.dumps(self.settings, indent=2, default=str), encoding="utf-8")
+        return path

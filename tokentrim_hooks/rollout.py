@@ -1,0 +1,197 @@
+"""Follows a denoiser through its videos: which call is which, when a chunk begins and is accepted."""
+
+from __future__ import annotations
+
+from contextvars import Token
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokentrim_hooks.adapter import Adapter, Call, Match, Phase, bind
+from tokentrim_hooks.chunks import Chunk, Step, Video, records_of
+from tokentrim_hooks.drift import RunningStatistics, latent_summary
+from tokentrim_hooks.errors import LatentsError, UnsupportedProbeError
+from tokentrim_hooks.policy import Policy
+from tokentrim_hooks.pruner import Pruner
+from tokentrim_hooks.pruning import CallTap, enter_tap, leave_tap
+from tokentrim_hooks.regeneration import Regenerator, clean_flag
+from tokentrim_hooks.report import ChunkRecord, Report
+
+Probe = Literal["first-step", "candidate"]
+
+
+class Rollout:
+    """Algorithm 1 of the paper over denoiser calls; ``before``, ``after`` and ``leave`` are the forward hooks."""
+
+    def __init__(
+        self, adapter: Adapter, match: Match, policy: Policy, probe: Probe, report: Report, layers: int = 0
+    ) -> None:
+        self.adapter, self.patch, self.policy, self.probe, self.report = adapter, match.patch, policy, probe, report
+        self.pruner = Pruner(adapter, bool(getattr(policy, "prune_anchors", False)), layers)
+        self.persist = bool(getattr(policy, "persist", True))
+        self.unread_calls = 0
+        self._regenerator = Regenerator(adapter, match.patch, policy, self.pruner)
+        self._video: Video | None = None
+        self._videos = 0
+        self._chunk: Chunk | None = None
+        self._call: Call | None = None
+        self._phase: Phase | None = None
+        self._entered: list[Token[CallTap | None]] = []
+
+    # ------------------------------------------------------------------------------------------ hooks
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Classify the call, accept the previous chunk if a new one begins, hand the tap its live keys."""
+        if self._regenerator.replaying:
+            return
+        self._phase = None
+        self._call = call = self.adapter.parse(bind(module, args, kwargs))
+        if call is None:
+            self.unread_calls += 1
+            return
+        self._phase = self._classify(call)
+        if self._chunk is not None:
+            self._regenerator.prune_branch(call, self._chunk)
+        self._entered.append(enter_tap(self.pruner.tap(call)))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Judge the chunk where the probe says so; return the output that the sampler goes on with."""
+        call, phase, chunk, video = self._call, self._phase, self._chunk, self._video
+        if self._regenerator.replaying or call is None or phase is None or chunk is None or video is None:
+            return output
+        with torch.no_grad():
+            chunk.count(phase)
+            prediction = self.adapter.prediction(call, output)
+            if phase in (Phase.FIRST, Phase.REFINE):
+                steps = self._steps_to_judge(Step(call, args, kwargs, prediction), phase, chunk, video)
+                if steps:
+                    output, prediction = self._regenerator.judge(module, steps, video, chunk, output)
+            self._remember(call, phase, prediction, chunk)
+        video.returned = prediction
+        return output
+
+    def leave(self, _module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
+        """Runs also when the call raises: no tap outlives its call."""
+        if not self._regenerator.replaying:
+            while self._entered:
+                leave_tap(self._entered.pop())
+
+    # ------------------------------------------------------------------------------------------ phases
+
+    def _classify(self, call: Call) -> Phase | None:
+        """Phase of a call of the judged stream; None for the other branches of guidance."""
+        video, chunk = self._video, self._chunk
+        if video is not None and call.stream != video.stream and _is_branch(call, video, chunk):
+            video.streams.add(call.stream)
+            return None
+        known = video is not None and call.stream == video.stream
+        phase = self.adapter.phase(call, video.seen(chunk)) if video and known else Phase.FIRST
+        if phase is Phase.FIRST:
+            self._begin_chunk(call, new_video=not known)
+        elif phase is Phase.COMMIT and not self.persist:
+            self._revive()
+        elif phase is Phase.RECACHE and video is not None:
+            video.statistics = RunningStatistics.empty(video.batch, call.latents.device)
+        return phase
+
+    def _begin_chunk(self, call: Call, new_video: bool) -> None:
+        if not new_video and self._video is not None:
+            new_video = self.adapter.restarts(call, self._video.seen(self._chunk))
+        self.finish_chunk()
+        if new_video:
+            self.reset()
+        video = self._video = self._video or self._new_video(call)
+        if call.latents.shape[0] != video.batch:
+            raise LatentsError(
+                f"the batch size changed from {video.batch} to {call.latents.shape[0]} in the middle of a rollout; "
+                "call handle.reset() before a new video"
+            )
+        accepted = self.adapter.accepted(call)
+        if accepted is not None:
+            video.previous = latent_summary(accepted, self.patch)
+        height, width = call.latents.shape[-2:]
+        self._chunk = Chunk(call.start, call.frames, (height // self.patch[0], width // self.patch[1]))
+
+    def _new_video(self, call: Call) -> Video:
+        batch = int(call.latents.shape[0])
+        self._videos += 1
+        return Video(call.stream, batch, RunningStatistics.empty(batch, call.latents.device))
+
+    def finish_chunk(self) -> None:
+        """Accept the chunk in progress: it becomes the predecessor and is recorded."""
+        video, chunk = self._video, self._chunk
+        if video is None or chunk is None:
+            return
+        if not self.persist:
+            self._revive()
+        self.pruner.settle()
+        if chunk.committed:
+            video.usual_steps = chunk.steps
+        else:
+            video.waiting = chunk.clean
+        video.previous = chunk.latest if chunk.latest is not None else video.previous
+        self.report.records.extend(self._records())
+        video.chunk += 1
+        self._chunk = None
+
+    def reset(self) -> None:
+        """Forget statistics and marks: the next call begins a new video."""
+        self.finish_chunk()
+        self.pruner.clear()
+        self._video = None
+
+    def abandon(self) -> None:
+        """Step aside for good: leave no mark in any cache."""
+        if self._chunk is not None:
+            self._chunk.notes.append("tokentrim stepped aside")
+        self.pruner.clear()
+
+    def snapshot(self) -> Report:
+        """The report so far, the chunk in progress included."""
+        return Report(dict(self.report.settings), [*self.report.records, *self._records()])
+
+    def _revive(self) -> None:
+        chunk = self._chunk
+        if chunk is not None and chunk.tokens:
+            self.pruner.revive(chunk.start)
+            chunk.tokens = []
+
+    def _records(self) -> list[ChunkRecord]:
+        video, chunk = self._video, self._chunk
+        return [] if video is None or chunk is None else records_of(self._videos - 1, video, chunk)
+
+    # ------------------------------------------------------------------------------------------ judgement
+
+    def _steps_to_judge(self, step: Step, phase: Phase, chunk: Chunk, video: Video) -> list[Step]:
+        """The calls to replay if the chunk is unstable; none while the probe has nothing to judge yet."""
+        if self.probe == "first-step":
+            return [step] if phase is Phase.FIRST else []
+        if video.streams:
+            raise UnsupportedProbeError(
+                "probe='candidate' cannot replay a chunk whose guidance branches keep two contexts; "
+                "use probe='first-step'"
+            )
+        chunk.history.append(step)
+        return chunk.history if chunk.steps == video.usual_steps else []
+
+    def _remember(self, call: Call, phase: Phase, prediction: Tensor, chunk: Chunk) -> None:
+        """Keep the summary of the chunk as last seen; where only the device knows if it was clean, choose there."""
+        if phase is Phase.RECACHE:
+            return
+        if phase is Phase.COMMIT or call.commits:
+            chunk.latest = latent_summary(call.latents, self.patch)
+            chunk.given = chunk.given or phase is Phase.FIRST
+            return
+        chunk.latest = latent_summary(prediction, self.patch)
+        for clean in clean_flag(call):
+            given = latent_summary(call.latents, self.patch).to(chunk.latest.dtype)
+            chunk.latest = torch.where(clean, given, chunk.latest)
+            chunk.clean.append(clean)
+
+
+def _is_branch(call: Call, video: Video, chunk: Chunk | None) -> bool:
+    """Whether a call of another stream is a second branch of the chunk in progress, not a new video."""
+    if chunk is None or call.start != chunk.start:
+        return False
+    return call.stream in video.streams or not chunk.committed
