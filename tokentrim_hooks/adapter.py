@@ -36,14 +36,23 @@ class Phase(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Method:
+    """A denoiser that is no module call: method ``name`` of an object, or of a class for all its instances."""
+
+    owner: Any
+    name: str
+
+
+@dataclass(frozen=True)
 class Match:
     """An adapter recognised a model.
 
-    ``denoiser`` is the module whose calls are watched; ``patch`` the (height, width) in latent pixels that one
-    spatial token covers; ``note`` an optional remark shown by ``tokentrim detect``.
+    ``denoiser`` is the module whose calls are watched (or a :class:`Method`, where calls bypass ``__call__``);
+    ``patch`` the (height, width) in latent pixels that one spatial token covers; ``note`` an optional remark shown
+    by ``tokentrim detect``.
     """
 
-    denoiser: nn.Module
+    denoiser: nn.Module | Method
     patch: tuple[int, int]
     note: str = ""
 
@@ -124,18 +133,20 @@ class Role(enum.Enum):
 class Segment:
     """A run of keys, frame-major then row-major.
 
-    ``frames`` are absolute latent frames (any int for OTHER); ``height`` and ``width`` the token grid of one frame.
+    ``frames`` are the absolute latent frames covered, in order (any int for OTHER); ``height`` and ``width`` the
+    grid of keys. With ``scale = (t, h, w)`` one key covers t frames and h x w tokens of the chunk's own grid.
     """
 
     role: Role
     frames: Sequence[int]
     height: int
     width: int
+    scale: tuple[int, int, int] = (1, 1, 1)
 
     @property
     def length(self) -> int:
         """Number of keys in the segment."""
-        return len(self.frames) * self.height * self.width
+        return -(-len(self.frames) // self.scale[0]) * self.height * self.width
 
 
 @dataclass(frozen=True)
@@ -267,9 +278,10 @@ def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``module(*args, **kwargs)`` by parameter name, defaults included."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+def bind(denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``denoiser(*args, **kwargs)`` by parameter name, defaults included."""
+    function = denoiser.forward if isinstance(denoiser, nn.Module) else denoiser
+    bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
 

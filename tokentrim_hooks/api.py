@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tokentrim_hooks.adapter import Adapter, Match
+from tokentrim_hooks.adapter import Adapter, Match, Method
 from tokentrim_hooks.errors import (
     AlreadyPatchedError,
     AmbiguousModelError,
@@ -18,7 +18,7 @@ from tokentrim_hooks.errors import (
     UnknownAdapterError,
     UnsupportedModelError,
 )
-from tokentrim_hooks.handle import PatchHandle, handle_of
+from tokentrim_hooks.handle import PatchHandle, handle_of, owner_of
 from tokentrim_hooks.plugins import AdapterInfo, enabled, everything
 from tokentrim_hooks.policy import DriftPolicy, Policy
 from tokentrim_hooks.rollout import Probe
@@ -154,7 +154,7 @@ def _refusal(model: Any, found: list[Detection]) -> str:
 
 
 def _make_room(model: Any, match: Match, replace: bool) -> None:
-    for handle in (handle_of(model), handle_of(match.denoiser)):
+    for handle in (handle_of(model), handle_of(owner_of(match))):
         if handle is None or not handle.active:
             continue
         if not replace:
@@ -162,7 +162,9 @@ def _make_room(model: Any, match: Match, replace: bool) -> None:
         handle.unpatch()
 
 
-def _refuse_compiled(denoiser: nn.Module) -> None:
+def _refuse_compiled(denoiser: nn.Module | Method) -> None:
+    if isinstance(denoiser, Method):
+        return
     for name, module in denoiser.named_modules():
         optimised = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         if optimised:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tokentrim_hooks.adapter import Adapter, Match
+from tokentrim_hooks.adapter import Adapter, Match, Method
 from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.patches import Patches, eagerly
 from tokentrim_hooks.policy import Policy
@@ -42,13 +42,12 @@ class PatchHandle:
             report = Report(_settings(adapter, match, policy, probe))
             rollout = Rollout(adapter, match, policy, probe, report, patches.layers)
             handle = cls(adapter, patches, rollout, on_error)
-            patches.hook(
-                match.denoiser,
-                before=handle._guard(rollout.before),
-                after=handle._guard(rollout.after),
-                leave=rollout.leave,
-            )
-            for owner in {id(o): o for o in (model, match.denoiser)}.values():
+            before, after = handle._guard(rollout.before), handle._guard(rollout.after)
+            if isinstance(match.denoiser, Method):
+                patches.watch(match.denoiser, before, after, rollout.leave)
+            else:
+                patches.hook(match.denoiser, before, after, rollout.leave)
+            for owner in {id(o): o for o in (model, owner_of(match))}.values():
                 handle._leave_card(owner)
         except BaseException:
             patches.undo()
@@ -107,8 +106,10 @@ class PatchHandle:
         return f"<PatchHandle {self.adapter.name} {self.policy} {state}>"
 
     def _leave_card(self, owner: Any) -> None:
-        vars(owner)[ATTRIBUTE] = self
-        self._patches.on_undo(lambda: vars(owner).pop(ATTRIBUTE, None))
+        put = type.__setattr__ if isinstance(owner, type) else object.__setattr__
+        take = type.__delattr__ if isinstance(owner, type) else object.__delattr__
+        put(owner, ATTRIBUTE, self)
+        self._patches.on_undo(lambda: take(owner, ATTRIBUTE))
 
     def _guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Run our part of a call so that its failure follows ``on_error``: raise, or warn and step aside."""
@@ -136,10 +137,20 @@ class PatchHandle:
         )
 
 
+def owner_of(match: Match) -> Any:
+    """The object or class that carries the patch of the denoiser."""
+    return match.denoiser.owner if isinstance(match.denoiser, Method) else match.denoiser
+
+
 def handle_of(model: Any) -> PatchHandle | None:
     """The active handle that a model carries, or None."""
     handle = getattr(model, "__dict__", {}).get(ATTRIBUTE)
     return handle if isinstance(handle, PatchHandle) and handle._patches.active else None
+
+
+def _denoiser_name(match: Match) -> str:
+    denoiser = match.denoiser
+    return denoiser.name if isinstance(denoiser, Method) else type(denoiser).__name__
 
 
 def _nothing() -> None:
@@ -154,6 +165,6 @@ def _settings(adapter: Adapter, match: Match, policy: Policy, probe: str) -> dic
         **{f"policy.{field.name}": getattr(policy, field.name) for field in fields},
         "probe": probe,
         "patch": list(match.patch),
-        "denoiser": type(match.denoiser).__name__,
+        "denoiser": _denoiser_name(match),
         "torch": torch.__version__,
     }

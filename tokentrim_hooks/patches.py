@@ -18,6 +18,7 @@ import torch
 import wrapt
 from torch import Tensor, nn
 
+from tokentrim_hooks.adapter import Method
 from tokentrim_hooks.errors import AttachError, UnsupportedContextError
 from tokentrim_hooks.pruning import CallTap, current_tap
 
@@ -222,6 +223,27 @@ class Patches:
                 setattr(owner, name, before)
 
         self._undo.append(undo)
+
+    def watch(
+        self,
+        method: Method,
+        before: Callable[..., Any],
+        after: Callable[..., Any],
+        leave: Callable[..., Any],
+    ) -> None:
+        """Watch the calls of a method as :meth:`hook` watches a module's; the wrapped method stands for the module."""
+
+        def watched(wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = None
+            try:
+                before(wrapped, args, kwargs)
+                output = wrapped(*args, **kwargs)
+                replaced = after(wrapped, args, kwargs, output)
+                return output if replaced is None else replaced
+            finally:
+                leave(wrapped, args, kwargs, output)
+
+        self.wrap(method.owner, method.name, watched)
 
     def on_undo(self, action: Callable[[], None]) -> None:
         """Run ``action`` when the patch comes off."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,9 +42,9 @@ class Verdict:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Anything with ``judge``. The rollout also reads these optional attributes, with the defaults given:
+    """Anything with ``judge``. Optional attributes, read with these defaults, are explained at :class:`DriftPolicy`:
 
-    ``max_regenerations = 1``, ``persist = True``, ``prune_anchors = False`` (see :class:`DriftPolicy`).
+    ``max_regenerations = 1``, ``persist = True``, ``prune_anchors = False``, ``coarse = "any"``.
     """
 
     def judge(self, drift: Tensor, history: History) -> Verdict:
@@ -79,6 +79,8 @@ class DriftPolicy:
         max_regenerations: R, regenerations a chunk at most; 0 prunes nothing.
         persist: the pruned context goes forward (the paper, line 19); False brings the tokens back after the chunk.
         prune_anchors: also prune sinks and anchors, which are spared by default.
+        coarse: where one key of the context covers several tokens (FramePack, Helios), it dies with ``"any"`` of them
+            (the pruned content is gone for sure) or only with ``"all"`` of them (less is lost beside it).
     """
 
     fraction: float = 0.1
@@ -87,6 +89,7 @@ class DriftPolicy:
     max_regenerations: int = 1
     persist: bool = True
     prune_anchors: bool = False
+    coarse: Literal["any", "all"] = "any"
 
     def __post_init__(self) -> None:
         _number("fraction", self.fraction, 1e-12, 1.0, "in (0, 1]")
@@ -95,6 +98,8 @@ class DriftPolicy:
         _whole("max_regenerations", self.max_regenerations)
         _flag("persist", self.persist)
         _flag("prune_anchors", self.prune_anchors)
+        if self.coarse not in ("any", "all"):
+            raise ValueError(f"coarse must be 'any' or 'all', got {self.coarse!r}")
 
     def judge(self, drift: Tensor, history: History) -> Verdict:
         """Flag the samples whose severity exceeds mean + lambda * std (Eq. 6 and 8)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from tokentrim_hooks.adapter import Adapter, CacheRows, Call
+from tokentrim_hooks.policy import Policy
 from tokentrim_hooks.pruning import CallTap, Ledger, Tombstones, clear_marks
 
 
@@ -14,13 +15,14 @@ class Pruner:
     ``enabled`` turns False when the self-check of the first prune failed; ``proven`` turns True when it passed.
     """
 
-    def __init__(self, adapter: Adapter, prune_anchors: bool = False, layers: int = 0) -> None:
+    def __init__(self, adapter: Adapter, patch: tuple[int, int], policy: Policy, layers: int = 0) -> None:
         self.enabled = True
         self.proven = False
         self._adapter = adapter
-        self._anchors = prune_anchors
+        self._patch = patch
+        self._anchors = bool(getattr(policy, "prune_anchors", False))
         self._layers = layers
-        self._ledger = Ledger(prune_anchors)
+        self._ledger = Ledger(self._anchors, getattr(policy, "coarse", "any"))
         self._tombstones = Tombstones()
         self._marked: dict[Hashable, Call] = {}
         self._expected = layers
@@ -47,7 +49,8 @@ class Pruner:
         """Kill ``tokens`` (one list a sample) in the context of ``call`` for ``chunk``; return rows newly dead."""
         context = self._adapter.context(call)
         if not isinstance(context, CacheRows):
-            return self._ledger.kill(context, tokens, chunk)
+            height, width = call.latents.shape[-2] // self._patch[0], call.latents.shape[-1] // self._patch[1]
+            return self._ledger.kill(context, tokens, chunk, (height, width))
         dead = self._tombstones.mark(context, tokens, self._anchors)
         if dead:
             self._marked[call.stream] = call

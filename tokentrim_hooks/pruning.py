@@ -14,9 +14,10 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from tokentrim_hooks.adapter import CacheRows, KeyLayout, Role, require_floating
+from tokentrim_hooks.adapter import CacheRows, KeyLayout, Role, Segment, require_floating
 from tokentrim_hooks.errors import UnsupportedContextError
 
 PRUNABLE = frozenset({Role.CONTEXT, Role.FLIGHT})
@@ -101,15 +102,20 @@ class Ledger:
     ALIVE = 2**62
 
     prune_anchors: bool = False
+    coarse: str = "any"
+    """A key that covers several tokens dies with ``"any"`` of them, or only with ``"all"`` of them."""
     killed: dict[int, Tensor] = field(default_factory=dict)
+    grid: tuple[int, int] = (0, 0)
 
-    def kill(self, layout: KeyLayout, tokens: Sequence[Sequence[int]], chunk: int) -> int:
-        """Kill ``tokens`` (one list a sample) in all context frames of the layout; return the keys newly dead."""
-        before = self.dead
+    def kill(
+        self, layout: KeyLayout, tokens: Sequence[Sequence[int]], chunk: int, grid: tuple[int, int]
+    ) -> int:
+        """Kill ``tokens`` (one list a sample) of ``grid`` in all context frames; return the tokens newly dead."""
+        before, self.grid = self.dead, grid
         for segment in layout.segments:
             if segment.role in PRUNABLE or (segment.role is Role.ANCHOR and self.prune_anchors):
                 for frame in segment.frames:
-                    self._kill_in_frame(frame, segment.height * segment.width, tokens, chunk)
+                    self._kill_in_frame(frame, grid[0] * grid[1], tokens, chunk)
         return self.dead - before
 
     @property
@@ -147,15 +153,36 @@ class Ledger:
             limit = {Role.CONTEXT: self.ALIVE, Role.FLIGHT: asker}.get(segment.role, -1)
             if segment.role is Role.ANCHOR and self.prune_anchors:
                 limit = self.ALIVE
-            size = segment.height * segment.width
-            parts.extend(self._frame_mask(frame, size, samples, limit) for frame in segment.frames)
+            parts.append(self._segment_mask(segment, samples, limit))
         return torch.cat(parts, dim=1)
 
-    def _frame_mask(self, frame: int, size: int, samples: int, limit: int) -> Tensor:
-        if frame not in self.killed or limit < 0:
-            return torch.ones(samples, size, dtype=torch.bool)
+    def _segment_mask(self, segment: Segment, samples: int, limit: int) -> Tensor:
+        """Live keys of one segment, ``[B, keys]``."""
+        if limit < 0 or not any(frame in self.killed for frame in segment.frames):
+            return torch.ones(samples, segment.length, dtype=torch.bool)
+        dead = torch.stack([self._dead_in_frame(frame, samples, limit) for frame in segment.frames], dim=1)
+        if segment.scale != (1, 1, 1):
+            dead = coarsened(dead, segment.scale, self.coarse)[:, :, : segment.height, : segment.width]
+        return ~dead.flatten(1)
+
+    def _dead_in_frame(self, frame: int, samples: int, limit: int) -> Tensor:
+        """Tokens of a frame that are dead to the asker, ``[B, height, width]``."""
+        if frame not in self.killed:
+            return torch.zeros(samples, *self.grid, dtype=torch.bool)
         killed = self.killed[frame]
-        return (killed == self.ALIVE) | (killed > limit)
+        return ((killed != self.ALIVE) & (killed <= limit)).view(samples, *self.grid)
+
+
+def coarsened(dead: Tensor, scale: tuple[int, int, int], rule: str) -> Tensor:
+    """Dead keys of a coarse segment: ``[B, F, H, W]`` of fine tokens to ``[B, F/t, H/h, W/w]``, rounded up.
+
+    A coarse key at the border that covers fewer tokens is judged by those that exist.
+    """
+    t, h, w = scale
+    padding = [amount for size, step in zip(dead.shape[:0:-1], (w, h, t), strict=True) for amount in (0, -size % step)]
+    padded = torch.nn.functional.pad(dead, padding, value=rule == "all")
+    blocks = rearrange(padded, "b (f t) (i h) (j w) -> b f i j (t h w)", t=t, h=h, w=w)
+    return blocks.all(-1) if rule == "all" else blocks.any(-1)
 
 
 # ---------------------------------------------------------------------------------------------- attention

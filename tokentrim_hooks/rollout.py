@@ -28,7 +28,7 @@ class Rollout:
         self, adapter: Adapter, match: Match, policy: Policy, probe: Probe, report: Report, layers: int = 0
     ) -> None:
         self.adapter, self.patch, self.policy, self.probe, self.report = adapter, match.patch, policy, probe, report
-        self.pruner = Pruner(adapter, bool(getattr(policy, "prune_anchors", False)), layers)
+        self.pruner = Pruner(adapter, match.patch, policy, layers)
         self.persist = bool(getattr(policy, "persist", True))
         self.unread_calls = 0
         self._regenerator = Regenerator(adapter, match.patch, policy, self.pruner)
