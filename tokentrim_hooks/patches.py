@@ -8,6 +8,7 @@ model carries inert remains only.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from tokentrim_hooks.adapter import Method
 from tokentrim_hooks.errors import AttachError, UnsupportedContextError
-from tokentrim_hooks.pruning import CallTap, current_tap
+from tokentrim_hooks.pruning import BUSY, current_tap
 
 MISSING = object()
 _inside: ContextVar[int] = ContextVar("tokentrim_inside_self_attention", default=0)
@@ -101,8 +102,7 @@ class TapSite:
         self.users = 0
         self.original = getattr(namespace, name)
         self.signature = inspect.signature(self.original)
-        self.wrapper = Wrapper(self.original, self._call)
-        self._attend_eagerly = eagerly(self._attend)
+        self.tapped = self._make_tapped()
 
     @classmethod
     def use(cls, namespace: Any, name: str, names: TapNames) -> TapSite:
@@ -111,7 +111,7 @@ class TapSite:
         site = cls._sites.get(key)
         if site is None:
             site = cls._sites[key] = cls(namespace, name, names)
-            setattr(namespace, name, site.wrapper)
+            setattr(namespace, name, site.tapped)
         site.users += 1
         return site
 
@@ -120,16 +120,23 @@ class TapSite:
         self.users -= 1
         if self.users == 0:
             del self._sites[(id(self.namespace), self.name)]
-            if getattr(self.namespace, self.name) is self.wrapper:
+            if getattr(self.namespace, self.name) is self.tapped:
                 setattr(self.namespace, self.name, self.original)
 
-    def _call(self, wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _make_tapped(self) -> Callable[..., Any]:
+        """A plain function, no wrapt proxy, and no context variable while nothing is dead: neither can be compiled."""
+        original, attend = self.original, eagerly(self._attend)
+
+        @functools.wraps(original)
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            return attend(args, kwargs) if BUSY.now else original(*args, **kwargs)
+
+        return tapped
+
+    def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tap = current_tap()
         if tap is None or (tap.gated and not _inside.get()):
-            return wrapped(*args, **kwargs)
-        return self._attend_eagerly(tap, wrapped, args, kwargs)
-
-    def _attend(self, tap: CallTap, wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.original(*args, **kwargs)
         bound = self.signature.bind(*args, **kwargs)
         given, names = bound.arguments, self.names
         for name in names.refuse:
@@ -140,7 +147,7 @@ class TapSite:
             given.update({names.q: q, names.k: k, names.v: v})
             if names.mask is not None:
                 given[names.mask] = mask
-            result: Tensor = wrapped(*bound.args, **bound.kwargs)
+            result: Tensor = self.original(*bound.args, **bound.kwargs)
             return result
 
         mask = given.get(names.mask) if names.mask else None
@@ -267,9 +274,18 @@ class Patches:
             raise failures[0]
 
 
+def _count_inside(by: int) -> None:
+    _inside.set(_inside.get() + by)
+
+
+_count_inside_eagerly = eagerly(_count_inside)
+
+
 def _go_inside(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
-    _inside.set(_inside.get() + 1)
+    if BUSY.now:
+        _count_inside_eagerly(1)
 
 
 def _go_outside(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
-    _inside.set(_inside.get() - 1)
+    if BUSY.now:
+        _count_inside_eagerly(-1)

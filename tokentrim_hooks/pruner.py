@@ -18,6 +18,7 @@ class Pruner:
     def __init__(self, adapter: Adapter, patch: tuple[int, int], policy: Policy, layers: int = 0) -> None:
         self.enabled = True
         self.proven = False
+        self.finding = ""
         self._adapter = adapter
         self._patch = patch
         self._anchors = bool(getattr(policy, "prune_anchors", False))
@@ -60,7 +61,9 @@ class Pruner:
     def check(self, finite: bool) -> bool:
         """Self-check after the first prune and replay; on failure everything is revived and pruning stays off."""
         tap = self._last
-        self.proven = finite and tap is not None and tap.dropped > 0 and tap.calls >= max(self._expected, 1)
+        calls, dropped, expected = (tap.calls, tap.dropped, max(self._expected, 1)) if tap else (0, 0, 1)
+        self.finding = f"{calls} of {expected} attention calls tapped, {dropped} keys dropped, output finite: {finite}"
+        self.proven = finite and dropped > 0 and calls >= expected
         if not self.proven:
             self.enabled = False
             self._tombstones.revive()

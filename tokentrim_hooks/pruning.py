@@ -25,6 +25,25 @@ PRUNABLE = frozenset({Role.CONTEXT, Role.FLIGHT})
 _current: ContextVar[CallTap | None] = ContextVar("tokentrim_call", default=None)
 
 
+class Busy:
+    """Whether any tap of the process is at work: a plain attribute, which compiled code can guard on.
+
+    While it is False, tapped functions run as if they were not tapped, without a graph break.
+    """
+
+    def __init__(self) -> None:
+        self.taps = 0
+        self.now = False
+
+    def change(self, by: int) -> None:
+        """Count taps in and out."""
+        self.taps += by
+        self.now = self.taps > 0
+
+
+BUSY = Busy()
+
+
 # ---------------------------------------------------------------------------------------------- tombstones
 
 def mark_of(dtype: torch.dtype) -> float:
@@ -50,8 +69,10 @@ class Tombstones:
         sample, row = _positions(tokens, first, rows.stop, rows.tokens)
         if not sample:
             return 0
+        places = torch.tensor([sample, row])
+        on_device: dict[torch.device, Tensor] = {}
         for values in rows.values:
-            index = torch.tensor([sample, row], device=values.device)
+            index = on_device.setdefault(values.device, places.to(values.device))
             self.replaced.append((values, index, values[index[0], index[1], 0, 0].clone()))
             values[index[0], index[1], 0, 0] = mark_of(values.dtype)
         return len(sample)
@@ -297,9 +318,11 @@ def current_tap() -> CallTap | None:
 
 def enter_tap(tap: CallTap | None) -> Token[CallTap | None]:
     """Make ``tap`` the current one; give the token back to :func:`leave_tap`."""
+    BUSY.change(tap is not None)
     return _current.set(tap)
 
 
 def leave_tap(token: Token[CallTap | None]) -> None:
     """Undo :func:`enter_tap`."""
+    BUSY.change(-(_current.get() is not None))
     _current.reset(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map
 from tokentrim_hooks.adapter import Adapter, Call
 from tokentrim_hooks.chunks import Chunk, Reading, Step, Video, read
 from tokentrim_hooks.drift import latent_summary, token_drift
-from tokentrim_hooks.errors import LatentsError
+from tokentrim_hooks.errors import LatentsError, TokenTrimWarning
 from tokentrim_hooks.policy import Policy, Verdict
 from tokentrim_hooks.pruner import Pruner
 from tokentrim_hooks.pruning import enter_tap, leave_tap
@@ -100,6 +101,12 @@ class Regenerator:
         if not self.pruner.proven and not self._prove(steps[-1].call, again):
             chunk.tokens, chunk.dead = [], 0
             chunk.notes.append("self-check failed: pruning is off")
+            warnings.warn(
+                f"the first prune could not be proved ({self.pruner.finding}); it was undone, and this model is only "
+                "observed from now on",
+                TokenTrimWarning,
+                stacklevel=2,
+            )
             # The failed attempt has poisoned what the denoiser wrote of this chunk: write it once more.
             return self._replay(module, steps, chunk)
         chunk.regenerations += 1
