@@ -36,6 +36,7 @@ from tokentrim_hooks.errors import (
     UnsupportedProbeError,
 )
 from tokentrim_hooks.handle import PatchHandle
+from tokentrim_hooks.observers import JsonLines, Observer, ProgressLine
 from tokentrim_hooks.patches import Patches
 from tokentrim_hooks.plugins import AdapterInfo, hookimpl
 from tokentrim_hooks.policy import DriftPolicy, History, ObservePolicy, Policy, Verdict
@@ -57,17 +58,20 @@ __all__ = [
     "Detection",
     "DriftPolicy",
     "History",
+    "JsonLines",
     "KeyLayout",
     "LatentsError",
     "Match",
     "Method",
     "NoMatch",
     "ObservePolicy",
+    "Observer",
     "PatchHandle",
     "Patches",
     "Phase",
     "PluginError",
     "Policy",
+    "ProgressLine",
     "Report",
     "Role",
     "Seen",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from tokentrim_hooks.errors import (
     UnsupportedModelError,
 )
 from tokentrim_hooks.handle import PatchHandle, handle_of, owner_of
+from tokentrim_hooks.observers import Observer
 from tokentrim_hooks.plugins import AdapterInfo, enabled, everything
 from tokentrim_hooks.policy import DriftPolicy, Policy
 from tokentrim_hooks.rollout import Probe
@@ -44,6 +45,7 @@ def patch(
     probe: Probe = "first-step",
     on_error: OnError = "raise",
     replace: bool = False,
+    observers: Sequence[Observer] = (),
 ) -> PatchHandle:
     """Patch a model so that drifting tokens are pruned from its context while it generates.
 
@@ -55,6 +57,7 @@ def patch(
             one extra denoiser call a trigger) or ``"candidate"`` (the finished chunk, Algorithm 1; a whole chunk).
         on_error: ``"raise"``, or ``"warn"`` to go on unpatched rather than lose a long generation.
         replace: take an existing patch off first, instead of raising AlreadyPatchedError.
+        observers: told of every accepted chunk while the run goes on (:class:`JsonLines`, :class:`ProgressLine`, ...).
 
     Returns:
         A handle with ``report``, ``reset()`` and ``unpatch()``; also a context manager.
@@ -68,7 +71,7 @@ def patch(
     chosen, match = _choose(model, adapter)
     _make_room(model, match, replace)
     _refuse_compiled(match.denoiser)
-    return PatchHandle.attach(model, chosen(), match, policy, probe, on_error)
+    return PatchHandle.attach(model, chosen(), match, policy, probe, on_error, observers)
 
 
 def unpatch(model: Any) -> None:

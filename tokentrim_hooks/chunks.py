@@ -40,6 +40,9 @@ class Chunk:
     given: bool = False
     latest: Tensor | None = None
     """Summary of the chunk as last seen; becomes the next chunk's predecessor."""
+    latents: Tensor | None = None
+    """The chunk as last seen, for observers; a reference, not a copy."""
+    published: bool = False
     clean: list[Tensor] = field(default_factory=list)
     """Per call whose kind only the device knows: whether its latents were clean."""
     reading: Reading | None = None
@@ -107,23 +110,32 @@ class Reading:
     std: list[float]
     prune: list[bool]
     tokens: list[list[int]]
+    drift: list[list[float]]
     flags: list[bool]
 
 
-def read(verdict: Verdict, history: History, flags: list[Tensor]) -> Reading:
-    """Bring a verdict to the host together with waiting flags: exactly one synchronisation."""
+def read(verdict: Verdict, drift: Tensor, history: History, flags: list[Tensor]) -> Reading:
+    """Bring a verdict, its drift ``[B, N]`` and waiting flags to the host: exactly one synchronisation."""
     severity = verdict.severity
     wide = torch.float32 if severity.device.type == "mps" else torch.float64
     columns = [severity, verdict.threshold, history.mean, history.std, verdict.prune]
     table = torch.stack([column.to(severity.device, wide) for column in columns])
     waiting = [flag.reshape(1).to(severity.device, wide) for flag in flags]
-    values: list[float] = torch.cat([table.flatten(), verdict.tokens.to(wide).flatten(), *waiting]).tolist()
-    batch, k = verdict.tokens.shape
-    rows = [values[i * batch : (i + 1) * batch] for i in range(5)]
-    chosen, tail = values[5 * batch : (5 + k) * batch], values[(5 + k) * batch :]
-    tokens = [[int(t) for t in chosen[b * k : (b + 1) * k]] for b in range(batch)]
+    parts = [table, verdict.tokens.to(wide), drift.to(wide), *waiting]
+    values: list[float] = torch.cat([part.flatten() for part in parts]).tolist()
+    batch = severity.shape[0]
+    rows = [_take(values, batch) for _ in range(5)]
+    tokens = [[int(token) for token in _take(values, verdict.tokens.shape[1])] for _ in range(batch)]
+    drifts = [_take(values, drift.shape[1]) for _ in range(batch)]
     prune = [bool(value) for value in rows[4]]
-    return Reading(rows[0], rows[1], rows[2], rows[3], prune, tokens, [bool(value) for value in tail])
+    return Reading(rows[0], rows[1], rows[2], rows[3], prune, tokens, drifts, [bool(value) for value in values])
+
+
+def _take(values: list[float], count: int) -> list[float]:
+    """Remove and return the first ``count`` values."""
+    taken = values[:count]
+    del values[:count]
+    return taken
 
 
 def records_of(number: int, video: Video, chunk: Chunk) -> list[ChunkRecord]:
@@ -160,6 +172,7 @@ def _judged(record: ChunkRecord, chunk: Chunk, reading: Reading, sample: int) ->
         accepted_severity=(chunk.accepted or reading.severity)[sample],
         pruned=pruned,
         tokens=tuple(reading.tokens[sample]),
+        drift=tuple(float(f"{value:.4g}") for value in reading.drift[sample]),
         dead=chunk.dead // sum(reading.prune) if pruned else 0,
         regenerations=chunk.regenerations if pruned else 0,
     )

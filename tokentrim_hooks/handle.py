@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from tokentrim_hooks.adapter import Adapter, Match, Method
 from tokentrim_hooks.errors import TokenTrimWarning
+from tokentrim_hooks.observers import Guarded, Observer, tell
 from tokentrim_hooks.patches import Patches, eagerly
 from tokentrim_hooks.policy import Policy
 from tokentrim_hooks.report import Report
@@ -32,7 +33,14 @@ class PatchHandle:
 
     @classmethod
     def attach(
-        cls, model: Any, adapter: Adapter, match: Match, policy: Policy, probe: Probe, on_error: str
+        cls,
+        model: Any,
+        adapter: Adapter,
+        match: Match,
+        policy: Policy,
+        probe: Probe,
+        on_error: str,
+        observers: Sequence[Observer] = (),
     ) -> PatchHandle:
         """Attach to a recognised model; if any step fails, everything is rolled back and the failure raised."""
         patches = Patches()
@@ -40,7 +48,8 @@ class PatchHandle:
             adapter.attach(model, patches)
             patches.require_tap(adapter.name)
             report = Report(_settings(adapter, match, policy, probe))
-            rollout = Rollout(adapter, match, policy, probe, report, patches.layers)
+            guarded = [Guarded(observer) for observer in observers]
+            rollout = Rollout(adapter, match, policy, probe, report, patches.layers, guarded)
             handle = cls(adapter, patches, rollout, on_error)
             before, after = handle._guard(rollout.before), handle._guard(rollout.after)
             if isinstance(match.denoiser, Method):
@@ -49,6 +58,7 @@ class PatchHandle:
                 patches.hook(match.denoiser, before, after, rollout.leave)
             for owner in {id(o): o for o in (model, owner_of(match))}.values():
                 handle._leave_card(owner)
+            tell(guarded, "on_start", report.settings)
         except BaseException:
             patches.undo()
             raise
@@ -79,6 +89,7 @@ class PatchHandle:
             return
         self._rollout.reset()
         self._patches.undo()
+        tell(self._rollout.observers, "on_end")
         if not self._gave_up and self._rollout.unread_calls and not len(self._rollout.report):
             warnings.warn(
                 "tokentrim was patched in and the denoiser was called, but no chunk was recognised: nothing was "

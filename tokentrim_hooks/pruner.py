@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from tokentrim_hooks.adapter import Adapter, CacheRows, Call
+from tokentrim_hooks.ledger import Ledger
 from tokentrim_hooks.policy import Policy
-from tokentrim_hooks.pruning import CallTap, Ledger, Tombstones, clear_marks
+from tokentrim_hooks.pruning import CallTap
+from tokentrim_hooks.tombstones import Tombstones, clear_marks
 
 
 class Pruner:

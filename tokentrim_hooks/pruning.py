@@ -1,26 +1,22 @@
-"""Pruning that is exact: dead tokens never reach the attention kernel.
+"""The attention tap: dead tokens never reach the attention kernel.
 
-Two ways, one tap. Caches that hold K/V rows carry *tombstones*: one infinite element in the V row of a dead token.
-The mark travels with the row through native rolls, sinks and copies, dies when the row is overwritten, and poisons
-the output loudly if an attention path was missed. Contexts that lie in the sequence are pruned by *key selection*:
-a ledger of dead (frame, token) pairs and the adapter's key layout say which keys are live. Either way the tap hands
-only live rows of K and V to the kernel.
+Caches carry tombstones (tombstones.py), contexts in the sequence have a ledger (ledger.py). Either way the tap computes
+once per denoiser call which rows of K and V are live, and hands only those to the kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from tokentrim_hooks.adapter import CacheRows, KeyLayout, Role, Segment, require_floating
+from tokentrim_hooks.adapter import KeyLayout
 from tokentrim_hooks.errors import UnsupportedContextError
-
-PRUNABLE = frozenset({Role.CONTEXT, Role.FLIGHT})
+from tokentrim_hooks.ledger import Ledger, QueryGroup
+from tokentrim_hooks.tombstones import alive_rows
 
 _current: ContextVar[CallTap | None] = ContextVar("tokentrim_call", default=None)
 
@@ -42,179 +38,6 @@ class Busy:
 
 
 BUSY = Busy()
-
-
-# ---------------------------------------------------------------------------------------------- tombstones
-
-def mark_of(dtype: torch.dtype) -> float:
-    """Value of a tombstone: +inf, or NaN where the type has no infinity (fp8 ``*fn`` types)."""
-    return float("nan") if "float8" in str(dtype) and "fn" in str(dtype) else float("inf")
-
-
-def alive_rows(values: Tensor) -> Tensor:
-    """Rows of V ``[B, rows, heads, head_dim]`` that carry no tombstone: BoolTensor ``[B, rows]`` on the device."""
-    return torch.isfinite(values[:, :, 0, 0].float())
-
-
-@dataclass
-class Tombstones:
-    """Marks in the V rows of one or more KV caches, and what they replaced, for as long as rows have not moved."""
-
-    replaced: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-
-    def mark(self, rows: CacheRows, tokens: Sequence[Sequence[int]], prune_anchors: bool = False) -> int:
-        """Mark all cached positions of ``tokens`` (one list a sample; empty = spare it); return rows marked."""
-        require_floating(rows.values)
-        first = rows.start if prune_anchors else rows.start + rows.anchors
-        sample, row = _positions(tokens, first, rows.stop, rows.tokens)
-        if not sample:
-            return 0
-        places = torch.tensor([sample, row])
-        on_device: dict[torch.device, Tensor] = {}
-        for values in rows.values:
-            index = on_device.setdefault(values.device, places.to(values.device))
-            self.replaced.append((values, index, values[index[0], index[1], 0, 0].clone()))
-            values[index[0], index[1], 0, 0] = mark_of(values.dtype)
-        return len(sample)
-
-    def revive(self) -> None:
-        """Put back what the marks replaced. Only valid while no row has moved since."""
-        for values, index, old in reversed(self.replaced):
-            values[index[0], index[1], 0, 0] = old
-        self.replaced.clear()
-
-    def settle(self) -> None:
-        """Forget what the marks replaced: they are final."""
-        self.replaced.clear()
-
-
-def _positions(
-    tokens: Sequence[Sequence[int]], first: int, stop: int, per_frame: int
-) -> tuple[list[int], list[int]]:
-    """(sample, row) of every cached copy of the tokens in rows ``first..stop``."""
-    if first % per_frame:
-        raise UnsupportedContextError(f"history starts at row {first}, not at a frame of {per_frame} rows")
-    pairs = [
-        (sample, frame + token)
-        for sample, chosen in enumerate(tokens)
-        for frame in range(first, stop, per_frame)
-        for token in chosen
-        if frame + token < stop
-    ]
-    return [sample for sample, _ in pairs], [row for _, row in pairs]
-
-
-def clear_marks(values: Iterable[Tensor]) -> None:
-    """Make rows whose mark cannot be undone finite again (0 in the marked element), so that nothing is poisoned."""
-    for value in values:
-        element = value[:, :, 0, 0]
-        element.copy_(torch.where(torch.isfinite(element.float()), element, torch.zeros_like(element)))
-
-
-# ---------------------------------------------------------------------------------------------- key selection
-
-@dataclass
-class Ledger:
-    """Dead tokens of contexts that lie in the sequence: which chunk killed which token of which frame, per sample.
-
-    ``killed[frame]`` is a CPU LongTensor ``[B, tokens]``: the start frame of the killing chunk, or ALIVE.
-    """
-
-    ALIVE = 2**62
-
-    prune_anchors: bool = False
-    coarse: str = "any"
-    """A key that covers several tokens dies with ``"any"`` of them, or only with ``"all"`` of them."""
-    killed: dict[int, Tensor] = field(default_factory=dict)
-    grid: tuple[int, int] = (0, 0)
-
-    def kill(
-        self, layout: KeyLayout, tokens: Sequence[Sequence[int]], chunk: int, grid: tuple[int, int]
-    ) -> int:
-        """Kill ``tokens`` (one list a sample) of ``grid`` in all context frames; return the tokens newly dead."""
-        before, self.grid = self.dead, grid
-        for segment in layout.segments:
-            if segment.role in PRUNABLE or (segment.role is Role.ANCHOR and self.prune_anchors):
-                for frame in segment.frames:
-                    self._kill_in_frame(frame, grid[0] * grid[1], tokens, chunk)
-        return self.dead - before
-
-    @property
-    def dead(self) -> int:
-        """Number of dead (sample, frame, token) triples."""
-        return sum(int((mask < self.ALIVE).sum()) for mask in self.killed.values())
-
-    def _kill_in_frame(self, frame: int, size: int, tokens: Sequence[Sequence[int]], chunk: int) -> None:
-        mask = self.killed.setdefault(frame, torch.full((len(tokens), size), self.ALIVE))
-        for sample, chosen in enumerate(tokens):
-            mask[sample, list(chosen)] = mask[sample, list(chosen)].clamp(max=chunk)
-
-    def forget(self, chunk: int) -> None:
-        """Bring back what ``chunk`` killed."""
-        for mask in self.killed.values():
-            mask[mask == chunk] = self.ALIVE
-
-    def live(self, layout: KeyLayout, samples: int) -> list[QueryGroup]:
-        """Live keys of a layout, per group of queries that see the same (CPU masks)."""
-        flight = {f for s in layout.segments if s.role is Role.FLIGHT for f in s.frames}
-        if not flight & self.killed.keys():
-            return [QueryGroup(0, layout.length, self._live_mask(layout, samples, self.ALIVE))]
-        groups, place = [], 0
-        for segment in layout.segments:
-            asker = {Role.FLIGHT: min(segment.frames, default=0), Role.CURRENT: self.ALIVE}.get(segment.role, -1)
-            mask = self._live_mask(layout, samples, asker)
-            groups.append(QueryGroup(place, place + segment.length, mask))
-            place += segment.length
-        return groups
-
-    def _live_mask(self, layout: KeyLayout, samples: int, asker: int) -> Tensor:
-        """Keys that queries of the chunk starting at ``asker`` may see: chunks in flight hide only from later ones."""
-        parts = [torch.ones(samples, 0, dtype=torch.bool)]
-        for segment in layout.segments:
-            limit = {Role.CONTEXT: self.ALIVE, Role.FLIGHT: asker}.get(segment.role, -1)
-            if segment.role is Role.ANCHOR and self.prune_anchors:
-                limit = self.ALIVE
-            parts.append(self._segment_mask(segment, samples, limit))
-        return torch.cat(parts, dim=1)
-
-    def _segment_mask(self, segment: Segment, samples: int, limit: int) -> Tensor:
-        """Live keys of one segment, ``[B, keys]``."""
-        if limit < 0 or not any(frame in self.killed for frame in segment.frames):
-            return torch.ones(samples, segment.length, dtype=torch.bool)
-        dead = torch.stack([self._dead_in_frame(frame, samples, limit) for frame in segment.frames], dim=1)
-        if segment.scale != (1, 1, 1):
-            dead = coarsened(dead, segment.scale, self.coarse)[:, :, : segment.height, : segment.width]
-        return ~dead.flatten(1)
-
-    def _dead_in_frame(self, frame: int, samples: int, limit: int) -> Tensor:
-        """Tokens of a frame that are dead to the asker, ``[B, height, width]``."""
-        if frame not in self.killed:
-            return torch.zeros(samples, *self.grid, dtype=torch.bool)
-        killed = self.killed[frame]
-        return ((killed != self.ALIVE) & (killed <= limit)).view(samples, *self.grid)
-
-
-def coarsened(dead: Tensor, scale: tuple[int, int, int], rule: str) -> Tensor:
-    """Dead keys of a coarse segment: ``[B, F, H, W]`` of fine tokens to ``[B, F/t, H/h, W/w]``, rounded up.
-
-    A coarse key at the border that covers fewer tokens is judged by those that exist.
-    """
-    t, h, w = scale
-    padding = [amount for size, step in zip(dead.shape[:0:-1], (w, h, t), strict=True) for amount in (0, -size % step)]
-    padded = torch.nn.functional.pad(dead, padding, value=rule == "all")
-    blocks = rearrange(padded, "b (f t) (i h) (j w) -> b f i j (t h w)", t=t, h=h, w=w)
-    return blocks.all(-1) if rule == "all" else blocks.any(-1)
-
-
-# ---------------------------------------------------------------------------------------------- attention
-
-@dataclass(frozen=True)
-class QueryGroup:
-    """Queries ``start..stop`` see the keys that are True in ``alive``, a CPU BoolTensor ``[B, keys]``."""
-
-    start: int
-    stop: int | None
-    alive: Tensor
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ class Regenerator:
     ) -> tuple[Any, Tensor]:
         """Judge the last of ``steps``; regenerate while the policy asks for it. Returns (output, prediction)."""
         call, prediction = steps[-1].call, steps[-1].prediction
-        verdict = None if call.commits else self._verdict(call, prediction, video, output)
-        if verdict is None:
+        drift = None if call.commits else self._drift(call, prediction, video, output)
+        if drift is None:
             return output, prediction
-        reading = self._read(call, verdict, video, chunk)
+        verdict, reading = self._judge(call, drift, video, chunk)
         if chunk.given:
             return output, prediction
         chunk.reading = reading
@@ -44,9 +44,9 @@ class Regenerator:
                 break
             output = self._regenerate(module, steps, reading, chunk, output)
             prediction = self.adapter.prediction(call, output)
-            verdict = self._verdict(call, prediction, video, output)
-            assert verdict is not None
-            reading = self._read(call, verdict, video, chunk)
+            drift = self._drift(call, prediction, video, output)
+            assert drift is not None
+            verdict, reading = self._judge(call, drift, video, chunk)
             chunk.accepted = reading.severity
         video.statistics = video.statistics.updated(verdict.severity)
         return output, prediction
@@ -57,28 +57,30 @@ class Regenerator:
             chunk.applied.add(call.stream)
             chunk.dead += self.pruner.prune(call, chunk.tokens, chunk.start)
 
-    def _verdict(self, call: Call, prediction: Tensor, video: Video, output: Any) -> Verdict | None:
-        """Judge a prediction against the previous chunk; None where there is no previous chunk."""
+    def _drift(self, call: Call, prediction: Tensor, video: Video, output: Any) -> Tensor | None:
+        """Token drift ``[B, N]`` against the previous chunk; None where there is no previous chunk."""
         flying = self.adapter.reference(call, output)
         previous = video.previous if flying is None else latent_summary(flying, self.patch)
         if previous is None:
             return None
-        return self.policy.judge(token_drift(latent_summary(prediction, self.patch), previous), video.history())
+        return token_drift(latent_summary(prediction, self.patch), previous)
 
-    def _read(self, call: Call, verdict: Verdict, video: Video, chunk: Chunk) -> Reading:
-        """The one host read of a chunk: the verdict, and the flags that have been waiting on the device."""
+    def _judge(self, call: Call, drift: Tensor, video: Video, chunk: Chunk) -> tuple[Verdict, Reading]:
+        """Ask the policy; bring its verdict and the flags that waited on the device to the host, in one read."""
+        history = video.history()
+        verdict = self.policy.judge(drift, history)
         clean = clean_flag(call) if chunk.steps == 1 else []
-        reading = read(verdict, video.history(), [*clean, *video.waiting])
+        reading = read(verdict, drift, history, [*clean, *video.waiting])
         chunk.given = chunk.given or any(reading.flags[: len(clean)])
         noisy = [not flag for flag in reading.flags[len(clean) :]]
         video.usual_steps = sum(noisy) or video.usual_steps
         video.waiting = []
-        if not all(math.isfinite(value) for value in reading.severity):
+        if not all(math.isfinite(value) for sample in reading.drift for value in sample):
             raise LatentsError(
                 f"the chunk at latent frame {chunk.start}, or the one before it, holds NaN or inf: the model itself "
                 "diverged, so no verdict is possible and none is pretended"
             )
-        return reading
+        return verdict, reading
 
     def _prune(self, call: Call, reading: Reading, chunk: Chunk) -> bool:
         """Prune the flagged samples' tokens; False where the context held nothing that may be pruned."""

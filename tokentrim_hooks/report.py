@@ -21,7 +21,8 @@ class ChunkRecord:
         severity, mean, std, threshold: at the first judgement, in latent units; None where there was none.
         accepted_severity: severity of what was accepted, after regeneration.
         pruned: whether tokens were pruned for this sample. tokens: the unstable set (row-major over the patch grid).
-        dead: context rows newly dead. regenerations, extra_calls: second attempts and the calls that they cost.
+        drift: drift of every token, to four digits. dead: context rows newly dead.
+        regenerations, extra_calls: second attempts and the calls that they cost.
         grid: (height, width) of the token grid. seconds: wall clock from the chunk's first call to its last.
         given: the chunk was handed in as clean context (an image or video prefix). notes: anything unusual.
     """
@@ -39,6 +40,7 @@ class ChunkRecord:
     accepted_severity: float | None = None
     pruned: bool = False
     tokens: tuple[int, ...] = ()
+    drift: tuple[float, ...] = ()
     dead: int = 0
     regenerations: int = 0
     extra_calls: int = 0

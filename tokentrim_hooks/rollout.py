@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import Token
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from tokentrim_hooks.adapter import Adapter, Call, Match, Phase, bind
 from tokentrim_hooks.chunks import Chunk, Step, Video, records_of
 from tokentrim_hooks.drift import RunningStatistics, latent_summary
 from tokentrim_hooks.errors import LatentsError, UnsupportedProbeError
+from tokentrim_hooks.observers import Observer, tell
 from tokentrim_hooks.policy import Policy
 from tokentrim_hooks.pruner import Pruner
 from tokentrim_hooks.pruning import CallTap, enter_tap, leave_tap
@@ -25,11 +27,19 @@ class Rollout:
     """Algorithm 1 of the paper over denoiser calls; ``before``, ``after`` and ``leave`` are the forward hooks."""
 
     def __init__(
-        self, adapter: Adapter, match: Match, policy: Policy, probe: Probe, report: Report, layers: int = 0
+        self,
+        adapter: Adapter,
+        match: Match,
+        policy: Policy,
+        probe: Probe,
+        report: Report,
+        layers: int = 0,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.adapter, self.patch, self.policy, self.probe, self.report = adapter, match.patch, policy, probe, report
         self.pruner = Pruner(adapter, match.patch, policy, layers)
         self.persist = bool(getattr(policy, "persist", True))
+        self.observers = list(observers)
         self.unread_calls = 0
         self._regenerator = Regenerator(adapter, match.patch, policy, self.pruner)
         self._video: Video | None = None
@@ -69,6 +79,8 @@ class Rollout:
                     output, prediction = self._regenerator.judge(module, steps, video, chunk, output)
             self._remember(call, phase, prediction, chunk)
         video.returned = prediction
+        if phase is Phase.COMMIT:
+            self._publish()
         return output
 
     def leave(self, _module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
@@ -131,7 +143,7 @@ class Rollout:
         else:
             video.waiting = chunk.clean
         video.previous = chunk.latest if chunk.latest is not None else video.previous
-        self.report.records.extend(self._records())
+        self._publish()
         video.chunk += 1
         self._chunk = None
 
@@ -149,7 +161,18 @@ class Rollout:
 
     def snapshot(self) -> Report:
         """The report so far, the chunk in progress included."""
-        return Report(dict(self.report.settings), [*self.report.records, *self._records()])
+        pending = [] if self._chunk is None or self._chunk.published else self._records()
+        return Report(dict(self.report.settings), [*self.report.records, *pending])
+
+    def _publish(self) -> None:
+        """Record the chunk and tell the observers, once: at its commit, or at the next chunk where there is none."""
+        chunk, records = self._chunk, self._records()
+        if chunk is None or chunk.published or not records:
+            return
+        chunk.published = True
+        self.report.records.extend(records)
+        if chunk.latents is not None:
+            tell(self.observers, "on_chunk", records, chunk.latents)
 
     def _revive(self) -> None:
         chunk = self._chunk
@@ -180,10 +203,10 @@ class Rollout:
         if phase is Phase.RECACHE:
             return
         if phase is Phase.COMMIT or call.commits:
-            chunk.latest = latent_summary(call.latents, self.patch)
+            chunk.latest, chunk.latents = latent_summary(call.latents, self.patch), call.latents
             chunk.given = chunk.given or phase is Phase.FIRST
             return
-        chunk.latest = latent_summary(prediction, self.patch)
+        chunk.latest, chunk.latents = latent_summary(prediction, self.patch), prediction
         for clean in clean_flag(call):
             given = latent_summary(call.latents, self.patch).to(chunk.latest.dtype)
             chunk.latest = torch.where(clean, given, chunk.latest)
