@@ -40,6 +40,7 @@ from tokentrim_hooks.observers import JsonLines, Observer, ProgressLine
 from tokentrim_hooks.patches import Patches
 from tokentrim_hooks.plugins import AdapterInfo, hookimpl
 from tokentrim_hooks.policy import DriftPolicy, History, ObservePolicy, Policy, Verdict
+from tokentrim_hooks.pruning import CallTap
 from tokentrim_hooks.report import ChunkRecord, Report
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "AttachError",
     "CacheRows",
     "Call",
+    "CallTap",
     "ChunkRecord",
     "CompiledModelError",
     "Context",

@@ -49,12 +49,14 @@ class Match:
 
     ``denoiser`` is the module whose calls are watched (or a :class:`Method`, where calls bypass ``__call__``);
     ``patch`` the (height, width) in latent pixels that one spatial token covers; ``note`` an optional remark shown
-    by ``tokentrim detect``.
+    by ``tokentrim detect``; ``also`` further denoisers of the same rollout (a low-noise expert), each with a context
+    of its own: give their calls a :attr:`Call.stream` of their own.
     """
 
     denoiser: nn.Module | Method
     patch: tuple[int, int]
     note: str = ""
+    also: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """A context that lies in the attention sequence itself; pruned by selecting keys at the kernel."""
+    """A context that lies in the attention sequence itself; pruned by selecting keys at the kernel.
+
+    ``attentions`` is the number of attention calls over these keys in one denoiser call, where known: the self-check of
+    the first prune expects as many.
+    """
 
     segments: tuple[Segment, ...]
+    attentions: int = 0
 
     @property
     def length(self) -> int:
@@ -195,6 +202,8 @@ class Adapter(ABC):
     """Models that the adapter is written for, for the table of supported models."""
     context_kind: ClassVar[str] = ""
     """In a few words, where the model keeps its context, for the same table."""
+    constructors: ClassVar[tuple[str, ...]] = ()
+    """Classes (``"module:Class"``) whose new objects ``tokentrim run`` shows to the adapters."""
 
     @classmethod
     @abstractmethod
@@ -279,11 +288,12 @@ def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def bind(denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``denoiser(*args, **kwargs)`` by parameter name, defaults included."""
+    """Return the arguments of ``denoiser(*args, **kwargs)`` by name, defaults included; of a method also ``self``."""
     function = denoiser.forward if isinstance(denoiser, nn.Module) else denoiser
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    return dict(bound.arguments)
+    owner = {"self": denoiser.__self__} if inspect.ismethod(denoiser) else {}
+    return {**owner, **bound.arguments}
 
 
 def require_floating(values: Sequence[Tensor]) -> None:

@@ -17,8 +17,9 @@ from tokentrim_hooks.errors import (
     TokenTrimError,
     UnknownAdapterError,
     UnsupportedModelError,
+    UnsupportedProbeError,
 )
-from tokentrim_hooks.handle import PatchHandle, handle_of, owner_of
+from tokentrim_hooks.handle import PatchHandle, handle_of, owners_of
 from tokentrim_hooks.observers import Observer
 from tokentrim_hooks.plugins import AdapterInfo, enabled, everything
 from tokentrim_hooks.policy import DriftPolicy, Policy
@@ -64,13 +65,16 @@ def patch(
 
     Raises:
         UnsupportedModelError, AmbiguousModelError, UnknownAdapterError, AlreadyPatchedError, CompiledModelError,
-        AttachError; TypeError or ValueError for a bad option.
+        AttachError, UnsupportedProbeError; TypeError or ValueError for a bad option.
     """
     policy = DriftPolicy() if policy is None else policy
     _check_options(policy, probe, on_error)
     chosen, match = _choose(model, adapter)
+    if probe == "candidate" and chosen.carry is Adapter.carry:
+        raise UnsupportedProbeError(f"adapter {chosen.name!r} cannot replay a whole chunk; use probe='first-step'")
     _make_room(model, match, replace)
-    _refuse_compiled(match.denoiser)
+    for denoiser in (match.denoiser, *match.also):
+        _refuse_compiled(denoiser)
     return PatchHandle.attach(model, chosen(), match, policy, probe, on_error, observers)
 
 
@@ -157,7 +161,8 @@ def _refusal(model: Any, found: list[Detection]) -> str:
 
 
 def _make_room(model: Any, match: Match, replace: bool) -> None:
-    for handle in (handle_of(model), handle_of(owner_of(match))):
+    owners = (model, *owners_of(match))
+    for handle in [handle_of(owner) for owner in (*owners, *map(type, owners))]:
         if handle is None or not handle.active:
             continue
         if not replace:
@@ -166,9 +171,10 @@ def _make_room(model: Any, match: Match, replace: bool) -> None:
 
 
 def _refuse_compiled(denoiser: nn.Module | Method) -> None:
-    if isinstance(denoiser, Method):
+    owner = denoiser.owner if isinstance(denoiser, Method) else denoiser
+    if not isinstance(owner, nn.Module):
         return
-    for name, module in denoiser.named_modules():
+    for name, module in owner.named_modules():
         optimised = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         if optimised:
             raise CompiledModelError(

@@ -112,6 +112,7 @@ class Reading:
     tokens: list[list[int]]
     drift: list[list[float]]
     flags: list[bool]
+    count: int
 
 
 def read(verdict: Verdict, drift: Tensor, history: History, flags: list[Tensor]) -> Reading:
@@ -128,7 +129,8 @@ def read(verdict: Verdict, drift: Tensor, history: History, flags: list[Tensor])
     tokens = [[int(token) for token in _take(values, verdict.tokens.shape[1])] for _ in range(batch)]
     drifts = [_take(values, drift.shape[1]) for _ in range(batch)]
     prune = [bool(value) for value in rows[4]]
-    return Reading(rows[0], rows[1], rows[2], rows[3], prune, tokens, drifts, [bool(value) for value in values])
+    flags_read = [bool(value) for value in values]
+    return Reading(rows[0], rows[1], rows[2], rows[3], prune, tokens, drifts, flags_read, history.count)
 
 
 def _take(values: list[float], count: int) -> list[float]:
@@ -166,8 +168,8 @@ def _judged(record: ChunkRecord, chunk: Chunk, reading: Reading, sample: int) ->
     return dataclasses.replace(
         record,
         severity=reading.severity[sample],
-        mean=reading.mean[sample],
-        std=reading.std[sample],
+        mean=reading.mean[sample] if reading.count else None,
+        std=reading.std[sample] if reading.count else None,
         threshold=reading.threshold[sample],
         accepted_severity=(chunk.accepted or reading.severity)[sample],
         pruned=pruned,

@@ -47,5 +47,17 @@ class PluginError(TokenTrimError):
     """Two installed adapters have one name, or a plugin breaks the hook's contract."""
 
 
+class ReportError(TokenTrimError):
+    """A folder holds no readable report, or an empty one."""
+
+
+class VideoError(TokenTrimError):
+    """A video cannot be read, or is not one."""
+
+
+class MissingExtraError(TokenTrimError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
 class TokenTrimWarning(UserWarning):
     """Something went wrong, generation goes on without pruning; or a run saw no chunk at all."""

@@ -56,7 +56,9 @@ class PatchHandle:
                 patches.watch(match.denoiser, before, after, rollout.leave)
             else:
                 patches.hook(match.denoiser, before, after, rollout.leave)
-            for owner in {id(o): o for o in (model, owner_of(match))}.values():
+            for other in match.also:
+                patches.hook(other, before, after, rollout.leave)
+            for owner in {id(o): o for o in (model, *owners_of(match))}.values():
                 handle._leave_card(owner)
             tell(guarded, "on_start", report.settings)
         except BaseException:
@@ -148,9 +150,9 @@ class PatchHandle:
         )
 
 
-def owner_of(match: Match) -> Any:
-    """The object or class that carries the patch of the denoiser."""
-    return match.denoiser.owner if isinstance(match.denoiser, Method) else match.denoiser
+def owners_of(match: Match) -> list[Any]:
+    """The objects or classes that carry the patch: of the denoiser and of further ones."""
+    return [match.denoiser.owner if isinstance(match.denoiser, Method) else match.denoiser, *match.also]
 
 
 def handle_of(model: Any) -> PatchHandle | None:

@@ -77,11 +77,15 @@ class Ledger:
             place += segment.length
         return groups
 
-    def _live_mask(self, layout: KeyLayout, samples: int, asker: int) -> Tensor:
+    def live_for(self, layout: KeyLayout, samples: int, start: int) -> Tensor:
+        """Keys alive to queries of the chunk at frame ``start``, ``[B, keys]``: later chunks' prunes are not theirs."""
+        return self._live_mask(layout, samples, start, start)
+
+    def _live_mask(self, layout: KeyLayout, samples: int, asker: int, finished: int = ALIVE) -> Tensor:
         """Keys that queries of the chunk starting at ``asker`` may see: chunks in flight hide only from later ones."""
         parts = [torch.ones(samples, 0, dtype=torch.bool)]
         for segment in layout.segments:
-            limit = {Role.CONTEXT: self.ALIVE, Role.FLIGHT: asker}.get(segment.role, -1)
+            limit = {Role.CONTEXT: finished, Role.FLIGHT: asker}.get(segment.role, -1)
             if segment.role is Role.ANCHOR and self.prune_anchors:
                 limit = self.ALIVE
             parts.append(self._segment_mask(segment, samples, limit))
@@ -101,7 +105,9 @@ class Ledger:
         if frame not in self.killed:
             return torch.zeros(samples, *self.grid, dtype=torch.bool)
         killed = self.killed[frame]
-        return ((killed != self.ALIVE) & (killed <= limit)).view(samples, *self.grid)
+        dead = ((killed != self.ALIVE) & (killed <= limit)).view(-1, *self.grid)
+        # Guidance branches that share a batch share the verdict of the one that is judged.
+        return dead.repeat(samples // dead.shape[0], 1, 1)
 
 
 def coarsened(dead: Tensor, scale: tuple[int, int, int], rule: str) -> Tensor:

@@ -39,6 +39,10 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _swap_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
 def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``function`` out of compiled graphs: our bookkeeping is not the model's."""
     return cast(Callable[..., Any], torch.compiler.disable(function))  # type: ignore[no-untyped-call]
@@ -90,6 +94,25 @@ class TapNames:
     v: str = "v"
     mask: str | None = None
     refuse: tuple[str, ...] = ()
+    heads_first: bool = False
+
+
+class TappedForward:
+    """Stands in for the forward of one attention module; a copied or pickled module gets its own forward back."""
+
+    def __init__(self, original: Callable[..., Any], attend: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._original, self._attend = original, attend
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, unless something is dead."""
+        return self._attend(args, kwargs) if BUSY.now else self._original(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._original, memo)
+
+    def __reduce__(self) -> Any:
+        return _same, (self._original,)
 
 
 class TapSite:
@@ -100,6 +123,7 @@ class TapSite:
     def __init__(self, namespace: Any, name: str, names: TapNames) -> None:
         self.namespace, self.name, self.names = namespace, name, names
         self.users = 0
+        self.before = vars(namespace).get(name, MISSING)
         self.original = getattr(namespace, name)
         self.signature = inspect.signature(self.original)
         self.tapped = self._make_tapped()
@@ -120,12 +144,18 @@ class TapSite:
         self.users -= 1
         if self.users == 0:
             del self._sites[(id(self.namespace), self.name)]
-            if getattr(self.namespace, self.name) is self.tapped:
-                setattr(self.namespace, self.name, self.original)
+            if vars(self.namespace).get(self.name) is not self.tapped:
+                return
+            if self.before is MISSING:
+                delattr(self.namespace, self.name)
+            else:
+                setattr(self.namespace, self.name, self.before)
 
     def _make_tapped(self) -> Callable[..., Any]:
         """A plain function, no wrapt proxy, and no context variable while nothing is dead: neither can be compiled."""
         original, attend = self.original, eagerly(self._attend)
+        if isinstance(self.namespace, nn.Module):
+            return TappedForward(original, attend)
 
         @functools.wraps(original)
         def tapped(*args: Any, **kwargs: Any) -> Any:
@@ -143,15 +173,22 @@ class TapSite:
             if given.get(name) is not None:
                 raise UnsupportedContextError(f"cannot prune while {self.name}() is called with {name}")
 
+        rest: tuple[Any, ...] = ()
+
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            given.update({names.q: q, names.k: k, names.v: v})
+            nonlocal rest
+            given.update({names.q: turn(q), names.k: turn(k), names.v: turn(v)})
             if names.mask is not None:
                 given[names.mask] = mask
-            result: Tensor = self.original(*bound.args, **bound.kwargs)
-            return result
+            result = self.original(*bound.args, **bound.kwargs)
+            first, *others = result if isinstance(result, tuple) else (result,)
+            rest = tuple(others)
+            return cast(Tensor, first)
 
+        turn = _swap_heads if names.heads_first else _same
         mask = given.get(names.mask) if names.mask else None
-        return tap.attend(attend, given[names.q], given[names.k], given[names.v], mask)
+        output = tap.attend(attend, turn(given[names.q]), turn(given[names.k]), turn(given[names.v]), mask)
+        return (output, *rest) if rest else output
 
 
 class Patches:
@@ -198,20 +235,48 @@ class Patches:
         v: str = "v",
         mask: str | None = None,
         refuse: tuple[str, ...] = (),
+        heads_first: bool = False,
         within: Iterable[nn.Module] = (),
     ) -> None:
         """Let only live keys reach the attention function ``namespace.name``.
 
-        q, k, v are ``[B, length, heads, head_dim]``; the names say which parameters hold them. Where the same
+        ``namespace`` is a module of Python, or an attention module of the model (then ``name`` is ``"forward"``). The
+        names say which parameters hold q, k, v: ``[B, length, heads, head_dim]``, or ``[B, heads, length, head_dim]``
+        with ``heads_first``. The result is ``[B, length, ...]``, or a tuple that begins with it. Where the same
         function also serves cross attention, ``within`` lists the self-attention modules in whose calls it counts.
         A call that sets a parameter named in ``refuse`` (lengths, say) raises instead of going wrong.
         """
-        site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse))
+        site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse, heads_first))
         self._undo.append(site.release)
         self.taps += 1
         for module in within:
             self.layers += 1
-            self.hook(module, before=_go_inside, leave=_go_outside)
+            self.hook(module, before=_depth_hooks()[0], leave=_depth_hooks()[1])
+
+    def tap_packed(self, owner: Any, name: str, attend: Callable[..., Any]) -> None:
+        """Tap an attention method that packs queries of several chunks, each with a range of keys of its own.
+
+        While something is dead ``attend(tap, attention, *args, **kwargs)`` stands in for the calls of
+        ``owner.name``: it asks ``tap.live_range(...)`` for each range and calls ``attention``, the original, on what
+        is left. Calls in which it asks nothing count as no attention over the context.
+        """
+
+        def through(attention: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            tap = current_tap()
+            if tap is None:
+                return attention(*args, **kwargs)
+            before = tap.asked
+            output = attend(tap, attention, *args, **kwargs)
+            tap.calls += tap.asked > before
+            return output
+
+        through = eagerly(through)
+
+        def tapped(attention: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return through(attention, args, kwargs) if BUSY.now else attention(*args, **kwargs)
+
+        self.wrap(owner, name, tapped)
+        self.taps += 1
 
     def wrap(
         self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -278,14 +343,17 @@ def _count_inside(by: int) -> None:
     _inside.set(_inside.get() + by)
 
 
-_count_inside_eagerly = eagerly(_count_inside)
+@functools.cache
+def _depth_hooks() -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks that count entries into self attention; made at the first tap, for torch's compiler is slow to import."""
+    count = eagerly(_count_inside)
 
+    def go_inside(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
+        if BUSY.now:
+            count(1)
 
-def _go_inside(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
-    if BUSY.now:
-        _count_inside_eagerly(1)
+    def go_outside(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
+        if BUSY.now:
+            count(-1)
 
-
-def _go_outside(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
-    if BUSY.now:
-        _count_inside_eagerly(-1)
+    return go_inside, go_outside

@@ -52,6 +52,7 @@ class Pruner:
         """Kill ``tokens`` (one list a sample) in the context of ``call`` for ``chunk``; return rows newly dead."""
         context = self._adapter.context(call)
         if not isinstance(context, CacheRows):
+            self._expected = context.attentions or self._expected
             height, width = call.latents.shape[-2] // self._patch[0], call.latents.shape[-1] // self._patch[1]
             return self._ledger.kill(context, tokens, chunk, (height, width))
         dead = self._tombstones.mark(context, tokens, self._anchors)

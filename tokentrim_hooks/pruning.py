@@ -112,7 +112,9 @@ class CallTap:
         self.gated = gated
         self.calls = 0
         self.dropped = 0
+        self.asked = 0
         self._keeps: dict[int, tuple[Keep, ...]] = {}
+        self._ranges: dict[tuple[int, int, int], Tensor | None] = {}
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with the live keys only, counting what was dropped."""
@@ -124,14 +126,48 @@ class CallTap:
         self.dropped = max(self.dropped, dropped)
         return attend_live(attend, q, k, v, mask, keeps) if dropped else attend(q, k, v, mask)
 
+    def live_range(self, start: int, first: int, stop: int, keys: Tensor) -> Tensor | None:
+        """Live keys for one range of packed queries, for :meth:`Patches.tap_packed`.
+
+        Args:
+            start: latent frame at which the queries' chunk starts; what was pruned for later chunks is alive to it.
+            first: first key that these queries see.
+            stop: key behind the last one that they see.
+            keys: all keys of the call, one sample: ``[length, ...]``.
+
+        Returns:
+            LongTensor, positions counted from ``first``, on the keys' device; None if all keys of the range live.
+        """
+        layout = self._layout_of(keys.shape[0])
+        self.asked += 1
+        place = (start, first, stop)
+        if place not in self._ranges:
+            self._ranges[place] = self._live_range(layout, start, first, stop, keys.device)
+        live = self._ranges[place]
+        self.dropped = max(self.dropped, 0 if live is None else stop - first - live.numel())
+        return live
+
+    def _live_range(
+        self, layout: KeyLayout, start: int, first: int, stop: int, device: torch.device
+    ) -> Tensor | None:
+        alive = self.ledger.live_for(layout, 1, start)[0, first:stop]
+        if bool(alive.all()):
+            return None
+        if not bool(alive.any()):
+            raise UnsupportedContextError("pruning would leave a range of queries with no key at all")
+        return alive.nonzero().squeeze(1).to(device, non_blocking=True)
+
     def _groups(self, k: Tensor, v: Tensor) -> list[QueryGroup]:
         if self.layout is None:
             return [QueryGroup(0, None, alive_rows(v).cpu())]
-        if k.shape[1] != self.layout.length:
-            raise UnsupportedContextError(
-                f"self attention sees {k.shape[1]} keys, the adapter's key layout says {self.layout.length}"
-            )
-        return self.ledger.live(self.layout, k.shape[0])
+        return self.ledger.live(self._layout_of(k.shape[1]), k.shape[0])
+
+    def _layout_of(self, keys: int) -> KeyLayout:
+        """The key layout; raises unless it describes as many keys as self attention sees."""
+        if self.layout is None or keys != self.layout.length:
+            known = "has no key layout" if self.layout is None else f"says {self.layout.length}"
+            raise UnsupportedContextError(f"self attention sees {keys} keys, the adapter's key layout {known}")
+        return self.layout
 
 
 def current_tap() -> CallTap | None:

@@ -34,6 +34,8 @@ class Regenerator:
         call, prediction = steps[-1].call, steps[-1].prediction
         drift = None if call.commits else self._drift(call, prediction, video, output)
         if drift is None:
+            # The first chunk of a video, and so the only read: was it handed in as a clean prefix?
+            chunk.given = chunk.given or any(bool(flag) for flag in clean_flag(call))
             return output, prediction
         verdict, reading = self._judge(call, drift, video, chunk)
         if chunk.given:
@@ -51,11 +53,23 @@ class Regenerator:
         video.statistics = video.statistics.updated(verdict.severity)
         return output, prediction
 
-    def prune_branch(self, call: Call, chunk: Chunk) -> None:
-        """Prune the context of another branch of guidance before its first call of a pruned chunk."""
-        if chunk.tokens and call.stream not in chunk.applied and call.start == chunk.start:
-            chunk.applied.add(call.stream)
-            chunk.dead += self.pruner.prune(call, chunk.tokens, chunk.start)
+    def prune_branch(self, call: Call, chunk: Chunk) -> bool:
+        """Prune the context of another branch of guidance, once a pruned chunk; whether it was done now."""
+        if not chunk.tokens or call.stream in chunk.applied or call.start != chunk.start:
+            return False
+        chunk.applied.add(call.stream)
+        chunk.dead += self.pruner.prune(call, chunk.tokens, chunk.start)
+        return True
+
+    def replay_branch(self, module: nn.Module, step: Step, chunk: Chunk, output: Any) -> Any:
+        """Prune another branch after its first call and call it again.
+
+        Needed where the tokens shall come back: the first call may roll the cache, and a mark can be taken back only
+        from rows that have not moved since.
+        """
+        if not self.prune_branch(step.call, chunk):
+            return output
+        return _select([bool(tokens) for tokens in chunk.tokens], self._replay(module, [step], chunk), output)
 
     def _drift(self, call: Call, prediction: Tensor, video: Video, output: Any) -> Tensor | None:
         """Token drift ``[B, N]`` against the previous chunk; None where there is no previous chunk."""

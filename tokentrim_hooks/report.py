@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tokentrim_hooks.errors import ReportError
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,32 @@ class Report:
         (path / "chunks.jsonl").write_text(lines, encoding="utf-8")
         (path / "settings.json").write_text(json.dumps(self.settings, indent=2, default=str), encoding="utf-8")
         return path
+
+
+def read_report(folder: str | Path) -> Report:
+    """Read back what :meth:`Report.save` or :class:`JsonLines` wrote; a last line that a crash cut off is left out.
+
+    Raises:
+        ReportError: no such log, or a line that is no record.
+    """
+    path = Path(folder)
+    log = path / "chunks.jsonl"
+    if not log.is_file():
+        raise ReportError(f"no chunks.jsonl in {path}: is this the folder of a run?")
+    lines = log.read_text(encoding="utf-8").split("\n")
+    whole, rest = lines[:-1], lines[-1]
+    records = [_record_of(line, f"{log}:{number}") for number, line in enumerate(whole, 1) if line.strip()]
+    if rest.strip():
+        with contextlib.suppress(ReportError):
+            records.append(_record_of(rest, str(log)))
+    settings = path / "settings.json"
+    return Report(json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}, records)
+
+
+def _record_of(line: str, place: str) -> ChunkRecord:
+    try:
+        values: dict[str, Any] = json.loads(line)
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return ChunkRecord(**{**values, **lists})
+    except (ValueError, TypeError, AttributeError) as failure:
+        raise ReportError(f"{place} is not a chunk record: {failure}") from failure

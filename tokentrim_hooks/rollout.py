@@ -61,15 +61,17 @@ class Rollout:
             self.unread_calls += 1
             return
         self._phase = self._classify(call)
-        if self._chunk is not None:
+        if self._chunk is not None and self.persist:
             self._regenerator.prune_branch(call, self._chunk)
         self._entered.append(enter_tap(self.pruner.tap(call)))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Judge the chunk where the probe says so; return the output that the sampler goes on with."""
         call, phase, chunk, video = self._call, self._phase, self._chunk, self._video
-        if self._regenerator.replaying or call is None or phase is None or chunk is None or video is None:
+        if self._regenerator.replaying or call is None or chunk is None or video is None:
             return output
+        if phase is None:
+            return self._after_branch(module, call, args, kwargs, output)
         with torch.no_grad():
             chunk.count(phase)
             prediction = self.adapter.prediction(call, output)
@@ -83,9 +85,20 @@ class Rollout:
             self._publish()
         return output
 
+    def _after_branch(
+        self, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Another branch of guidance: where pruning lasts for one chunk only, it is pruned here, else before."""
+        if self.persist or self._chunk is None:
+            return output
+        with torch.no_grad():
+            step = Step(call, args, kwargs, self.adapter.prediction(call, output))
+            return self._regenerator.replay_branch(module, step, self._chunk, output)
+
     def leave(self, _module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
-        """Runs also when the call raises: no tap outlives its call."""
+        """Runs also when the call raises: neither a tap nor the arguments (a cache among them) outlive the call."""
         if not self._regenerator.replaying:
+            self._call = None
             while self._entered:
                 leave_tap(self._entered.pop())
 

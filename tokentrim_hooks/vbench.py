@@ -1,0 +1,81 @@
+"""Import of VBench results, with VBench's own normalisation and weights (Vchitect/VBench, scripts/constant.py).
+
+VBench itself needs downloaded models and old library versions, so it runs elsewhere; this reads the JSON that it writes
+(``{"dimension_name": [score, details], ...}``, one or several files) and makes its Quality, Semantic and Total scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokentrim_hooks.errors import VideoError
+
+QUALITY: dict[str, tuple[float, float, float]] = {
+    "subject_consistency": (0.1462, 1.0, 1.0),
+    "background_consistency": (0.2615, 1.0, 1.0),
+    "temporal_flickering": (0.6293, 1.0, 1.0),
+    "motion_smoothness": (0.706, 0.9975, 1.0),
+    "aesthetic_quality": (0.0, 1.0, 1.0),
+    "imaging_quality": (0.0, 1.0, 1.0),
+    "dynamic_degree": (0.0, 1.0, 0.5),
+}
+"""Dimension: (minimum, maximum, weight)."""
+SEMANTIC: dict[str, tuple[float, float, float]] = {
+    "object_class": (0.0, 1.0, 1.0),
+    "multiple_objects": (0.0, 1.0, 1.0),
+    "human_action": (0.0, 1.0, 1.0),
+    "color": (0.0, 1.0, 1.0),
+    "spatial_relationship": (0.0, 1.0, 1.0),
+    "scene": (0.0, 0.8222, 1.0),
+    "appearance_style": (0.0009, 0.2855, 1.0),
+    "temporal_style": (0.0, 0.364, 1.0),
+    "overall_consistency": (0.0, 0.364, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """VBench's totals, 0..1; None where a dimension is missing (``missing``), never counted as zero."""
+
+    quality: float | None
+    semantic: float | None
+    missing: tuple[str, ...]
+
+    @property
+    def total(self) -> float | None:
+        """(4 quality + semantic) / 5; not the plain mean that some papers call "Final"."""
+        if self.quality is None or self.semantic is None:
+            return None
+        return (4 * self.quality + self.semantic) / 5
+
+
+def read_results(paths: Iterable[str | Path]) -> dict[str, float]:
+    """Raw scores by dimension from VBench's ``*_eval_results.json`` files.
+
+    Raises:
+        VideoError: a file is not such a result.
+    """
+    raw: dict[str, float] = {}
+    for path in paths:
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw.update({str(name).replace(" ", "_"): float(value[0]) for name, value in data.items()})
+        except (OSError, ValueError, AttributeError, TypeError, LookupError) as failure:
+            raise VideoError(f"{path} is not a VBench result file: {failure}") from failure
+    return raw
+
+
+def scores(raw: Mapping[str, float]) -> Scores:
+    """Quality and Semantic scores from raw scores in 0..1."""
+    missing = tuple(name for name in (*QUALITY, *SEMANTIC) if name not in raw)
+    return Scores(_weighted(raw, QUALITY), _weighted(raw, SEMANTIC), missing)
+
+
+def _weighted(raw: Mapping[str, float], table: Mapping[str, tuple[float, float, float]]) -> float | None:
+    if any(name not in raw for name in table):
+        return None
+    parts = [weight * (raw[name] - low) / (high - low) for name, (low, high, weight) in table.items()]
+    return sum(parts) / sum(weight for *_, weight in table.values())
