@@ -178,6 +178,7 @@ class CacheRows:
         stop: row behind the last one that holds history (rows of the current chunk excluded).
         tokens: rows a frame; row ``r`` holds spatial token ``r % tokens``.
         anchors: rows from ``start`` on that are sinks; kept unless the policy asks for ``prune_anchors``.
+        current: (first, behind the last) row of the current chunk where it lies amid history, as in a ring buffer.
     """
 
     values: Sequence[Tensor]
@@ -185,6 +186,7 @@ class CacheRows:
     stop: int
     tokens: int
     anchors: int = 0
+    current: tuple[int, int] = (0, 0)
 
 
 Context = CacheRows | KeyLayout

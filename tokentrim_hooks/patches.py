@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -95,6 +95,7 @@ class TapNames:
     mask: str | None = None
     refuse: tuple[str, ...] = ()
     heads_first: bool = False
+    lengths: str | None = None
 
 
 class TappedForward:
@@ -115,6 +116,18 @@ class TappedForward:
         return _same, (self._original,)
 
 
+def _place_of(namespace: Any) -> Mapping[str, Any]:
+    """Where a namespace keeps its names: a dict is its own place."""
+    return namespace if isinstance(namespace, dict) else vars(namespace)
+
+
+def _put(namespace: Any, name: str, value: Any) -> None:
+    if isinstance(namespace, dict):
+        namespace[name] = value
+    else:
+        setattr(namespace, name, value)
+
+
 class TapSite:
     """One tapped function in a namespace, shared by all patched models whose code lives there."""
 
@@ -123,8 +136,8 @@ class TapSite:
     def __init__(self, namespace: Any, name: str, names: TapNames) -> None:
         self.namespace, self.name, self.names = namespace, name, names
         self.users = 0
-        self.before = vars(namespace).get(name, MISSING)
-        self.original = getattr(namespace, name)
+        self.before = _place_of(namespace).get(name, MISSING)
+        self.original = namespace[name] if isinstance(namespace, dict) else getattr(namespace, name)
         self.signature = inspect.signature(self.original)
         self.tapped = self._make_tapped()
 
@@ -135,7 +148,7 @@ class TapSite:
         site = cls._sites.get(key)
         if site is None:
             site = cls._sites[key] = cls(namespace, name, names)
-            setattr(namespace, name, site.tapped)
+            _put(namespace, name, site.tapped)
         site.users += 1
         return site
 
@@ -144,12 +157,12 @@ class TapSite:
         self.users -= 1
         if self.users == 0:
             del self._sites[(id(self.namespace), self.name)]
-            if vars(self.namespace).get(self.name) is not self.tapped:
+            if _place_of(self.namespace).get(self.name) is not self.tapped:
                 return
             if self.before is MISSING:
                 delattr(self.namespace, self.name)
             else:
-                setattr(self.namespace, self.name, self.before)
+                _put(self.namespace, self.name, self.before)
 
     def _make_tapped(self) -> Callable[..., Any]:
         """A plain function, no wrapt proxy, and no context variable while nothing is dead: neither can be compiled."""
@@ -180,6 +193,8 @@ class TapSite:
             given.update({names.q: turn(q), names.k: turn(k), names.v: turn(v)})
             if names.mask is not None:
                 given[names.mask] = mask
+            if names.lengths is not None:
+                given[names.lengths] = torch.full_like(given[names.lengths][: q.shape[0]], k.shape[1])
             result = self.original(*bound.args, **bound.kwargs)
             first, *others = result if isinstance(result, tuple) else (result,)
             rest = tuple(others)
@@ -236,17 +251,19 @@ class Patches:
         mask: str | None = None,
         refuse: tuple[str, ...] = (),
         heads_first: bool = False,
+        lengths: str | None = None,
         within: Iterable[nn.Module] = (),
     ) -> None:
         """Let only live keys reach the attention function ``namespace.name``.
 
-        ``namespace`` is a module of Python, or an attention module of the model (then ``name`` is ``"forward"``). The
+        ``namespace`` is a module of Python, a dict, or an attention module of the model (``name`` is ``"forward"``). The
         names say which parameters hold q, k, v: ``[B, length, heads, head_dim]``, or ``[B, heads, length, head_dim]``
         with ``heads_first``. The result is ``[B, length, ...]``, or a tuple that begins with it. Where the same
         function also serves cross attention, ``within`` lists the self-attention modules in whose calls it counts.
-        A call that sets a parameter named in ``refuse`` (lengths, say) raises instead of going wrong.
+        A call that sets a parameter named in ``refuse`` raises instead of going wrong. ``lengths`` names the
+        parameter with the number of keys of each sample, where all given keys are valid.
         """
-        site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse, heads_first))
+        site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse, heads_first, lengths))
         self._undo.append(site.release)
         self.taps += 1
         for module in within:

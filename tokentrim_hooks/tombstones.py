@@ -36,7 +36,7 @@ class Tombstones:
         """Mark all cached positions of ``tokens`` (one list a sample; empty = spare it); return rows marked."""
         require_floating(rows.values)
         first = rows.start if prune_anchors else rows.start + rows.anchors
-        sample, row = _positions(tokens, first, rows.stop, rows.tokens)
+        sample, row = _positions(tokens, first, rows.stop, rows.tokens, range(*rows.current))
         if not sample:
             return 0
         places = torch.tensor([sample, row])
@@ -59,9 +59,9 @@ class Tombstones:
 
 
 def _positions(
-    tokens: Sequence[Sequence[int]], first: int, stop: int, per_frame: int
+    tokens: Sequence[Sequence[int]], first: int, stop: int, per_frame: int, spared: range
 ) -> tuple[list[int], list[int]]:
-    """(sample, row) of every cached copy of the tokens in rows ``first..stop``."""
+    """(sample, row) of every cached copy of the tokens in rows ``first..stop`` but not in ``spared``."""
     if first % per_frame:
         raise UnsupportedContextError(f"history starts at row {first}, not at a frame of {per_frame} rows")
     pairs = [
@@ -69,7 +69,7 @@ def _positions(
         for sample, chosen in enumerate(tokens)
         for frame in range(first, stop, per_frame)
         for token in chosen
-        if frame + token < stop
+        if frame + token < stop and frame + token not in spared
     ]
     return [sample for sample, _ in pairs], [row for _, row in pairs]
 

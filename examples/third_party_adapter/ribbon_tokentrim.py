@@ -1,0 +1,67 @@
+"""Adapter that lets tokentrim-hooks patch Ribbon: where the denoiser, its memory and its attention are."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, hookimpl
+
+PARAMETERS = ("latents", "level", "memory", "start", "remember")
+
+
+class Ribbon(Adapter):
+    """Chunks of two frames, three steps and a call with ``remember=True`` that appends the chunk to the memory."""
+
+    name = "ribbon"
+    models = ("Ribbon",)
+    context_kind = "growing memory of keys and values"
+
+    @classmethod
+    def probe(cls, model: object) -> Match | NoMatch:
+        """Ribbon's network takes a memory and a flag to write it; its blocks know their layer."""
+        net = getattr(model, "net", model)
+        if not isinstance(net, nn.Module):
+            return NoMatch("neither a module nor a pipeline with a .net module")
+        missing = [name for name in PARAMETERS if name not in inspect.signature(net.forward).parameters]
+        if missing:
+            return NoMatch(f"the network's forward lacks {', '.join(missing)}")
+        return Match(net, (net.patch, net.patch))
+
+    def attach(self, model: Any, patches: Patches) -> None:
+        """All blocks attend through the function ``attend`` of the module that defines them."""
+        net = getattr(model, "net", model)
+        for home in {type(block).__module__ for block in net.blocks}:
+            patches.tap(sys.modules[home], "attend")
+        self.patch = net.patch
+
+    def parse(self, arguments: Mapping[str, Any]) -> Call:
+        """Every call says by itself where it is and whether it writes."""
+        return Call(
+            arguments["latents"],
+            start=arguments["start"],
+            stream=id(arguments["memory"]),
+            timestep=arguments["level"],
+            commits=arguments["remember"],
+            arguments=arguments,
+        )
+
+    def context(self, call: Call) -> CacheRows:
+        """The memory holds finished frames only, oldest first."""
+        values = call.arguments["memory"].values
+        tokens = call.latents.shape[-2] * call.latents.shape[-1] // self.patch**2
+        return CacheRows(values, 0, values[0].shape[1] if values else 0, tokens)
+
+    def carry(self, call: Call, before: Tensor, after: Tensor) -> Tensor:
+        """The sampler adds fresh noise to the predicted chunk: keep the noise, move the chunk."""
+        return call.latents + (after - before)
+
+
+@hookimpl
+def tokentrim_adapters() -> list[type[Adapter]]:
+    """The adapter of this package."""
+    return [Ribbon]

@@ -1,0 +1,60 @@
+"""The example package installs offline, is found by its entry point, and passes its own conformance test."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "third_party_adapter"
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+
+SCRIPT = """
+import torch
+import tokentrim_hooks as tokentrim
+from ribbon import RibbonVideo
+from tokentrim_hooks.testing import ForcedPolicy
+
+info = {i.name: i for i in tokentrim.adapters()}["ribbon"]
+assert info.distribution == "ribbon-tokentrim 0.1.0", info
+assert [d.adapter for d in tokentrim.detect(RibbonVideo()) if d.matches] == ["ribbon"]
+pipeline, noise = RibbonVideo(), torch.randn(1, 10, 4, 8, 8)
+with tokentrim.patched(pipeline, ForcedPolicy({2: 0.25})) as handle:
+    video = pipeline.generate(noise)
+print(handle.report.triggers, sum(r.dead for r in handle.report), bool(torch.isfinite(video).all()))
+"""
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """A folder into which the example was installed, from a copy so that no build folder stays in the checkout."""
+    copy, folder = tmp_path_factory.mktemp("source") / "ribbon", tmp_path_factory.mktemp("site")
+    subprocess.run(["cp", "-r", str(EXAMPLE), str(copy)], check=True)
+    command = [*PIP, "install", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(folder), str(copy)]
+    subprocess.run(command, check=True, timeout=300)
+    return folder
+
+
+def python(target, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=target, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_found_and_used_through_entry_points(target):
+    assert python(target, "-c", SCRIPT).split() == ["1", "16", "True"]
+
+
+def test_its_own_conformance_test_passes(target):
+    test = str(EXAMPLE / "tests" / "test_conformance.py")
+    out = python(target, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "-rs", test)
+    assert "passed" in out and "failed" not in out
+    assert out.count("NOT CHECKED") == 1, f"only the anchors, of which Ribbon has none, go unchecked: {out}"
+
+
+def test_the_adapter_is_short():
+    assert len((EXAMPLE / "ribbon_tokentrim.py").read_text().splitlines()) < 80

@@ -1,0 +1,126 @@
+"""What the wheel holds, what importing it does, and who imports what."""
+
+import ast
+import configparser
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tokentrim_hooks
+
+ROOT = Path(__file__).parents[2]
+PUBLIC_MODULES = {"tokentrim_hooks", "tokentrim_hooks.testing", "tokentrim_hooks.reference"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Names in a wheel built offline from a copy of the checkout."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "tokentrim_hooks", "adapters"):
+        if (ROOT / name).exists():
+            subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
+    if not (copy / "README.md").exists():
+        (copy / "README.md").write_text("tokentrim-hooks\n")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "wheel", "--no-deps",
+               "--no-build-isolation", "--no-index", "--wheel-dir", str(out), str(copy)]  # fmt: skip
+    subprocess.run(command, check=True, timeout=300)
+    (path,) = out.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_top_level_names(wheel):
+    top = {name.split("/")[0] for name in wheel}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"tokentrim_hooks", "tokentrim_hooks_adapters"}
+
+
+def test_every_module_is_in_the_wheel(wheel):
+    for folder, package in (("tokentrim_hooks", "tokentrim_hooks"), ("adapters", "tokentrim_hooks_adapters")):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert f"{package}/{file.relative_to(ROOT / folder).as_posix()}" in wheel
+    for name in ("tokentrim_hooks/py.typed", "tokentrim_hooks_adapters/py.typed"):
+        assert name in wheel
+
+
+def test_weights_are_in_the_wheel(wheel):
+    weights = [name for name in wheel if name.endswith(".safetensors")]
+    trained = (ROOT / "tokentrim_hooks" / "reference" / "weights.safetensors").exists()
+    assert weights == (["tokentrim_hooks/reference/weights.safetensors"] if trained else [])
+    assert sum(map(len, wheel.values())) < 8_000_000
+
+
+def test_entry_points_name_modules_of_the_wheel(wheel):
+    (text,) = (content for name, content in wheel.items() if name.endswith(".dist-info/entry_points.txt"))
+    parser = configparser.ConfigParser()
+    parser.read_string(text.decode())
+    points = dict(parser["tokentrim_hooks"])
+    for module in points.values():
+        assert module.replace(".", "/") + ".py" in wheel, f"entry point {module} has no file"
+    files = {name for name in wheel if name.startswith("tokentrim_hooks_adapters/") and b"@hookimpl" in wheel[name]}
+    assert files == {module.replace(".", "/") + ".py" for module in points.values()}, "an adapter has no entry point"
+
+
+def python(code, cwd=ROOT.parent):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=cwd)
+
+
+def test_importing_has_no_side_effects():
+    code = """
+import sys, threading, warnings
+import torch
+threads, state = torch.get_num_threads(), torch.get_rng_state()
+function, filters, before = torch.nn.functional.scaled_dot_product_attention, list(warnings.filters), set(sys.modules)
+import tokentrim_hooks
+heavy = {"diffusers", "transformers", "matplotlib", "accelerate", "hypothesis", "pytest", "torch._dynamo",
+         "tokentrim_hooks_adapters"}
+print(sorted(heavy & (set(sys.modules) - before)))
+assert torch.get_num_threads() == threads and torch.equal(state, torch.get_rng_state())
+assert torch.nn.functional.scaled_dot_product_attention is function
+assert threading.active_count() == 1 and warnings.filters == filters
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]", f"import tokentrim_hooks imports {done.stdout}"
+
+
+def test_the_adapters_folder_is_no_package_of_its_own():
+    done = python("import adapters", cwd=ROOT)
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr and "tokentrim_hooks_adapters" in done.stderr
+
+
+def imports(file):
+    """(module, name) pairs of all absolute imports of a file."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+
+
+OUTSIDERS = sorted([*(ROOT / "adapters").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
+
+
+@pytest.mark.parametrize("file", OUTSIDERS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_adapters_and_examples_use_public_names_only(file):
+    for module, name in imports(file):
+        if module.split(".")[0] == "tokentrim_hooks":
+            assert module in PUBLIC_MODULES, f"{file.name} imports from the private module {module}"
+        if module == "tokentrim_hooks" and name is not None:
+            assert name in tokentrim_hooks.__all__, f"{name} is not public"
+
+
+def test_the_core_never_imports_the_adapters():
+    for file in (ROOT / "tokentrim_hooks").rglob("*.py"):
+        for module, _ in imports(file):
+            assert module.split(".")[0] not in ("tokentrim_hooks_adapters", "adapters"), file
+
+
+def test_public_names_exist():
+    for name in tokentrim_hooks.__all__:
+        assert hasattr(tokentrim_hooks, name), name

@@ -1,0 +1,35 @@
+"""Records and reports: strict JSON, honest sums."""
+
+import json
+import math
+
+from tokentrim_hooks import ChunkRecord, Report
+
+
+def record(chunk, **values):
+    return ChunkRecord(0, chunk, 0, 3 * chunk, 3, {"first": 1, "refine": 3, "commit": 1}, **values)
+
+
+def test_json_has_no_infinity():
+    line = record(0, severity=1.5, threshold=math.inf, mean=math.nan).as_json()
+    values = json.loads(line, parse_constant=lambda name: (_ for _ in ()).throw(ValueError(name)))
+    assert (values["severity"], values["threshold"], values["mean"]) == (1.5, None, None)
+    assert values["phases"] == {"first": 1, "refine": 3, "commit": 1}
+
+
+def test_summary_counts():
+    pruned = record(2, severity=4.0, pruned=True, tokens=(1, 2), dead=12, regenerations=1, extra_calls=1)
+    report = Report({}, [record(0), record(1, severity=1.0), pruned])
+    text = report.summary()
+    assert report.triggers == 1 and len(report) == 3
+    assert "3 chunk records, 2 judged, 1 pruned" in text
+    assert "positions pruned 2, context rows dead 12" in text
+    assert "calls 15 + 1 extra (6.7 %)" in text
+    assert Report().summary() == "tokentrim: no chunk seen yet"
+
+
+def test_save_writes_one_line_a_record(tmp_path):
+    folder = Report({"adapter": "x"}, [record(0), record(1)]).save(tmp_path / "deep" / "run")
+    lines = (folder / "chunks.jsonl").read_text().splitlines()
+    assert [json.loads(line)["chunk"] for line in lines] == [0, 1]
+    assert json.loads((folder / "settings.json").read_text()) == {"adapter": "x"}

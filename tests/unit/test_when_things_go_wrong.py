@@ -1,0 +1,125 @@
+"""Failures in the middle of a video: raised by default, or a warning and an unpatched video with on_error="warn"."""
+
+import pytest
+import tiny_reference as tiny
+import torch
+
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.testing import ForcedPolicy
+
+
+class Fragile(ForcedPolicy):
+    """Fails when it judges chunk 3."""
+
+    def judge(self, drift, history):
+        if history.chunk == 3:
+            raise ZeroDivisionError("the policy has a bug")
+        return super().judge(drift, history)
+
+
+def poison(pipeline, at_call):
+    """From the given generator call on, the model returns NaN."""
+    calls = []
+
+    def hook(module, args, output):
+        calls.append(1)
+        return tuple(t * float("nan") for t in output) if len(calls) >= at_call else None
+
+    return pipeline.generator.register_forward_hook(hook, prepend=True)
+
+
+def test_a_failing_policy_raises_by_default():
+    pipeline = tiny.make()
+    with tokentrim.patched(pipeline, Fragile()), pytest.raises(ZeroDivisionError):
+        tiny.run(pipeline)
+
+
+def test_a_failing_policy_with_warn_gives_the_unpatched_video():
+    pipeline, plain = tiny.make(), tiny.run(tiny.make())
+    handle = tokentrim.patch(pipeline, Fragile(), on_error="warn")
+    with pytest.warns(tokentrim.TokenTrimWarning, match=r"stepped aside.*ZeroDivisionError: the policy has a bug"):
+        video = tiny.run(pipeline)
+    assert torch.equal(video, plain)
+    assert not handle.active
+    assert torch.equal(tiny.run(pipeline), plain), "once aside, it stays aside, and warns no more"
+    handle.unpatch()
+
+
+def test_a_failure_after_a_prune_with_warn_leaves_a_finite_video():
+    """The marks that are in the cache when tokentrim steps aside must not poison the rest."""
+    pipeline = tiny.make()
+    tokentrim.patch(pipeline, Fragile({2: (1,)}), on_error="warn")
+    with pytest.warns(tokentrim.TokenTrimWarning, match="stepped aside"):
+        video = tiny.run(pipeline)
+    assert torch.isfinite(video).all()
+    tokentrim.unpatch(pipeline)
+    assert torch.equal(tiny.run(pipeline), tiny.run(tiny.make()))
+
+
+def test_nan_latents_raise():
+    pipeline = tiny.make()
+    with tokentrim.patched(pipeline, tokentrim.DriftPolicy()):
+        poison(pipeline, at_call=11)
+        with pytest.raises(tokentrim.LatentsError, match=r"chunk at latent frame 4.*NaN or inf"):
+            tiny.run(pipeline)
+
+
+def test_nan_latents_with_warn_go_on():
+    pipeline = tiny.make()
+    with tokentrim.patched(pipeline, tokentrim.DriftPolicy(), on_error="warn"):
+        poison(pipeline, at_call=11)
+        with pytest.warns(tokentrim.TokenTrimWarning, match="LatentsError"):
+            video = tiny.run(pipeline)
+    assert torch.isfinite(video[:, :4]).all() and video[:, 4:].isnan().all()
+
+
+def test_infinite_latents_raise():
+    pipeline = tiny.make()
+    with tokentrim.patched(pipeline, tokentrim.ObservePolicy()):
+        pipeline.generator.register_forward_hook(lambda m, a, o: (o[0], o[1] * float("inf")), prepend=True)
+        with pytest.raises(tokentrim.LatentsError, match="NaN or inf"):
+            tiny.run(pipeline)
+
+
+def test_a_missed_attention_path_turns_pruning_off_and_warns(monkeypatch):
+    """The self-check of the first prune: V with marks reached a kernel, so the prune is undone."""
+    from tokentrim_hooks.pruning import CallTap
+
+    def blind(self, attend, q, k, v, mask):
+        return attend(q, k, v, mask)
+
+    pipeline, plain = tiny.make(), tiny.run(tiny.make())
+    monkeypatch.setattr(CallTap, "attend", blind)
+    with tokentrim.patched(pipeline, ForcedPolicy({2: (1,), 3: (2,)})) as handle:
+        with pytest.warns(tokentrim.TokenTrimWarning):
+            video = tiny.run(pipeline)
+        notes = [note for record in handle.report for note in record.notes]
+    assert any("self-check failed" in note for note in notes)
+    assert torch.equal(video, plain), "revived, the video is the unpatched one"
+    assert handle.report.triggers == 0
+
+
+def test_pruning_a_sample_leaves_the_others_alone():
+    pipeline, plain = tiny.make(), tiny.run(tiny.make(), batch=3)
+    with tokentrim.patched(pipeline, ForcedPolicy({2: (1, 3)}, samples=(1,))) as handle:
+        video = tiny.run(pipeline, batch=3)
+    torch.testing.assert_close(video[[0, 2]], plain[[0, 2]], rtol=0, atol=1e-6)
+    assert (video[1] - plain[1]).abs().max() > 1e-3
+    assert [(r.sample, r.dead) for r in handle.report if r.pruned] == [(1, 2 * 2 * pipeline.num_frame_per_block)]
+
+
+def test_tokens_come_back_after_the_chunk_without_persist():
+    """With persist=False only the pruned chunk itself is generated without the tokens."""
+    seen = {}
+    for persist in (True, False):
+        pipeline = tiny.make(local_attn_size=21)
+        with tokentrim.patched(pipeline, ForcedPolicy({2: (1,)}, persist=persist)):
+            tiny.run(pipeline)
+            seen[persist] = [bool(torch.isfinite(layer["v"]).all()) for layer in pipeline.kv_cache1]
+    assert seen == {True: [False, False], False: [True, True]}
+
+
+def test_max_regenerations_zero_prunes_nothing():
+    pipeline, plain = tiny.make(), tiny.run(tiny.make())
+    with tokentrim.patched(pipeline, ForcedPolicy({2: (1,)}, max_regenerations=0)):
+        assert torch.equal(tiny.run(pipeline), plain)

@@ -1,0 +1,321 @@
+"""A small block-causal video diffusion transformer that speaks Self-Forcing's cache protocol.
+
+Shapes: ``B`` videos, ``F`` frames, ``C`` channels, ``H x W`` pixels, ``L`` tokens, ``n`` heads, ``d`` head width. A
+frame is cut into patches of 4x4 pixels, one token each, in row-major order; tokens of a video are frame-major. There
+is no text: prompt embeddings and the cross-attention cache are accepted, as callers of such models pass them, and
+ignored.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KVCache = list[dict[str, Tensor]]
+"""A dict a layer: ``k`` and ``v`` [B, S, n, d]; ``global_end_index``, ``local_end_index`` LongTensor[1], in tokens."""
+
+DATA_STD = 0.5
+"""Standard deviation of the scenes' pixels; fixes how the network's output is scaled at each noise level."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend from ``q`` [B, L, n, d] to all cached ``k`` and ``v`` [B, S, n, d]; returns [B, L, n, d].
+
+    Cached self attention, and nothing else, calls this function through the module's global name, as models of the Wan
+    family do; whoever wants to choose the keys replaces that name.
+    """
+    return _dot_product(q, k, v)
+
+
+def _dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def rotary_table(frames: Tensor, grid: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the 3D rotary angles for absolute ``frames`` [F]; each [F*h*w, 1, head_dim/2] float32."""
+    pairs = head_dim // 2
+    sizes = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    axes = (frames.float(), *(torch.arange(n, device=frames.device).float() for n in grid))
+    angles = []
+    for axis, (position, size) in enumerate(zip(axes, sizes, strict=True)):
+        # Distances here are tens of frames and tokens, not thousands: a base of 100 spends no pair on constants.
+        rate = 100.0 ** (-torch.arange(size, device=frames.device) / size)
+        shape = [-1 if i == axis else 1 for i in range(3)] + [size]
+        angles.append((position[:, None] * rate).view(shape).expand(len(frames), *grid, size))
+    flat = torch.cat(angles, dim=-1).reshape(-1, 1, pairs)
+    return flat.cos(), flat.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary position ``table`` to ``x`` [B, L, n, d]; keeps dtype."""
+    cos, sin = (part.to(x.dtype) for part in table)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    """Self attention over a rolling key-value cache, or over whole sequences for training.
+
+    Attributes:
+        local_attn_size: frames that a chunk sees, itself included; -1 for all.
+        sink_size: first frames of the video that are never evicted.
+        max_attention_size: the same window in tokens.
+    """
+
+    def __init__(self, dim: int, num_heads: int, frame_seqlen: int, local_attn_size: int, sink_size: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.frame_seqlen = frame_seqlen
+        self.local_attn_size = local_attn_size
+        self.sink_size = sink_size
+        self.max_attention_size = sys.maxsize if local_attn_size == -1 else local_attn_size * frame_seqlen
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=1e-6)
+
+    def forward(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        kv_cache: dict[str, Tensor] | None = None,
+        current_start: int = 0,
+        chunk: int = 0,
+        clean: bool = False,
+    ) -> Tensor:
+        """Attend from tokens ``x`` [B, L, dim].
+
+        With ``kv_cache``, ``x`` is one chunk whose first token has absolute index ``current_start``. Without, ``x`` is
+        a whole video in chunks of ``chunk`` tokens, or with ``clean`` the clean video followed by the noisy one.
+        """
+        q, k, v = self._project(x, table)
+        if kv_cache is not None:
+            mixed = self._attend_cached(q, k, v, kv_cache, current_start)
+        elif clean:
+            (qc, qn), (kc, kn), (vc, vn) = (part.chunk(2, dim=1) for part in (q, k, v))
+            mixed = torch.cat(
+                [self._attend_blocks(qc, kc, vc, kc, vc, chunk), self._attend_blocks(qn, kn, vn, kc, vc, chunk)], dim=1
+            )
+        else:
+            mixed = self._attend_blocks(q, k, v, k, v, chunk)
+        out: Tensor = self.o(mixed.flatten(2))
+        return out
+
+    def _project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (layer(x).unflatten(2, (self.num_heads, self.head_dim)) for layer in (self.q, self.k, self.v))
+        return rotate(self.norm_q(q), table).to(v.dtype), rotate(self.norm_k(k), table).to(v.dtype), v
+
+    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: dict[str, Tensor], current_start: int) -> Tensor:
+        current_end = current_start + k.shape[1]
+        local_end = self._make_room(cache, current_end, k.shape[1])
+        # A second call for the same frames does not advance the end, so it rewrites the rows of the first.
+        cache["k"][:, local_end - k.shape[1] : local_end] = k
+        cache["v"][:, local_end - k.shape[1] : local_end] = v
+        window = slice(max(0, local_end - self.max_attention_size), local_end)
+        mixed = attention(q, cache["k"][:, window], cache["v"][:, window])
+        cache["global_end_index"].fill_(current_end)
+        cache["local_end_index"].fill_(local_end)
+        return mixed
+
+    def _make_room(self, cache: dict[str, Tensor], current_end: int, new: int) -> int:
+        """Shift old rows out where the cache is full; returns the row behind the ones to write."""
+        global_end, local_end = int(cache["global_end_index"].item()), int(cache["local_end_index"].item())
+        evicted = new + local_end - cache["k"].shape[1]
+        if self.local_attn_size != -1 and current_end > global_end and evicted > 0:
+            sink = self.sink_size * self.frame_seqlen
+            for rows in (cache["k"], cache["v"]):
+                rows[:, sink : local_end - evicted] = rows[:, sink + evicted : local_end].clone()
+            local_end -= evicted
+        return local_end + current_end - global_end
+
+    def _attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, chunk: int) -> Tensor:
+        """Block-causal attention: each chunk sees itself in ``k`` and earlier chunks in ``past_k``.
+
+        A loop over chunks with the keys that the rolling cache would hold equals the masked attention over the whole
+        sequence, and on a CPU costs a third of it.
+        """
+        mixed = []
+        for start in range(0, q.shape[1], chunk):
+            own, past = slice(start, start + chunk), self._visible_past(start, chunk)
+            keys = torch.cat([*(past_k[:, part] for part in past), k[:, own]], dim=1)
+            values = torch.cat([*(past_v[:, part] for part in past), v[:, own]], dim=1)
+            mixed.append(_dot_product(q[:, own], keys, values))
+        return torch.cat(mixed, dim=1)
+
+    def _visible_past(self, start: int, chunk: int) -> tuple[slice, ...]:
+        sink = min(self.sink_size * self.frame_seqlen, start)
+        oldest = start + chunk - self.max_attention_size + sink
+        if oldest <= sink:
+            return (slice(0, start),)
+        return slice(0, sink), slice(oldest, start)
+
+
+class CausalBlock(nn.Module):
+    """Transformer block: self attention and a two-layer perceptron, both scaled and shifted by the timestep (AdaLN)."""
+
+    def __init__(self, dim: int, attn: CausalSelfAttention, mlp_ratio: int) -> None:
+        super().__init__()
+        self.self_attn = attn
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, mlp_ratio * dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_ratio * dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.zeros(6, dim))
+
+    def forward(self, x: Tensor, time: Tensor, **attn: Any) -> Tensor:
+        """``x`` [B, L, dim], ``time`` [B, F, 6, dim]; returns [B, L, dim]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.modulation).to(x.dtype).unsqueeze(3).unbind(2)
+        x = _modulated_add(x, self.self_attn(_modulate(self.norm1(x), shift1, scale1), **attn), gate1)
+        return _modulated_add(x, self.ffn(_modulate(self.norm2(x), shift2, scale2)), gate2)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x`` [B, L, dim] with one ``shift`` and ``scale`` [B, F, 1, dim] a frame."""
+    return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)), 1 + scale).flatten(1, 2)
+
+
+def _modulated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    frames = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, frames), y.to(x.dtype).unflatten(1, frames), gate).flatten(1, 2)
+
+
+class CausalVideoModel(nn.Module):
+    """Predicts the flow (noise minus video) of noisy frames, chunk by chunk, from a rolling cache of earlier chunks.
+
+    Args:
+        dim, layers, heads, mlp_ratio: size of the transformer.
+        grid: tokens of a frame, (height, width); a frame has four times as many pixels each way.
+        local_attn_size, sink_size: window and sink in frames, see :class:`CausalSelfAttention`.
+        num_frame_per_block: frames of a chunk.
+    """
+
+    def __init__(
+        self,
+        dim: int = 160,
+        layers: int = 5,
+        heads: int = 5,
+        mlp_ratio: int = 3,
+        channels: int = 3,
+        grid: tuple[int, int] = (8, 8),
+        local_attn_size: int = 21,
+        sink_size: int = 0,
+        num_frame_per_block: int = 3,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_layers, self.num_heads, self.head_dim = dim, layers, heads, dim // heads
+        self.patch_size = (1, 4, 4)
+        self.in_dim, self.grid = channels, grid
+        self.local_attn_size, self.num_frame_per_block = local_attn_size, num_frame_per_block
+        self.frame_seqlen = grid[0] * grid[1]
+        patch = channels * math.prod(self.patch_size)
+        self.patch_embedding = nn.Linear(patch, dim)
+        self.time_embedding = nn.Sequential(nn.Linear(64, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            CausalBlock(dim, CausalSelfAttention(dim, heads, self.frame_seqlen, local_attn_size, sink_size), mlp_ratio)
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.head_modulation = nn.Linear(dim, 2 * dim)
+        self.head = nn.Linear(dim, patch)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        seq_len: int | None = None,
+        kv_cache: KVCache | None = None,
+        crossattn_cache: list[Any] | None = None,
+        current_start: int = 0,
+        cache_start: int | None = None,
+        clean_x: Tensor | None = None,
+        aug_t: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the flow of ``x`` [B, C, F, H, W] at timesteps ``t`` [B, F] (0 clean, 1000 noise); same shape as
+        ``x``.
+
+        With ``kv_cache``, ``x`` is one chunk starting at token ``current_start`` and the cache is written. Without,
+        ``x`` is a whole video; ``clean_x`` (at timesteps ``aug_t``, default 0) is then what later chunks see of
+        earlier ones (teacher forcing). ``context``, ``seq_len``, ``crossattn_cache`` and ``cache_start`` are part of
+        the protocol and unused.
+        """
+        frames = x.shape[2]
+        hidden, time = self._embed(x, t), self._embed_time(t)
+        if clean_x is not None:
+            aug_t = torch.zeros_like(t) if aug_t is None else aug_t
+            hidden = torch.cat([self._embed(clean_x, aug_t), hidden], dim=1)
+            time = torch.cat([self._embed_time(aug_t), time], dim=1)
+        attn = self._attention_arguments(frames, kv_cache, current_start, x.device, clean_x is not None)
+        modulation = self.time_projection(time).unflatten(2, (6, self.dim))
+        for index, block in enumerate(self.blocks):
+            layer_cache = None if kv_cache is None else kv_cache[index]
+            hidden = block(hidden, modulation, kv_cache=layer_cache, **attn)
+        return self._unembed(hidden[:, -frames * self.frame_seqlen :], time[:, -frames:], x, t)
+
+    def _attention_arguments(
+        self, frames: int, kv_cache: KVCache | None, current_start: int, device: torch.device, clean: bool
+    ) -> dict[str, Any]:
+        if kv_cache is None and frames % self.num_frame_per_block:
+            raise ValueError(f"{frames} frames are not whole chunks of {self.num_frame_per_block}")
+        first = current_start // self.frame_seqlen
+        table = rotary_table(torch.arange(first, first + frames, device=device), self.grid, self.head_dim)
+        if clean:
+            table = (table[0].repeat(2, 1, 1), table[1].repeat(2, 1, 1))
+        chunk = self.num_frame_per_block * self.frame_seqlen
+        return {"table": table, "current_start": current_start, "chunk": chunk, "clean": clean}
+
+    def _embed(self, x: Tensor, t: Tensor) -> Tensor:
+        scaled = x * _scales(x, t)[0]
+        hidden: Tensor = self.patch_embedding(_patchify(scaled, self.patch_size[1:]))
+        return hidden
+
+    def _embed_time(self, t: Tensor) -> Tensor:
+        """Timesteps [B, F] to embeddings [B, F, dim]."""
+        rate = torch.exp(-math.log(1000.0) * torch.arange(32, device=t.device) / 32)
+        angle = t.float()[..., None] * rate
+        weight = self.patch_embedding.weight
+        embedded: Tensor = self.time_embedding(torch.cat([angle.cos(), angle.sin()], dim=-1).to(weight.dtype))
+        return embedded
+
+    def _unembed(self, hidden: Tensor, time: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        shift, scale = self.head_modulation(time).unsqueeze(2).chunk(2, dim=-1)
+        out = self.head(_modulate(self.norm(hidden), shift, scale))
+        _, skip, gain = _scales(x, t)
+        return skip * x + gain * _unpatchify(out, x.shape, self.patch_size[1:])
+
+
+def _scales(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Input scale, skip and output scale [B, 1, F, 1, 1] that keep the network's input and target at unit variance.
+
+    For a noise level s the network sees ``x_t / std(x_t)`` and predicts only what ``x_t`` does not tell of the flow.
+    """
+    s = (t.double() / 1000)[:, None, :, None, None]
+    variance = (1 - s) ** 2 * DATA_STD**2 + s**2
+    skip = (s - (1 - s) * DATA_STD**2) / variance
+    gain = DATA_STD / variance.sqrt()
+    return variance.rsqrt().to(x.dtype), skip.to(x.dtype), gain.to(x.dtype)
+
+
+def _patchify(x: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """[B, C, F, H, W] to [B, F*h*w, ph*pw*C]."""
+    tiles = x.unflatten(4, (-1, patch[1])).unflatten(3, (-1, patch[0]))
+    return tiles.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
+
+
+def _unpatchify(tokens: Tensor, shape: torch.Size, patch: tuple[int, ...]) -> Tensor:
+    """Inverse of :func:`_patchify` for a video of ``shape`` [B, C, F, H, W]."""
+    _, channels, frames, height, width = shape
+    grid = (frames, height // patch[0], width // patch[1])
+    tiles = tokens.unflatten(2, (patch[0], patch[1], channels)).unflatten(1, grid)
+    return tiles.permute(0, 6, 1, 2, 4, 3, 5).reshape(shape)

@@ -1,0 +1,24 @@
+"""Conformance kit for adapter authors, and what tests of patched models need."""
+
+from tokentrim_hooks.testing.attention import Attention, KeyTracker, watch_attention
+from tokentrim_hooks.testing.checks import failures, not_checked
+from tokentrim_hooks.testing.conformance import AdapterConformance
+from tokentrim_hooks.testing.fingerprint import Fingerprint, assert_same, fingerprint
+from tokentrim_hooks.testing.policies import ForcedPolicy
+from tokentrim_hooks.testing.syncs import Sync, SyncLog, count_syncs
+
+__all__ = [
+    "AdapterConformance",
+    "Attention",
+    "Fingerprint",
+    "ForcedPolicy",
+    "KeyTracker",
+    "Sync",
+    "SyncLog",
+    "assert_same",
+    "count_syncs",
+    "failures",
+    "fingerprint",
+    "not_checked",
+    "watch_attention",
+]

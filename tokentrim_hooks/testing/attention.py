@@ -1,0 +1,186 @@
+"""Watches and edits the attention kernel itself, underneath model, adapter and core.
+
+Everything here sees ``scaled_dot_product_attention`` at the moment at which it runs, under whatever name the model
+imported it, and knows nothing of caches, layouts or marks. Keys are recognised by the values in their V row, which no
+rotary embedding changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tokentrim_hooks.adapter import Method
+
+Denoiser = nn.Module | Method
+"""What an adapter's match may call a denoiser."""
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One kernel call: the ``layer``-th within the ``call``-th denoiser call, counted from 0.
+
+    ``rows`` are signatures of sample 0's V rows in order; ``finite`` whether all of V is.
+    """
+
+    call: int
+    layer: int
+    queries: int
+    rows: tuple[int, ...]
+    finite: bool
+
+    @property
+    def keys(self) -> int:
+        """Number of keys."""
+        return len(self.rows)
+
+
+Edit = Callable[[Attention], "list[int]"]
+"""Names the key positions to hide from a kernel call."""
+
+
+@contextmanager
+def watch_attention(denoisers: Sequence[Denoiser], edit: Edit | None = None) -> Iterator[list[Attention]]:
+    """Record every kernel call inside the denoisers; with ``edit``, put -inf at the keys that it names."""
+    watch = _Watch(edit)
+    with around_calls(denoisers, watch.enter, watch.leave), watch:
+        yield watch.seen
+
+
+@contextmanager
+def around_calls(
+    denoisers: Sequence[Denoiser], enter: Callable[[], None], leave: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Run ``enter`` before and ``leave`` after every call of the denoisers, for the duration of a block."""
+    with ExitStack() as undo:
+        for denoiser in denoisers:
+            if isinstance(denoiser, Method):
+                _around_method(denoiser, enter, leave, undo)
+            else:
+                undo.callback(denoiser.register_forward_pre_hook(lambda *_: enter()).remove)
+                undo.callback(denoiser.register_forward_hook(lambda *_: leave(), always_call=True).remove)
+        yield
+
+
+def _around_method(method: Method, enter: Callable[[], None], leave: Callable[[], None], undo: ExitStack) -> None:
+    owner, name = method.owner, method.name
+    if name in vars(owner):
+        undo.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        undo.callback(delattr, owner, name)
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        enter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            leave()
+
+    setattr(owner, name, watched)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, edit: Edit | None) -> None:
+        super().__init__()
+        self.edit = edit
+        self.seen: list[Attention] = []
+        self.calls = 0
+        self.layer = 0
+        self.depth = 0
+
+    def enter(self) -> None:
+        self.depth += 1
+        self.layer = 0
+
+    def leave(self) -> None:
+        self.depth -= 1
+        self.calls += 1
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.depth == 0 or getattr(func, "__name__", "") != "scaled_dot_product_attention":
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        seen = self._record(given["query"], given["value"])
+        hidden = self.edit(seen) if self.edit is not None else []
+        if hidden:
+            given["attn_mask"] = _hide(given, hidden)
+            given["is_causal"] = False
+        return func(**given)
+
+    def _record(self, query: Tensor, value: Tensor) -> Attention:
+        finite = bool(torch.isfinite(value).all())
+        seen = Attention(self.calls, self.layer, query.shape[-2], signatures(value), finite)
+        self.seen.append(seen)
+        self.layer += 1
+        return seen
+
+
+def signatures(value: Tensor) -> tuple[int, ...]:
+    """A number for every V row of sample 0 (``[B, heads, keys, head_dim]``): equal for bit-equal rows.
+
+    The very first element is left out, for there a mark may have been written since.
+    """
+    rows = value[0].transpose(0, 1).flatten(1)[:, 1:].contiguous()
+    bits = rows.view(BITS[rows.element_size()]).to(torch.int64)
+    factors = torch.arange(1, bits.shape[1] + 1, device=bits.device, dtype=torch.int64) * 6364136223846793005 + 1
+    return tuple((bits * factors).sum(dim=1).tolist())
+
+
+def _hide(given: dict[str, Any], hidden: list[int]) -> Tensor:
+    """The call's attention mask as a float mask, with -inf at the hidden keys."""
+    query, key, mask = given["query"], given["key"], given.get("attn_mask")
+    bias = torch.zeros(query.shape[-2], key.shape[-2], dtype=query.dtype, device=query.device)
+    if given.get("is_causal"):
+        bias.masked_fill_(torch.ones_like(bias, dtype=torch.bool).triu(1), float("-inf"))
+    if mask is not None:
+        zeros = torch.zeros_like(mask, dtype=query.dtype)
+        bias = bias + (zeros.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask)
+    else:
+        bias = bias.clone()
+    bias[..., hidden] = float("-inf")
+    return bias
+
+
+@dataclass
+class KeyTracker:
+    """Follows the keys of one layer through the calls by value, and finds out which chunk and token wrote each.
+
+    Keys never seen before are the current chunk's. When all of them are still there beside yet newer ones, a new chunk
+    has begun: the former are then finished, in the order in which they stood.
+    """
+
+    chunks: list[list[int]] = field(default_factory=list)
+    """Signatures of the keys of each finished chunk, frame-major then row-major."""
+    _seen: set[int] = field(default_factory=set)
+    _fresh: list[int] = field(default_factory=list)
+
+    def see(self, rows: Collection[int]) -> None:
+        """Take in the keys of one kernel call."""
+        fresh = [row for row in rows if row not in self._seen]
+        if not fresh:
+            return
+        if self._fresh and set(self._fresh) <= set(rows):
+            self.chunks.append(self._fresh)
+        self._fresh = fresh
+        self._seen.update(fresh)
+
+    def written_by(self, chunks: int, tokens: Collection[int], per_frame: int, spare_frames: int = 0) -> set[int]:
+        """Signatures of the keys of ``tokens`` in the first ``chunks`` chunks, behind the first ``spare_frames``."""
+        rows = [row for chunk in self.chunks[:chunks] for row in chunk]
+        spared = spare_frames * per_frame
+        return {row for place, row in enumerate(rows) if place >= spared and place % per_frame in set(tokens)}

@@ -1,0 +1,251 @@
+"""The measuring instruments of the conformance kit."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import SkipTest
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tokentrim_hooks.adapter import Adapter, CacheRows, bind
+from tokentrim_hooks.report import Report
+from tokentrim_hooks.testing.attention import Attention, Denoiser, KeyTracker, watch_attention
+
+
+class Injected(Exception):
+    """Raised by the kit in the middle of a model's call."""
+
+
+def not_checked(reason: str) -> SkipTest:
+    """The skip that says loudly that something was not checked."""
+    return SkipTest(f"NOT CHECKED: {reason}")
+
+
+@dataclass
+class Counter:
+    """Counts calls of :meth:`up`."""
+
+    count: int = 0
+
+    def up(self) -> None:
+        """One more."""
+        self.count += 1
+
+
+class Tripwire(TorchFunctionMode):
+    """Counts linear layers (every model has them) as they run; raises Injected in the ``at``-th."""
+
+    def __init__(self, at: int | None = None) -> None:
+        super().__init__()
+        self.at = at
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") == "linear":
+            self.count += 1
+            if self.count == self.at:
+                raise Injected
+        return func(*args, **(kwargs or {}))
+
+
+def assert_raises(kind: type[BaseException], action: Callable[[], object]) -> None:
+    """Assert that ``action`` raises ``kind``."""
+    try:
+        action()
+    except kind:
+        return
+    raise AssertionError(f"{kind.__name__} was not raised")
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Assert that the largest difference is at most ``tolerance`` times the largest expected value."""
+    assert actual.shape == expected.shape, f"shapes differ: {tuple(actual.shape)}, {tuple(expected.shape)}"
+    assert torch.isfinite(actual).all(), "NaN or inf in the pruned run"
+    error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+    assert error <= tolerance, f"the pruned run is {error:.2e} away from its -inf reference (allowed {tolerance:.0e})"
+
+
+def check_records(report: Report, chunks: int, calls: int) -> None:
+    """Assert that the first sample's records tell of ``chunks`` chunks of one video, in order, in ``calls`` calls."""
+    records = [record for record in report if record.sample == 0]
+    assert len(records) == chunks >= 5, f"{len(records)} chunks were recorded, the run has {chunks} (at least 5)"
+    assert {record.video for record in records} == {0}, "one run was taken for several videos"
+    assert [record.chunk for record in records] == list(range(chunks))
+    for before, after in itertools.pairwise(records):
+        assert after.start == before.start + before.frames, f"chunk {after.chunk} starts at frame {after.start}"
+    firsts = [record.phases.get("first", 0) for record in records]
+    assert firsts == [1] * chunks, f"FIRST calls a chunk: {firsts}, expected one each"
+    counts = [sum(record.phases.values()) for record in records]
+    assert sum(counts) and calls % sum(counts) == 0, f"{calls} denoiser calls, of which {sum(counts)} were classified"
+    assert len({tuple(sorted(record.phases.items())) for record in records[1:-1]}) == 1, "phases vary by chunk"
+    judged = [record.severity is not None for record in records]
+    assert judged == [False] + [True] * (chunks - 1), f"judged chunks: {judged}"
+
+
+# ------------------------------------------------------------------------------------------------- kernels
+
+
+def check_kernels(seen: Sequence[Attention], report: Report, chunk: int, dead: int) -> None:
+    """Assert that the replayed call of ``chunk`` drops ``dead`` keys in every self-attention layer of its first call.
+
+    The call before the replay has the same arguments and nothing dead, so it tells how many keys there were.
+    """
+    if not seen:
+        raise not_checked("the model does not call scaled_dot_product_attention")
+    assert all(one.finite for one in seen), "V with NaN or inf reached an attention kernel: a path was missed"
+    calls: dict[int, list[Attention]] = {}
+    for one in seen:
+        calls.setdefault(one.call, []).append(one)
+    pairs = [pair for pair in zip(calls.values(), list(calls.values())[1:], strict=False) if _drops(*pair)]
+    assert pairs, "no attention kernel ever saw fewer keys than in the call before"
+    full, pruned = (_keys(layers) for layers in pairs[0])
+    width = max(n for n, m in zip(full, pruned, strict=True) if n != m)
+    assert all(n - m == dead for n, m in zip(full, pruned, strict=True) if n == width), (
+        f"keys a layer before and after the prune of {dead}: {list(zip(full, pruned, strict=True))}"
+    )
+
+
+def _keys(layers: Sequence[Attention]) -> list[int]:
+    """Keys a layer; a layer that attends sample by sample counts once."""
+    return [one.keys for one in layers]
+
+
+def _drops(before: Sequence[Attention], after: Sequence[Attention]) -> bool:
+    same = len(before) == len(after)
+    return same and any(b.keys > a.keys and b.queries == a.queries for a, b in zip(after, before, strict=True))
+
+
+def check_anchors(seen: Sequence[Attention], keys: int) -> None:
+    """Assert that the first ``keys`` keys of the first call are in every later call of the same layer."""
+    trackers = _trackers(seen)
+    followed = [layer for layer, tracker in trackers.items() if tracker.chunks]
+    if not followed:
+        raise not_checked("the context is computed anew in every call, so anchors cannot be told by value")
+    for layer in followed:
+        calls = [one for one in seen if one.layer == layer]
+        anchors = set(trackers[layer].chunks[0][:keys])
+        after = [one for one in calls if one.rows and anchors & set(one.rows)]
+        assert after and after[-1] is calls[-1], f"layer {layer} has lost all anchors"
+        missing = [len(anchors - set(one.rows)) for one in after]
+        settled = missing[missing.index(0) :]
+        assert not any(settled), f"layer {layer} misses {max(settled)} of {len(anchors)} anchor keys"
+
+
+def _trackers(seen: Sequence[Attention]) -> dict[int, KeyTracker]:
+    trackers: dict[int, KeyTracker] = {}
+    for one in seen:
+        trackers.setdefault(one.layer, KeyTracker()).see(one.rows)
+    return trackers
+
+
+def run_with_dead_keys(
+    run: Callable[[], Tensor],
+    denoisers: Sequence[Denoiser],
+    chunk: int,
+    tokens: Sequence[int],
+    per_frame: int,
+    anchors: int,
+) -> Tensor:
+    """Run with -inf at the keys that ``tokens`` of the chunks before ``chunk`` wrote, from that chunk's first call on.
+
+    Keys are followed by value, layer by layer; see :class:`KeyTracker`. Raises SkipTest where that is impossible.
+    """
+    trackers: dict[int, KeyTracker] = {}
+    hidden: set[int] = set()
+
+    def edit(one: Attention) -> list[int]:
+        tracker = trackers.setdefault(one.layer, KeyTracker())
+        tracker.see(one.rows)
+        if len(tracker.chunks) < chunk:
+            return []
+        dead = tracker.written_by(chunk, tokens, per_frame, anchors)
+        hidden.add(one.layer)
+        return [place for place, row in enumerate(one.rows) if row in dead]
+
+    with watch_attention(denoisers, edit) as seen:
+        result = run()
+    _require_followed(trackers, hidden, seen, per_frame)
+    return result
+
+
+def _require_followed(
+    trackers: dict[int, KeyTracker], hidden: set[int], seen: Sequence[Attention], per_frame: int
+) -> None:
+    """Skip unless every layer with as many keys as a followed one was followed in whole frames."""
+    if not seen:
+        raise not_checked("the model does not call scaled_dot_product_attention")
+    widths = {one.keys for one in seen if one.layer in hidden}
+    missed = {one.layer for one in seen if one.keys in widths} - hidden
+    ragged = [layer for layer in hidden for rows in trackers[layer].chunks if len(rows) % per_frame]
+    if not hidden or missed or ragged:
+        raise not_checked(
+            "the keys of earlier chunks cannot be followed by value (the context is computed anew in every call, or "
+            "several chunks are in flight); override reference() with a reference of your own"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- disturbances
+
+
+@dataclass
+class PoisonLog:
+    """How many dead rows were overwritten with NaN, all layers and calls together."""
+
+    rows: int = 0
+
+
+@contextmanager
+def poisoned(denoisers: Sequence[Denoiser], adapter: Adapter) -> Iterator[PoisonLog]:
+    """Before every call, fill the marked rows of V (known by a first element that is not finite) with NaN."""
+    log = PoisonLog()
+
+    def fill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = adapter.parse(bind(module, args, kwargs))
+        context = adapter.context(call) if call is not None else None
+        for values in context.values if isinstance(context, CacheRows) else ():
+            dead = ~torch.isfinite(values[:, :, 0, 0].float())
+            log.rows += int(dead.sum())
+            values.view(*values.shape[:2], -1)[..., 1:][dead] = float("nan")
+
+    with ExitStack() as undo:
+        for module in denoisers:
+            if isinstance(module, nn.Module):
+                undo.callback(module.register_forward_pre_hook(fill, with_kwargs=True, prepend=True).remove)
+        yield log
+
+
+@contextmanager
+def replaced_forward(module: nn.Module) -> Iterator[None]:
+    """Put a wrapper in the place of ``forward`` on the instance, as accelerate's ``add_hook_to_module`` does."""
+    original = module.forward
+
+    def new_forward(_module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    module.forward = functools.update_wrapper(functools.partial(new_forward, module), original)
+    try:
+        yield
+    finally:
+        vars(module).pop("forward", None)
+
+
+def failures(kit: type[Any], only: Collection[str] = ()) -> dict[str, str]:
+    """Run a conformance class (or ``only`` some tests of it) without pytest; return what failed and why."""
+    found = {}
+    for name in sorted(only or (name for name in dir(kit) if name.startswith("test_"))):
+        try:
+            getattr(kit(), name)()
+        except SkipTest:
+            continue
+        except Exception as failure:
+            found[name] = f"{type(failure).__name__}: {failure}"
+    return found

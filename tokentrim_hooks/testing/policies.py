@@ -1,0 +1,68 @@
+"""Policies for tests: prune what the test says, where the test says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.drift import severity_of, unstable_tokens
+from tokentrim_hooks.policy import History, Verdict
+
+Tokens = float | Sequence[int] | Sequence[Sequence[int]]
+"""A fraction of the tokens (the most drifting ones), the same tokens for all samples, or one list a sample."""
+
+
+@dataclass(frozen=True)
+class ForcedPolicy:
+    """Prunes given tokens at given chunks whatever the drift is; every other chunk is accepted.
+
+    Attributes:
+        at: what to prune at which chunk (0 is the first, which no policy ever judges): a fraction, a list of tokens,
+            or one list of tokens for each sample (an empty one spares the sample).
+        samples: samples that are pruned; None means all.
+        max_regenerations, persist, prune_anchors, coarse: as in :class:`tokentrim_hooks.DriftPolicy`.
+    """
+
+    at: Mapping[int, Tokens] = field(default_factory=dict)
+    samples: tuple[int, ...] | None = None
+    max_regenerations: int = 1
+    persist: bool = True
+    prune_anchors: bool = False
+    coarse: Literal["any", "all"] = "any"
+
+    def judge(self, drift: Tensor, history: History) -> Verdict:
+        """Give the planned verdict for this chunk; severity is the mean drift over the chosen tokens."""
+        tokens, wanted = _chosen(self.at.get(history.chunk), drift)
+        if self.samples is not None:
+            wanted = [want and sample in self.samples for sample, want in enumerate(wanted)]
+        severity = severity_of(drift, tokens)
+        prune = torch.tensor(wanted, device=drift.device)
+        # A threshold that agrees with the verdict, so that records and pictures read as for any other policy.
+        threshold = torch.where(prune, torch.zeros_like(severity), torch.full_like(severity, math.inf))
+        return Verdict(tokens, severity, threshold, prune)
+
+
+def _chosen(plan: Tokens | None, drift: Tensor) -> tuple[Tensor, list[bool]]:
+    """Token indices ``[B, k]`` and, per sample, whether it is to be pruned."""
+    batch = drift.shape[0]
+    if plan is None:
+        return unstable_tokens(drift, 1 / drift.shape[1]), [False] * batch
+    if isinstance(plan, (int, float)):
+        return unstable_tokens(drift, float(plan)), [True] * batch
+    lists = [_tokens_of(plan, sample) for sample in range(batch)]
+    width = max(map(len, lists), default=0)
+    # Short lists repeat their last token: naming a token twice prunes it once.
+    padded = [(chosen or [0]) + [(chosen or [0])[-1]] * (max(width, 1) - max(len(chosen), 1)) for chosen in lists]
+    return torch.tensor(padded, device=drift.device), [bool(chosen) for chosen in lists]
+
+
+def _tokens_of(plan: Sequence[int] | Sequence[Sequence[int]], sample: int) -> list[int]:
+    if plan and not isinstance(plan[0], int):
+        own: Sequence[int] = plan[sample]  # type: ignore[assignment]
+        return [int(token) for token in own]
+    return [int(token) for token in plan]  # type: ignore[arg-type]
