@@ -1,11 +1,12 @@
 # make demo   a virtual environment, the package, and the demo (about two minutes after installation)
 # make test   the whole test suite
+# make test-models   adapters against foreign packages, each in a folder of its own (their pins never resolved)
 # make check  ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-models check clean
 
 # Two stamps, so that the demo installs no test tools. torch comes first: with it in place nothing pulls a CUDA build.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -23,6 +24,14 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -q
+
+third_party/.models: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target third_party/fv fastvideo==0.2.1 cloudpickle==3.1.2 remote_pdb==2.1.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target third_party/sd2 streamdiffusionv2==0.1.1
+	touch $@
+
+test-models: third_party/.models
+	$(BIN)/python -m pytest -q tests/models
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

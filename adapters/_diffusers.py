@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,20 @@ def home_of(attention: Any) -> Any:
     """
     home = sys.modules.get(type(getattr(attention, "processor", None)).__module__)
     return home if callable(getattr(home, "dispatch_attention_fn", None)) else None
+
+
+def lacking(transformer: Any, parameters: Sequence[str]) -> str:
+    """Why a transformer is none of ours: its forward lacks parameters. Empty if it has them all."""
+    known = inspect.signature(transformer.forward).parameters
+    missing = [name for name in parameters if name not in known]
+    if not missing:
+        return ""
+    if "pose_hidden_states" in known and "face_pixel_values" in known:
+        return "earlier frames are joined to new ones channel by channel, so there is no context token to remove"
+    processors = [getattr(module, "processor", None) for module in transformer.modules()]
+    if any("linear" in type(processor).__name__.lower() for processor in processors):
+        return "linear attention sums all tokens into one state, from which none can be removed"
+    return f"the transformer's forward lacks {', '.join(missing)}"
 
 
 def tap_dispatch(patches: Patches, attentions: Sequence[nn.Module]) -> None:

@@ -4,116 +4,106 @@ The sampler calls ``generator(noisy_image_or_video, conditional_dict, timestep, 
 current_start)`` several times a chunk, then once more with the finished chunk at timestep 0 to write clean context.
 The cache is a list of dicts, one a layer, with K stored after RoPE; rows of older frames roll left when the window is
 full, behind a fixed prefix of sink frames. ``current_start`` counts tokens.
+
+Forks that nobody has looked at are recognised where nothing about them is new. A parameter of the generator, or an
+entry of the cache, that Self-Forcing has not may mean that other rules hold: such forks are refused, with the reason.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, hookimpl
+from tokentrim_hooks import (
+    Adapter,
+    Call,
+    Match,
+    NoMatch,
+    Phase,
+    Seen,
+    UnsupportedContextError,
+    default_phase,
+    hookimpl,
+    shares_storage,
+)
+from tokentrim_hooks_adapters._wan import PARAMETERS, CausalWan, home_of, self_attentions
 
-PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache", "crossattn_cache", "current_start")
-FOREIGN = {
-    "updating_cache": "Rolling Forcing",
-    "sink_recache_after_switch": "LongLive",
-    "kv_bank": "MemFlow",
-    "current_end": "CausVid",
+OPTIONS = ("classify_mode", "concat_time_embeddings", "clean_x", "aug_t", "cache_start")
+"""What Self-Forcing's generator takes besides PARAMETERS; none of it changes the rules of the cache."""
+
+STRUCTURES = {
+    "incremental_update": "Reward-Forcing",
+    "block_relativistic_rope": "Infinity-RoPE",
+    "fuse_projections": "Krea's realtime-video",
 }
-"""Parameters of the wrapper that betray a relative whose cache follows other rules."""
+"""Attributes of self attention, or names in its module, of forks that bend the rules of the cache."""
 
 
-class SelfForcing(Adapter):
+class SelfForcing(CausalWan):
     """Chunk-wise KV-cache rollout of ``CausalInferencePipeline`` and of scripts that write that loop themselves."""
 
     name = "self-forcing"
     models = ("Self-Forcing", "Causal-Forcing", "tokentrim reference model")
     context_kind = "rolling KV cache, K after RoPE"
 
+    structure: ClassVar[str] = ""
+    """The one of STRUCTURES that this adapter knows; its model must have it."""
+    entries: ClassVar[tuple[str, ...]] = ("k", "v", "global_end_index", "local_end_index")
+    """Entries of a layer's cache."""
+    hands_back = False
+    """Whether this sampler was seen to commit the very tensor that it was given."""
+
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:
-        """Recognise the generator wrapper, given itself or as a pipeline's ``generator``."""
-        generator = getattr(model, "generator", model)
-        if not isinstance(generator, nn.Module):
-            return NoMatch("neither a module nor a pipeline with a .generator module")
-        parameters = inspect.signature(generator.forward).parameters
-        missing = [name for name in PARAMETERS if name not in parameters]
-        if missing:
-            return NoMatch(f"the generator's forward lacks {', '.join(missing)}")
-        for name, relative in FOREIGN.items():
-            if name in parameters:
-                return NoMatch(f"the generator's forward takes {name!r}: this is {relative}")
-        return cls._probe_layers(generator)
+        """Recognise the generator wrapper; refuse parameters that may stand for rules unknown to this adapter."""
+        answer = super().probe(model)
+        if isinstance(answer, Match) and isinstance(answer.denoiser, nn.Module):
+            taken = inspect.signature(answer.denoiser.forward).parameters
+            unknown = [name for name in taken if name not in (*PARAMETERS, *OPTIONS)]
+            if unknown:
+                return NoMatch(f"the generator's forward takes {', '.join(unknown)}, which {cls.models[0]}'s does not")
+        return answer
 
     @classmethod
     def _probe_layers(cls, generator: nn.Module) -> Match | NoMatch:
-        patch = getattr(getattr(generator, "model", None), "patch_size", None)
-        layers = _self_attentions(generator)
-        if not layers or patch is None:
-            return NoMatch("generator.model has no blocks[i].self_attn or no patch_size")
-        if not all(hasattr(layer, "sink_size") and hasattr(layer, "local_attn_size") for layer in layers):
-            return NoMatch("self_attn has no sink_size and local_attn_size")
-        if not callable(getattr(_home(layers[0]), "attention", None)):
-            return NoMatch("the module of self_attn has no global function attention(q, k, v)")
-        return Match(generator, (int(patch[1]), int(patch[2])))
-
-    def attach(self, model: Any, patches: Patches) -> None:
-        """Tap the module-global ``attention``, which only self attention calls."""
-        self.generator: nn.Module = getattr(model, "generator", model)
-        self.layers = _self_attentions(self.generator)
-        for home in {id(_home(layer)): _home(layer) for layer in self.layers}.values():
-            patches.tap(home, "attention", refuse=("q_lens", "k_lens"))
+        for layer in self_attentions(generator)[:1]:
+            for mark, relative in STRUCTURES.items():
+                has = hasattr(layer, mark) or hasattr(home_of(layer), mark)
+                if has and mark != cls.structure:
+                    return NoMatch(f"self attention has {mark}: this is {relative}")
+                if mark == cls.structure and not has:
+                    return NoMatch(f"self attention has no {mark}")
+        return super()._probe_layers(generator)
 
     def parse(self, arguments: Mapping[str, Any]) -> Call | None:
-        """Read one generator call; calls without a KV cache are training or scoring, not a rollout."""
-        if arguments["kv_cache"] is None:
-            return None
-        latents: Tensor = arguments["noisy_image_or_video"]
-        return Call(
-            latents,
-            start=int(arguments["current_start"] or 0) // self._tokens(latents),
-            stream=id(arguments["kv_cache"]),
-            timestep=arguments["timestep"],
-            arguments=arguments,
-        )
+        """Read one generator call; refuse a cache with entries more or less than it should have."""
+        call = super().parse(arguments)
+        if call is not None:
+            self._check(arguments["kv_cache"])
+        return call
 
-    def context(self, call: Call) -> CacheRows:
-        """Rows before the current chunk: which are the last ones once the chunk has been written."""
-        cache: Sequence[Mapping[str, Any]] = call.arguments["kv_cache"]
-        tokens = self._tokens(call.latents)
-        new = call.frames * tokens
-        written = int(cache[0]["global_end_index"]) >= int(call.arguments["current_start"] or 0) + new
-        stop = int(cache[0]["local_end_index"]) - (new if written else 0)
-        anchors = min(int(self.layers[0].sink_size) * tokens, max(stop, 0))  # type: ignore[arg-type]
-        return CacheRows([layer["v"] for layer in cache], 0, max(stop, 0), tokens, anchors)
+    def phase(self, call: Call, seen: Seen) -> Phase:
+        """Trust the number of steps only until a commit was recognised by its tensor: it may differ by chunk."""
+        phase = default_phase(call, seen)
+        if phase is Phase.COMMIT and shares_storage(call.latents, seen.returned):
+            self.hands_back = True
+        return Phase.REFINE if phase is Phase.COMMIT and not self._commits(call, seen) else phase
 
-    def carry(self, call: Call, before: Tensor, after: Tensor) -> Tensor:
-        """The few-step sampler re-noises x0: x_t = (1 - sigma) x0 + sigma noise, so keep the noise and move x0."""
-        assert call.timestep is not None
-        scheduler: Any = self.generator.scheduler
-        sigmas, timesteps = (t.to(call.latents.device).double() for t in (scheduler.sigmas, scheduler.timesteps))
-        nearest = (timesteps[:, None] - call.timestep.flatten()[None].double()).abs().argmin(0)
-        sigma = sigmas[nearest].view(*call.timestep.shape, 1, 1, 1)
-        moved = call.latents.double() + (1 - sigma) * (after.double() - before.double())
-        return cast(Tensor, moved.to(call.latents.dtype))
+    def _commits(self, call: Call, seen: Seen) -> bool:
+        return bool(call.commits) or not self.hands_back or shares_storage(call.latents, seen.returned)
 
-    def _tokens(self, latents: Tensor) -> int:
-        patch: Sequence[int] = self.generator.model.patch_size  # type: ignore[union-attr, assignment]
-        return math.prod(latents.shape[-2:]) // (int(patch[1]) * int(patch[2]))
-
-
-def _self_attentions(generator: nn.Module) -> list[nn.Module]:
-    blocks = getattr(getattr(generator, "model", None), "blocks", ())
-    return [block.self_attn for block in blocks if isinstance(getattr(block, "self_attn", None), nn.Module)]
-
-
-def _home(layer: nn.Module) -> Any:
-    return sys.modules.get(type(layer).__module__)
+    def _check(self, cache: Any) -> None:
+        layer = cache[0] if isinstance(cache, list | tuple) and cache else None
+        entries = set(layer) if isinstance(layer, Mapping) else set()
+        if entries != set(self.entries):
+            odd = ", ".join(sorted(map(str, entries ^ set(self.entries))))
+            raise UnsupportedContextError(
+                f"the KV cache is not a list of dicts of {', '.join(self.entries)} (differs in: {odd}), so its rows may "
+                f"follow other rules than {self.models[0]}'s; nothing is pruned. This fork needs an adapter of its own"
+            )
 
 
 @hookimpl

@@ -1,6 +1,7 @@
-"""Hypothesis profiles (HYPOTHESIS_PROFILE = dev, ci or nightly) and one thread for small tensors."""
+"""Hypothesis profiles (HYPOTHESIS_PROFILE = dev, ci or nightly); what was compared with real sources, what was not."""
 
 import os
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -12,3 +13,19 @@ settings.register_profile("dev", max_examples=25, **COMMON)
 settings.register_profile("ci", max_examples=60, derandomize=True, **COMMON)
 settings.register_profile("nightly", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """A table of effects and errors against real sources, and a line for what was not checked: a skip is no pass."""
+    stats = terminalreporter.stats
+    rows = [value for report in stats.get("passed", []) for key, value in report.user_properties if key == "exact"]
+    if rows:
+        terminalreporter.section("against the real sources")
+        terminalreporter.write_line(f"{'configuration':<58} {'effect':>9} {'error':>9}")
+        for name, effect, error in rows:
+            terminalreporter.write_line(f"{name:<58} {effect:>9.2e} {error:>9.1e}")
+    skipped = [report for report in stats.get("skipped", []) if "not checked" in str(report.longrepr).lower()]
+    if skipped:
+        reasons = sorted({str(report.longrepr[-1]).removeprefix("Skipped: ") for report in skipped})
+        terminalreporter.section(f"{len(skipped)} tests NOT CHECKED")
+        terminalreporter.write_line("\n".join(reasons))

@@ -13,10 +13,11 @@ import torch
 from tokentrim_hooks.adapter import Adapter, Match, Method
 from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.observers import Guarded, Observer, tell
-from tokentrim_hooks.patches import Patches, eagerly
+from tokentrim_hooks.patches import Patches
 from tokentrim_hooks.policy import Policy
 from tokentrim_hooks.report import Report
 from tokentrim_hooks.rollout import Probe, Rollout
+from tokentrim_hooks.taps import eagerly
 
 ATTRIBUTE = "_tokentrim_handle"
 

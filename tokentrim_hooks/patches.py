@@ -8,23 +8,16 @@ model carries inert remains only.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import torch
 import wrapt
-from torch import Tensor, nn
+from torch import nn
 
 from tokentrim_hooks.adapter import Method
-from tokentrim_hooks.errors import AttachError, UnsupportedContextError
+from tokentrim_hooks.errors import AttachError
 from tokentrim_hooks.pruning import BUSY, current_tap
-
-MISSING = object()
-_inside: ContextVar[int] = ContextVar("tokentrim_inside_self_attention", default=0)
+from tokentrim_hooks.taps import MISSING, TapNames, TapSite, depth_hooks, eagerly, same
 
 
 def _inert(*_args: Any, **_kwargs: Any) -> None:
@@ -33,19 +26,6 @@ def _inert(*_args: Any, **_kwargs: Any) -> None:
 
 def _make_inert() -> Callable[..., None]:
     return _inert
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _swap_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)
-
-
-def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep ``function`` out of compiled graphs: our bookkeeping is not the model's."""
-    return cast(Callable[..., Any], torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class Hook:
@@ -79,131 +59,10 @@ class Wrapper(wrapt.FunctionWrapper[Any, Any]):
         return copy.deepcopy(self.__wrapped__, memo)
 
     def __reduce__(self) -> Any:
-        return _same, (self.__wrapped__,)
+        return same, (self.__wrapped__,)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.__reduce__()
-
-
-@dataclass(frozen=True)
-class TapNames:
-    """Names under which an attention function takes query, key, value and mask; it refuses what ``refuse`` names."""
-
-    q: str = "q"
-    k: str = "k"
-    v: str = "v"
-    mask: str | None = None
-    refuse: tuple[str, ...] = ()
-    heads_first: bool = False
-    lengths: str | None = None
-
-
-class TappedForward:
-    """Stands in for the forward of one attention module; a copied or pickled module gets its own forward back."""
-
-    def __init__(self, original: Callable[..., Any], attend: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
-        self._original, self._attend = original, attend
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, unless something is dead."""
-        return self._attend(args, kwargs) if BUSY.now else self._original(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._original, memo)
-
-    def __reduce__(self) -> Any:
-        return _same, (self._original,)
-
-
-def _place_of(namespace: Any) -> Mapping[str, Any]:
-    """Where a namespace keeps its names: a dict is its own place."""
-    return namespace if isinstance(namespace, dict) else vars(namespace)
-
-
-def _put(namespace: Any, name: str, value: Any) -> None:
-    if isinstance(namespace, dict):
-        namespace[name] = value
-    else:
-        setattr(namespace, name, value)
-
-
-class TapSite:
-    """One tapped function in a namespace, shared by all patched models whose code lives there."""
-
-    _sites: dict[tuple[int, str], TapSite] = {}  # noqa: RUF012 - a registry of the process
-
-    def __init__(self, namespace: Any, name: str, names: TapNames) -> None:
-        self.namespace, self.name, self.names = namespace, name, names
-        self.users = 0
-        self.before = _place_of(namespace).get(name, MISSING)
-        self.original = namespace[name] if isinstance(namespace, dict) else getattr(namespace, name)
-        self.signature = inspect.signature(self.original)
-        self.tapped = self._make_tapped()
-
-    @classmethod
-    def use(cls, namespace: Any, name: str, names: TapNames) -> TapSite:
-        """Install the tap, or share the one that is there."""
-        key = (id(namespace), name)
-        site = cls._sites.get(key)
-        if site is None:
-            site = cls._sites[key] = cls(namespace, name, names)
-            _put(namespace, name, site.tapped)
-        site.users += 1
-        return site
-
-    def release(self) -> None:
-        """Take the tap out with its last user, unless somebody has wrapped it since (then it stays, inert)."""
-        self.users -= 1
-        if self.users == 0:
-            del self._sites[(id(self.namespace), self.name)]
-            if _place_of(self.namespace).get(self.name) is not self.tapped:
-                return
-            if self.before is MISSING:
-                delattr(self.namespace, self.name)
-            else:
-                _put(self.namespace, self.name, self.before)
-
-    def _make_tapped(self) -> Callable[..., Any]:
-        """A plain function, no wrapt proxy, and no context variable while nothing is dead: neither can be compiled."""
-        original, attend = self.original, eagerly(self._attend)
-        if isinstance(self.namespace, nn.Module):
-            return TappedForward(original, attend)
-
-        @functools.wraps(original)
-        def tapped(*args: Any, **kwargs: Any) -> Any:
-            return attend(args, kwargs) if BUSY.now else original(*args, **kwargs)
-
-        return tapped
-
-    def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tap = current_tap()
-        if tap is None or (tap.gated and not _inside.get()):
-            return self.original(*args, **kwargs)
-        bound = self.signature.bind(*args, **kwargs)
-        given, names = bound.arguments, self.names
-        for name in names.refuse:
-            if given.get(name) is not None:
-                raise UnsupportedContextError(f"cannot prune while {self.name}() is called with {name}")
-
-        rest: tuple[Any, ...] = ()
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            nonlocal rest
-            given.update({names.q: turn(q), names.k: turn(k), names.v: turn(v)})
-            if names.mask is not None:
-                given[names.mask] = mask
-            if names.lengths is not None:
-                given[names.lengths] = torch.full_like(given[names.lengths][: q.shape[0]], k.shape[1])
-            result = self.original(*bound.args, **bound.kwargs)
-            first, *others = result if isinstance(result, tuple) else (result,)
-            rest = tuple(others)
-            return cast(Tensor, first)
-
-        turn = _swap_heads if names.heads_first else _same
-        mask = given.get(names.mask) if names.mask else None
-        output = tap.attend(attend, turn(given[names.q]), turn(given[names.k]), turn(given[names.v]), mask)
-        return (output, *rest) if rest else output
 
 
 class Patches:
@@ -256,19 +115,19 @@ class Patches:
     ) -> None:
         """Let only live keys reach the attention function ``namespace.name``.
 
-        ``namespace`` is a module of Python, a dict, or an attention module of the model (``name`` is ``"forward"``). The
-        names say which parameters hold q, k, v: ``[B, length, heads, head_dim]``, or ``[B, heads, length, head_dim]``
-        with ``heads_first``. The result is ``[B, length, ...]``, or a tuple that begins with it. Where the same
-        function also serves cross attention, ``within`` lists the self-attention modules in whose calls it counts.
-        A call that sets a parameter named in ``refuse`` raises instead of going wrong. ``lengths`` names the
-        parameter with the number of keys of each sample, where all given keys are valid.
+        ``namespace`` is a module of Python, a dict, or an attention module of the model (``name`` is ``"forward"``).
+        The names say which parameters hold q, k, v: ``[B, length, heads, head_dim]``, or with ``heads_first``
+        ``[B, heads, length, head_dim]``. The result is ``[B, length, ...]``, or a tuple that begins with it.
+        Where the same function also serves cross attention, ``within`` lists the self-attention modules in whose
+        calls it counts. A call that sets a parameter named in ``refuse`` raises instead of going wrong. ``lengths``
+        names the parameter with the number of keys of each sample, where all given keys are valid.
         """
         site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse, heads_first, lengths))
         self._undo.append(site.release)
         self.taps += 1
         for module in within:
             self.layers += 1
-            self.hook(module, before=_depth_hooks()[0], leave=_depth_hooks()[1])
+            self.hook(module, before=depth_hooks()[0], leave=depth_hooks()[1])
 
     def tap_packed(self, owner: Any, name: str, attend: Callable[..., Any]) -> None:
         """Tap an attention method that packs queries of several chunks, each with a range of keys of its own.
@@ -354,23 +213,3 @@ class Patches:
                 failures.append(failure)
         if failures:
             raise failures[0]
-
-
-def _count_inside(by: int) -> None:
-    _inside.set(_inside.get() + by)
-
-
-@functools.cache
-def _depth_hooks() -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks that count entries into self attention; made at the first tap, for torch's compiler is slow to import."""
-    count = eagerly(_count_inside)
-
-    def go_inside(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
-        if BUSY.now:
-            count(1)
-
-    def go_outside(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
-        if BUSY.now:
-            count(-1)
-
-    return go_inside, go_outside

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Sequence
+
+from torch import Tensor
 
 from tokentrim_hooks.adapter import Adapter, CacheRows, Call
 from tokentrim_hooks.ledger import Ledger
@@ -27,7 +30,8 @@ class Pruner:
         self._layers = layers
         self._ledger = Ledger(self._anchors, getattr(policy, "coarse", "any"))
         self._tombstones = Tombstones()
-        self._marked: dict[Hashable, Call] = {}
+        # Weak: a sampler that drops its cache must get the memory back, marks or no marks.
+        self._marked: dict[Hashable, list[weakref.ref[Tensor]]] = {}
         self._expected = layers
         self._last: CallTap | None = None
 
@@ -57,7 +61,7 @@ class Pruner:
             return self._ledger.kill(context, tokens, chunk, (height, width))
         dead = self._tombstones.mark(context, tokens, self._anchors)
         if dead:
-            self._marked[call.stream] = call
+            self._marked[call.stream] = [weakref.ref(values) for values in context.values]
             self._expected = len(context.values)
         return dead
 
@@ -87,9 +91,7 @@ class Pruner:
     def clear(self) -> None:
         """Forget all marks and leave no cache poisoned: a new video starts, or the patch comes off."""
         self._tombstones.revive()
-        for call in self._marked.values():
-            context = self._adapter.context(call)
-            if isinstance(context, CacheRows):
-                clear_marks(context.values)
+        for layers in self._marked.values():
+            clear_marks(values for values in (layer() for layer in layers) if values is not None)
         self._marked.clear()
         self._ledger.killed.clear()

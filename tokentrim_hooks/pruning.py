@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokentrim_hooks.adapter import KeyLayout
+from tokentrim_hooks.blockmask import is_block_mask, without_dead
 from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.ledger import Ledger, QueryGroup
 from tokentrim_hooks.tombstones import alive_rows
@@ -115,6 +117,7 @@ class CallTap:
         self.asked = 0
         self._keeps: dict[int, tuple[Keep, ...]] = {}
         self._ranges: dict[tuple[int, int, int], Tensor | None] = {}
+        self._masks: dict[int, tuple[Any, Any]] = {}
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with the live keys only, counting what was dropped."""
@@ -124,7 +127,17 @@ class CallTap:
         self.calls += 1
         dropped = max(k.shape[1] - index.numel() for keep in keeps for index in keep.index)
         self.dropped = max(self.dropped, dropped)
+        if dropped and is_block_mask(mask):
+            return attend(q, k, v, self._hidden(mask, keeps, k))
         return attend_live(attend, q, k, v, mask, keeps) if dropped else attend(q, k, v, mask)
+
+    def _hidden(self, mask: Any, keeps: Sequence[Keep], k: Tensor) -> Any:
+        """The block mask without the dead keys, made once a call: all layers are given the same mask."""
+        if len(keeps) > 1:
+            raise UnsupportedContextError("cannot prune chunks in flight apart in a block mask of flex attention")
+        if id(mask) not in self._masks:
+            self._masks[id(mask)] = (mask, without_dead(mask, keeps[0].index, k.shape[0], k.shape[1]))
+        return self._masks[id(mask)][1]
 
     def live_range(self, start: int, first: int, stop: int, keys: Tensor) -> Tensor | None:
         """Live keys for one range of packed queries, for :meth:`Patches.tap_packed`.

@@ -54,12 +54,13 @@ class Regenerator:
         return output, prediction
 
     def prune_branch(self, call: Call, chunk: Chunk) -> bool:
-        """Prune the context of another branch of guidance, once a pruned chunk; whether it was done now."""
+        """Prune the context of another branch of guidance, once a pruned chunk; whether that killed anything."""
         if not chunk.tokens or call.stream in chunk.applied or call.start != chunk.start:
             return False
         chunk.applied.add(call.stream)
-        chunk.dead += self.pruner.prune(call, chunk.tokens, chunk.start)
-        return True
+        dead = self.pruner.prune(call, chunk.tokens, chunk.start)
+        chunk.dead += dead
+        return dead > 0
 
     def replay_branch(self, module: nn.Module, step: Step, chunk: Chunk, output: Any) -> Any:
         """Prune another branch after its first call and call it again.

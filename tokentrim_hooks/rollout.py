@@ -216,7 +216,9 @@ class Rollout:
         if phase is Phase.RECACHE:
             return
         if phase is Phase.COMMIT or call.commits:
-            chunk.latest, chunk.latents = latent_summary(call.latents, self.patch), call.latents
+            chunk.latest = latent_summary(call.latents, self.patch)
+            # A rolling window commits an older chunk than the one it takes in: not what this chunk's records tell of.
+            chunk.latents = call.latents if call.start == chunk.start else chunk.latents
             chunk.given = chunk.given or phase is Phase.FIRST
             return
         chunk.latest, chunk.latents = latent_summary(prediction, self.patch), prediction

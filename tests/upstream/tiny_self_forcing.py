@@ -42,12 +42,13 @@ def self_forcing(name: str = "Self-Forcing", few: str = "pipeline.causal_inferen
         in_float32(causal.attention)
         with (
             mock.patch.object(importlib.import_module("wan.modules.model"), "flash_attention", plain_attention),
-            mock.patch.object(causal.CausalWanModel, "from_pretrained", classmethod(_tiny_model)),
+            mock.patch.object(causal.CausalWanModel, "from_pretrained", classmethod(tiny_model)),
         ):
             yield Repository(few_step, diffusion, causal)
 
 
-def _tiny_model(cls: Any, _folder: str, **options: Any) -> Any:
+def tiny_model(cls: Any, _folder: str, **options: Any) -> Any:
+    """Stand in for ``from_pretrained``: the real class, tiny and random."""
     model = cls(
         dim=WIDTH, ffn_dim=128, freq_dim=32, num_heads=HEADS, num_layers=LAYERS, text_len=TEXT[0], text_dim=TEXT[1],
         **options,

@@ -1,0 +1,221 @@
+"""Models that pack earlier frames into the attention sequence, coarser the older they are (FramePack, Helios).
+
+Keys lie as ``[oldest ... newest history | the chunk | text]``. A history part of scale s joins s frames and s x s
+spatial tokens in one key. A pinned first frame may precede the finest part. Nothing is cached: history is embedded
+anew at every step, so a dead token stays dead only by being kept from the kernel at every call.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, cat, nn
+
+from tokentrim_hooks import (
+    Adapter,
+    Call,
+    KeyLayout,
+    Patches,
+    Phase,
+    Role,
+    Seen,
+    Segment,
+    UnsupportedContextError,
+)
+
+from ._diffusers import sample_of, sigma_of, tap_dispatch, trouble
+
+PINNED = 2**40
+"""Frame number of the pinned first frame, apart from all frames that age."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One call's history, as the transformer is given it.
+
+    Attributes:
+        parts: (latents ``[B, C, F, H, W]``, scale) from coarse to fine, without the pinned frames.
+        pinned: number of pinned frames before the finest part.
+        section, video: objects that are the same for all calls of a chunk, and of a video.
+    """
+
+    parts: tuple[tuple[Tensor, int], ...]
+    pinned: int
+    section: object
+    video: object
+
+
+@dataclass(frozen=True)
+class PackedCall(Call):
+    """A transformer call: chunk ``section`` of the video at denoising step ``step``; ``real`` are history's frames."""
+
+    packing: Packing | None = None
+    section: int = 0
+    step: int = 0
+    real: range = range(0)
+
+
+class PackedHistory(Adapter):
+    """Common part of the adapters for packed history; a family says how its arguments are to be read."""
+
+    context_kind = "packed history frames in the attention sequence, coarser with age"
+
+    transformer: Any
+    inverted = False
+    """Whether chunks are made from the last to the first, so that history holds what comes after."""
+
+    # ------------------------------------------------------------------------------------------ the family's part
+
+    @classmethod
+    @abstractmethod
+    def attentions(cls, transformer: Any) -> list[nn.Module]:
+        """Self attentions, in order."""
+
+    @abstractmethod
+    def packing(self, arguments: Mapping[str, Any]) -> Packing | None:
+        """Read the history of a call; None if it has none."""
+
+    @abstractmethod
+    def begin(self, packing: Packing, arguments: Mapping[str, Any]) -> int:
+        """A new video begins: set ``inverted``; return how many frames its history holds already."""
+
+    def others(self, call: Call) -> int:
+        """Keys behind the chunk's own (text)."""
+        return 0
+
+    # ------------------------------------------------------------------------------------------ the core's questions
+
+    def attach(self, model: Any, patches: Patches) -> None:
+        """Tap self attention, and begin to follow the sampler."""
+        self.transformer = getattr(model, "transformer", model)
+        self.scheduler = getattr(model, "scheduler", None)
+        self._packing: Packing | None = None
+        self._timestep: object = None
+        self._section, self._step, self._branch, self._start, self._given = 0, 0, 0, 0, 0
+        self.tap(patches)
+
+    def tap(self, patches: Patches) -> None:
+        """Tap the function that self attention goes through."""
+        tap_dispatch(patches, self.attentions(self.transformer))
+
+    def parse(self, arguments: Mapping[str, Any]) -> PackedCall | None:
+        """Read one call. A step's second call, with the very same timestep, is guidance's other branch."""
+        packing = self.packing(arguments)
+        if packing is None:
+            return None
+        noisy: Tensor = arguments["hidden_states"]
+        self._follow(packing, arguments, frames=int(noisy.shape[2]))
+        return PackedCall(
+            noisy.transpose(1, 2),
+            start=self._start,
+            stream=self._branch,
+            commits=False,
+            arguments=arguments,
+            packing=packing,
+            section=self._section,
+            step=self._step,
+            real=self._real(int(noisy.shape[2])),
+        )
+
+    def _follow(self, packing: Packing, arguments: Mapping[str, Any], frames: int) -> None:
+        """Which chunk, step and branch: told by the objects that the sampler passes, without reading any."""
+        last, self._packing = self._packing, packing
+        if last is None or last.video is not packing.video:
+            self._given = self.begin(packing, arguments)
+            self._section, self._start = -1, -frames if self.inverted else self._given
+            self._begin_section(0, packing)
+        elif last.section is not packing.section:
+            self._begin_section(-frames if self.inverted else frames, packing)
+        elif arguments["timestep"] is self._timestep:
+            self._branch += 1
+        else:
+            self._step, self._branch = self._step + 1, 0
+        self._timestep = arguments["timestep"]
+
+    def _begin_section(self, shift: int, packing: Packing) -> None:
+        self._section, self._step, self._branch = self._section + 1, 0, 0
+        self._start += shift
+        reason = trouble(self.transformer, self.attentions(self.transformer))
+        if reason:
+            raise UnsupportedContextError(reason)
+
+    def _real(self, frames: int) -> range:
+        """Frames that exist: made or given before this chunk. Beyond them history is blank."""
+        return range(self._start + frames, 0) if self.inverted else range(0, self._start)
+
+    def phase(self, call: Call, seen: Seen) -> Phase:
+        """A chunk begins at its first step. Nothing is committed: history is embedded anew at every step."""
+        return Phase.FIRST if _packed(call).step == 0 else Phase.REFINE
+
+    def restarts(self, call: Call, seen: Seen) -> bool:
+        """The first section begins a video, wherever the last one ended and in whichever direction it runs."""
+        return _packed(call).section == 0
+
+    def accepted(self, call: Call) -> Tensor | None:
+        """The chunk before, as the history has it; None where it does not reach that far."""
+        call = _packed(call)
+        assert call.packing is not None
+        if len(call.real) < call.frames:
+            return None
+        parts = [part for part, _ in call.packing.parts]
+        history = cat(parts[::-1] if self.inverted else parts, dim=2)
+        if history.shape[2] < call.frames:
+            return None
+        nearest = history[:, :, : call.frames] if self.inverted else history[:, :, -call.frames :]
+        return nearest.transpose(1, 2).to(call.latents.device)
+
+    def prediction(self, call: Call, output: Any) -> Tensor:
+        """x0 = x - sigma v."""
+        sigma = sigma_of(self.scheduler, _packed(call).step, call.arguments["timestep"])
+        return call.latents.float() - sigma * sample_of(output).transpose(1, 2).float()
+
+    def context(self, call: Call) -> KeyLayout:
+        """Keys of self attention, history first. Blank history counts as nothing, pinned frames as anchors."""
+        call = _packed(call)
+        assert call.packing is not None
+        height, width = self._grid(call)
+        segments: list[Segment] = []
+        frames = self._history_frames(call)
+        for (_, scale), numbers in zip(call.packing.parts, frames, strict=True):
+            if scale == 1 and call.packing.pinned:
+                segments.append(Segment(Role.ANCHOR, (PINNED,) * call.packing.pinned, height, width))
+            segments += _aged(numbers, scale, height, width, call.real)
+        segments.append(Segment(Role.CURRENT, range(call.start, call.end), height, width))
+        others = self.others(call)
+        return KeyLayout((*segments, Segment(Role.OTHER, (0,), others, 1)) if others else tuple(segments))
+
+    def _grid(self, call: Call) -> tuple[int, int]:
+        patch = self.transformer.config.patch_size
+        down, across = (patch, patch) if isinstance(patch, int) else (patch[1], patch[2])
+        return call.latents.shape[-2] // down, call.latents.shape[-1] // across
+
+    def _history_frames(self, call: PackedCall) -> list[range]:
+        """Frame numbers of every part, coarse to fine: before the chunk, or behind it where the video runs back."""
+        assert call.packing is not None
+        counts = [int(part.shape[2]) for part, _ in call.packing.parts]
+        near = [sum(counts[i + 1 :]) for i in range(len(counts))]
+        if self.inverted:
+            return [range(call.end + gap, call.end + gap + count) for gap, count in zip(near, counts, strict=True)]
+        return [range(call.start - gap - count, call.start - gap) for gap, count in zip(near, counts, strict=True)]
+
+
+def _packed(call: Call) -> PackedCall:
+    assert isinstance(call, PackedCall)
+    return call
+
+
+def _aged(frames: Sequence[int], scale: int, height: int, width: int, real: range) -> list[Segment]:
+    """Segments of one history part: one for each group of frames that share their keys."""
+    down, across = -(-height // scale), -(-width // scale)
+    segments = []
+    for first in range(0, len(frames), scale):
+        group = frames[first : first + scale]
+        alive = [frame for frame in group if frame in real]
+        # A key over blank and real frames is judged by the real ones.
+        shown = [min(max(frame, alive[0]), alive[-1]) for frame in group] if alive else list(group)
+        role = Role.CONTEXT if alive else Role.OTHER
+        segments.append(Segment(role, shown, down, across, (scale, scale, scale)))
+    return segments

@@ -1,0 +1,132 @@
+"""What the causal relatives of Wan 2.1 have in common: one generator wrapper, one kind of KV cache, one attention.
+
+The sampler calls ``generator(noisy_image_or_video, conditional_dict, timestep, kv_cache, crossattn_cache,
+current_start)``; ``generator.model.blocks[i].self_attn`` calls a function ``attention`` of its own module, which cross
+attention does not use. The cache is a list of dicts, one a layer: ``k`` and ``v`` ``[B, rows, heads, head_dim]``, frame
+by frame, and the tensors ``global_end_index`` (rows of the video so far) and ``local_end_index`` (rows in the cache).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches
+
+PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache", "crossattn_cache", "current_start")
+"""Parameters that the forward of every generator wrapper of the family takes."""
+
+RELATIVES = {
+    "updating_cache": "Rolling Forcing",
+    "sink_recache_after_switch": "LongLive",
+    "kv_bank": "MemFlow",
+    "current_end": "CausVid",
+    "rope_temporal_offset": "LongLive 2.0",
+}
+"""Parameters of the wrapper that betray a relative whose cache follows other rules."""
+
+
+class CausalWan(Adapter):
+    """The rules of Self-Forcing's cache, which its relatives bend: rows before the chunk are history, sinks in front."""
+
+    own: ClassVar[tuple[str, ...]] = ()
+    """Those of RELATIVES that this adapter knows; its generator's forward must take them all."""
+    layer_attributes: ClassVar[tuple[str, ...]] = ("sink_size", "local_attn_size")
+    """Attributes that every self-attention module must have."""
+
+    @classmethod
+    def probe(cls, model: object) -> Match | NoMatch:
+        """Recognise the generator wrapper, given itself or as a pipeline's ``generator``."""
+        generator = getattr(model, "generator", model)
+        if not isinstance(generator, nn.Module):
+            return NoMatch("neither a module nor a pipeline with a .generator module")
+        parameters = inspect.signature(generator.forward).parameters
+        for name, relative in RELATIVES.items():
+            if name in parameters and name not in cls.own:
+                return NoMatch(f"the generator's forward takes {name!r}: this is {relative}")
+        missing = [name for name in (*PARAMETERS, *cls.own) if name not in parameters]
+        if missing:
+            return NoMatch(f"the generator's forward lacks {', '.join(missing)}")
+        return cls._probe_layers(generator)
+
+    @classmethod
+    def _probe_layers(cls, generator: nn.Module) -> Match | NoMatch:
+        patch = getattr(getattr(generator, "model", None), "patch_size", None)
+        layers = self_attentions(generator)
+        if not layers or patch is None:
+            return NoMatch("generator.model has no blocks[i].self_attn or no patch_size")
+        if not all(hasattr(layer, name) for layer in layers for name in cls.layer_attributes):
+            return NoMatch(f"self_attn has no {' and '.join(cls.layer_attributes)}")
+        if not callable(getattr(home_of(layers[0]), "attention", None)):
+            return NoMatch("the module of self_attn has no global function attention(q, k, v)")
+        return Match(generator, (int(patch[1]), int(patch[2])))
+
+    def attach(self, model: Any, patches: Patches) -> None:
+        """Tap the module-global ``attention``, which only self attention calls."""
+        self.generator: nn.Module = getattr(model, "generator", model)
+        self.layers = self_attentions(self.generator)
+        for home in {id(home_of(layer)): home_of(layer) for layer in self.layers}.values():
+            patches.tap(home, "attention", refuse=("q_lens", "k_lens"))
+
+    def parse(self, arguments: Mapping[str, Any]) -> Call | None:
+        """Read one generator call; calls without a KV cache are training or scoring, not a rollout."""
+        if arguments["kv_cache"] is None:
+            return None
+        latents: Tensor = arguments["noisy_image_or_video"]
+        return Call(
+            latents,
+            start=start_of(arguments) // self.tokens(latents),
+            stream=id(arguments["kv_cache"]),
+            timestep=arguments["timestep"],
+            arguments=arguments,
+        )
+
+    def context(self, call: Call) -> CacheRows:
+        """Rows before the current chunk: which are the last ones once the chunk has been written."""
+        tokens = self.tokens(call.latents)
+        sink = int(self.layers[0].sink_size) * tokens  # type: ignore[arg-type]
+        return history_rows(call.arguments, call.frames * tokens, tokens, sink)
+
+    def carry(self, call: Call, before: Tensor, after: Tensor) -> Tensor:
+        """The few-step sampler re-noises x0: x_t = (1 - sigma) x0 + sigma noise, so keep the noise and move x0."""
+        assert call.timestep is not None
+        scheduler: Any = self.generator.scheduler
+        sigmas, timesteps = (t.to(call.latents.device).double() for t in (scheduler.sigmas, scheduler.timesteps))
+        nearest = (timesteps[:, None] - call.timestep.flatten()[None].double()).abs().argmin(0)
+        sigma = sigmas[nearest].view(*call.timestep.shape, 1, 1, 1)
+        moved = call.latents.double() + (1 - sigma) * (after.double() - before.double())
+        return cast(Tensor, moved.to(call.latents.dtype))
+
+    def tokens(self, latents: Tensor) -> int:
+        """Spatial tokens, and so cache rows, of a latent frame of ``latents`` ``[..., H, W]``."""
+        patch: Sequence[int] = self.generator.model.patch_size  # type: ignore[union-attr, assignment]
+        return math.prod(latents.shape[-2:]) // (int(patch[1]) * int(patch[2]))
+
+
+def history_rows(arguments: Mapping[str, Any], new: int, tokens: int, anchors: int) -> CacheRows:
+    """Rows of finished frames in the cache of a call that writes ``new`` rows; the first ``anchors`` rows are a sink."""
+    cache: Sequence[Mapping[str, Any]] = arguments["kv_cache"]
+    written = int(cache[0]["global_end_index"]) >= start_of(arguments) + new
+    stop = max(int(cache[0]["local_end_index"]) - (new if written else 0), 0)
+    return CacheRows([layer["v"] for layer in cache], 0, stop, tokens, min(anchors, stop))
+
+
+def start_of(arguments: Mapping[str, Any]) -> int:
+    """First token of the call, counted from the start of the video."""
+    return int(arguments["current_start"] or 0)
+
+
+def self_attentions(generator: nn.Module) -> list[nn.Module]:
+    """Self-attention modules of ``generator.model``, one a block."""
+    blocks = getattr(getattr(generator, "model", None), "blocks", ())
+    return [block.self_attn for block in blocks if isinstance(getattr(block, "self_attn", None), nn.Module)]
+
+
+def home_of(layer: nn.Module) -> Any:
+    """Python module whose globals the code of ``layer`` sees."""
+    return sys.modules.get(type(layer).__module__)

@@ -1,0 +1,162 @@
+"""FastVideo's causal Wan (``CausalWanTransformer3DModel``), as its causal stages sample from it.
+
+The stage keeps the KV cache in a local variable: it is seen only as an argument of the transformer's calls, several a
+chunk and then one with the finished chunk. Wan2.2 has two transformers (high and low noise), each with its own cache.
+Rows roll left behind the sink frames. With ``rope_cache_policy`` "absolute" the cache holds roped K; with
+"relativistic" raw K, roped anew by its place in the window at every call. Either way K is roped before it reaches the
+attention module ``attn1.attn``, so dead rows may be left out there.
+
+The transformer predicts flow: x0 = x_t - sigma * flow, with sigma looked up in the scheduler as the stage does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, Phase, Seen, hookimpl
+
+PARAMETERS = ("hidden_states", "timestep", "kv_cache", "crossattn_cache", "current_start", "start_frame")
+FOREIGN = ("kv_cache_mouse", "kv_cache_keyboard")
+"""Parameters of Matrix-Game 2, whose action caches follow other rules."""
+POLICIES = ("absolute", "relativistic")
+
+
+class FastVideo(Adapter):
+    """Causal Wan in FastVideo: give the composed pipeline, its causal denoising stage, or the bare transformer.
+
+    Only a pipeline or stage shows the second transformer of Wan2.2 and the scheduler; without a scheduler sigma is
+    timestep / 1000. The whole-chunk probe is refused: the stage turns flow into x0 with its own noisy latents.
+    """
+
+    name = "fastvideo"
+    models = ("FastVideo causal Wan2.1", "FastVideo causal Wan2.2 (two transformers)")
+    context_kind = "rolling KV cache, K after RoPE (absolute) or before it (relativistic)"
+
+    @classmethod
+    def probe(cls, model: object) -> Match | NoMatch:
+        """Recognise the transformer by its cached forward and its ``attn1`` layers."""
+        stage = _stage(model)
+        first, second = getattr(stage, "transformer", stage), getattr(stage, "transformer_2", None)
+        transformers = [first] if second is None else [first, second]
+        for transformer in transformers:
+            reason = _refusal(transformer)
+            if reason:
+                return NoMatch(reason)
+        _, height, width = first.patch_size
+        return Match(first, (int(height), int(width)), also=tuple(transformers[1:]))
+
+    def attach(self, model: Any, patches: Patches) -> None:
+        """Tap the attention module of every self-attention layer, in all transformers."""
+        stage = _stage(model)
+        self.transformer: Any = getattr(stage, "transformer", stage)
+        self.scheduler: Any = getattr(stage, "scheduler", None)
+        self.signature = inspect.signature(self.transformer._forward_inference)
+        for transformer in (self.transformer, getattr(stage, "transformer_2", None)):
+            for layer in _self_attentions(transformer):
+                patches.tap(layer.attn, "forward", refuse=("freqs_cis",))
+
+    def parse(self, arguments: Mapping[str, Any]) -> Call | None:
+        """Read one call: the transformer's forward passes everything on to its cached forward."""
+        if arguments["kwargs"].get("kv_cache") is None:
+            return None
+        bound = self.signature.bind(*arguments["args"], **arguments["kwargs"])
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        latents: Tensor = given["hidden_states"].transpose(1, 2)
+        return Call(
+            latents,
+            start=int(given["current_start"]) // self._tokens(latents),
+            stream=id(given["kv_cache"]),
+            timestep=given["timestep"],
+            arguments=given,
+        )
+
+    def phase(self, call: Call, seen: Seen) -> Phase:
+        """The stage counts the steps of a chunk in its forward context, on the host; the clean call is step 0 again."""
+        if call.start != seen.start or seen.committed:
+            return Phase.FIRST
+        step = sys.modules[type(self.transformer).__module__].get_forward_context().current_timestep
+        return Phase.COMMIT if step == 0 else Phase.REFINE
+
+    def context(self, call: Call) -> CacheRows:
+        """Rows before the current chunk: which are the last ones once the chunk has been written."""
+        cache: Sequence[Mapping[str, Any]] = call.arguments["kv_cache"]
+        tokens = self._tokens(call.latents)
+        new = call.frames * tokens
+        written = int(cache[0]["global_end_index"]) >= int(call.arguments["current_start"]) + new
+        stop = max(int(cache[0]["local_end_index"]) - (new if written else 0), 0)
+        sinks = int(self.transformer.blocks[0].attn1.sink_size) * tokens
+        return CacheRows([layer["v"] for layer in cache], 0, stop, tokens, min(sinks, stop))
+
+    def prediction(self, call: Call, output: Any) -> Tensor:
+        """x0 from flow, in float64 as the stage computes it."""
+        assert call.timestep is not None
+        sigma = self._sigma(call.timestep).view(-1, *call.timestep.shape[1:], *[1] * (5 - call.timestep.ndim))
+        clean = call.latents.double() - sigma * output.transpose(1, 2).double()
+        return cast(Tensor, clean.to(output.dtype))
+
+    def _sigma(self, timestep: Tensor) -> Tensor:
+        """Noise level of each timestep: that of the scheduler's nearest one."""
+        if self.scheduler is None:
+            return timestep.double() / 1000
+        steps = self.scheduler.timesteps.to(timestep.device).double()
+        nearest = (steps[:, None] - timestep.flatten()[None].double()).abs().argmin(0)
+        sigma: Tensor = self.scheduler.sigmas.to(timestep.device).double()[nearest]
+        return sigma
+
+    def _tokens(self, latents: Tensor) -> int:
+        _, height, width = self.transformer.patch_size
+        return math.prod(latents.shape[-2:]) // (int(height) * int(width))
+
+
+def _stage(model: Any) -> Any:
+    """The denoising stage of a composed pipeline; else the model itself."""
+    stages = getattr(model, "stages", None)
+    if not isinstance(stages, Sequence):
+        return model
+    causal = [stage for stage in stages if not _refusal(getattr(stage, "transformer", None))]
+    return causal[0] if causal else model
+
+
+def _refusal(transformer: Any) -> str:
+    """Why this is not a causal Wan of FastVideo; empty if it is."""
+    cached = getattr(transformer, "_forward_inference", None)
+    if not isinstance(transformer, nn.Module) or not callable(cached):
+        return "no module with a _forward_inference, nor a stage or pipeline that has one as .transformer"
+    parameters = inspect.signature(cached).parameters
+    missing = [name for name in PARAMETERS if name not in parameters]
+    if missing:
+        return f"the transformer's _forward_inference lacks {', '.join(missing)}"
+    foreign = [name for name in FOREIGN if name in parameters]
+    if foreign:
+        return f"the transformer's _forward_inference takes {', '.join(foreign)}: a relative with other caches"
+    return _layer_refusal(transformer)
+
+
+def _layer_refusal(transformer: nn.Module) -> str:
+    layers = _self_attentions(transformer)
+    if not layers:
+        return "the transformer has no blocks[i].attn1.attn"
+    policy = getattr(layers[0], "rope_cache_policy", None)
+    if policy not in POLICIES:
+        return f"blocks[0].attn1.rope_cache_policy is {policy!r}, not one of {', '.join(POLICIES)}"
+    if not hasattr(sys.modules.get(type(transformer).__module__), "get_forward_context"):
+        return "the transformer's module has no get_forward_context"
+    return ""
+
+
+def _self_attentions(transformer: Any) -> list[Any]:
+    layers = [getattr(block, "attn1", None) for block in getattr(transformer, "blocks", ())]
+    return [layer for layer in layers if isinstance(getattr(layer, "attn", None), nn.Module)]
+
+
+@hookimpl
+def tokentrim_adapters() -> list[type[Adapter]]:
+    """Built-in adapter for FastVideo."""
+    return [FastVideo]

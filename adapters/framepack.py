@@ -1,0 +1,102 @@
+"""FramePack in diffusers (``HunyuanVideoFramepackPipeline``), both samplers.
+
+A section of the video is one chunk. The transformer gets the history at three scales (1x, 2x, 4x) and a pinned first
+frame, and embeds them before the section's own tokens. ``vanilla`` sampling runs forward in time. With
+``inverted_anti_drifting`` the last section is made first: history is then the future, frames count back from the end
+(-1 is the video's last latent frame), and the chunk compared with is the one that follows in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokentrim_hooks import Adapter, Call, Match, NoMatch, hookimpl
+
+from ._diffusers import home_of, lacking, trouble
+from ._packed_history import PackedHistory, Packing
+
+
+class FramePack(PackedHistory):
+    """Packed history of 1x, 2x and 4x frames in joint attention with the text."""
+
+    name = "framepack"
+    models = ("FramePack and FramePack-F1 (diffusers)",)
+
+    clean, twice, four = "latents_clean", "latents_history_2x", "latents_history_4x"
+    """Names of the arguments: first frame and 1x history, 2x history, 4x history,"""
+    frames, twice_frames, image = "indices_latents", "indices_latents_history_2x", "image_embeds"
+    """frame indices of the section and of the 2x history, embedding of the first frame."""
+
+    @classmethod
+    def probe(cls, model: object) -> Match | NoMatch:
+        """Recognise the transformer, given itself or as a pipeline's ``transformer``."""
+        transformer: Any = getattr(model, "transformer", model)
+        if not isinstance(transformer, nn.Module):
+            return NoMatch("neither a module nor a pipeline with a .transformer module")
+        names = (cls.clean, cls.twice, cls.four, cls.frames, cls.twice_frames, cls.image, "encoder_attention_mask")
+        lacks = lacking(transformer, names)
+        if lacks:
+            return NoMatch(lacks)
+        if getattr(transformer, "clean_x_embedder", None) is None:
+            return NoMatch("the transformer has no clean_x_embedder, so it reads no history")
+        attentions = cls.attentions(transformer)
+        if not attentions or not all(cls.home(attention) for attention in attentions):
+            return NoMatch("an attention processor's module lacks the attention function to tap")
+        config: Any = transformer.config
+        if config.patch_size_t != 1:
+            return NoMatch("a token spans several frames")
+        reason = trouble(transformer, attentions)
+        return NoMatch(reason) if reason else Match(transformer, (config.patch_size, config.patch_size))
+
+    @classmethod
+    def home(cls, attention: nn.Module) -> Any:
+        """The module with the attention function to tap, or None."""
+        return home_of(attention)
+
+    @classmethod
+    def attentions(cls, transformer: Any) -> list[nn.Module]:
+        """Joint attentions of the double and single stream blocks; the text refiner's are others."""
+        lists = ("transformer_blocks", "single_transformer_blocks")
+        blocks = [block for name in lists for block in getattr(transformer, name, ())]
+        return [block.attn for block in blocks if isinstance(getattr(block, "attn", None), nn.Module)]
+
+    def packing(self, arguments: Mapping[str, Any]) -> Packing | None:
+        """History is ``[4x | 2x | first frame, 1x]``. The sampler makes new frame indices for every section and
+        embeds the image once a video.
+        """
+        clean, twice, four = (arguments[name] for name in (self.clean, self.twice, self.four))
+        if clean is None or twice is None or four is None:
+            return None
+        parts = ((four, 4), (twice, 2), (clean[:, :, 1:], 1))
+        return Packing(parts, 1, section=arguments[self.frames], video=arguments[self.image])
+
+    def begin(self, packing: Packing, arguments: Mapping[str, Any]) -> int:
+        """Frame indices live on the host and tell the direction; forward, history holds the given image."""
+        self._lengths: list[tuple[Tensor, int]] = []
+        section, history = arguments[self.frames].flatten(), arguments[self.twice_frames].flatten()
+        self.inverted = int(section[0]) < int(history[0])
+        return 0 if self.inverted else 1
+
+    def others(self, call: Call) -> int:
+        """Image and text keys. With one sample the transformer cuts the text to its length, otherwise it masks."""
+        text, image = call.arguments["encoder_hidden_states"], call.arguments[self.image]
+        length = text.shape[1] if text.shape[0] > 1 else self._length(call.arguments["encoder_attention_mask"])
+        return int(image.shape[1] + min(length, text.shape[1]))
+
+    def _length(self, mask: Tensor) -> int:
+        """Words that a text mask lets through; one host read a prompt."""
+        for known, length in self._lengths:
+            if known is mask:
+                return length
+        self._lengths.append((mask, int(mask[0].sum(dtype=torch.int))))
+        return self._lengths[-1][1]
+
+
+@hookimpl
+def tokentrim_adapters() -> list[type[Adapter]]:
+    """Built-in adapter for FramePack."""
+    return [FramePack]

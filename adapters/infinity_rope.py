@@ -1,0 +1,27 @@
+"""Infinity-RoPE (yesiltepe-hidir/infinity-rope): Self-Forcing's loop for videos without end, in several scenes.
+
+K is stored before RoPE and the whole window is turned anew in every call, by the order of its rows: tokens must stay
+where they are, which marks in V let them. Where a scene ends the pipeline keeps the first frame of the window, moves
+the last two behind it and sets ``local_end_index`` back to three frames; marks move with the rows.
+"""
+
+from __future__ import annotations
+
+from tokentrim_hooks import Adapter, hookimpl
+from tokentrim_hooks_adapters.self_forcing import SelfForcing
+
+
+class InfinityRope(SelfForcing):
+    """Rollout of ``CausalInferencePipeline``, scene changes with and without a cut included."""
+
+    name = "infinity-rope"
+    models = ("Infinity-RoPE",)
+    context_kind = "rolling KV cache, K before RoPE"
+    structure = "block_relativistic_rope"
+    entries = (*SelfForcing.entries, "scene_cut")
+
+
+@hookimpl
+def tokentrim_adapters() -> list[type[Adapter]]:
+    """Built-in adapter for Infinity-RoPE."""
+    return [InfinityRope]

@@ -1,0 +1,33 @@
+"""LongLive 1.0 (NVlabs/LongLive, branch v1.0): Self-Forcing's loop with a cache that is written late, and new prompts.
+
+Attention works on clones of the cache; what a call wrote is put into it when all layers are done, and later calls of
+a chunk leave the sink alone. A prompt switch is one call that writes the frames of the whole window once more under the
+new prompt. With ``use_infinite_attention`` K is kept before RoPE and placed by its row, so rows must never move.
+"""
+
+from __future__ import annotations
+
+from tokentrim_hooks import Adapter, Call, Phase, Seen, hookimpl
+from tokentrim_hooks.adapter import default_phase
+from tokentrim_hooks_adapters._wan import CausalWan
+
+
+class LongLive(CausalWan):
+    """Chunk-wise rollout of LongLive's plain, interactive and infinite pipelines; caches are new in every video."""
+
+    name = "longlive"
+    models = ("LongLive 1.0",)
+    context_kind = "rolling KV cache behind a sink, K after RoPE (before RoPE with infinite attention)"
+    own = ("sink_recache_after_switch",)
+
+    def phase(self, call: Call, seen: Seen) -> Phase:
+        """A prompt switch writes frames up to the latest committed one again, and so rebuilds the context."""
+        if seen.committed and call.end == seen.end and int(call.arguments["kv_cache"][0]["global_end_index"]) > 0:
+            return Phase.RECACHE
+        return default_phase(call, seen)
+
+
+@hookimpl
+def tokentrim_adapters() -> list[type[Adapter]]:
+    """Built-in adapter for LongLive 1.0."""
+    return [LongLive]

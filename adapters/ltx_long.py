@@ -1,0 +1,213 @@
+"""LTX-Video in diffusers, long videos (``LTXI2VLongMultiPromptPipeline``).
+
+A long video is made window by window. The tail of what is finished is *appended* to the window's own frames, softly
+noised (``temporal_overlap_cond_strength``) and at the positions of the window's first frames; guidance frames and one
+frame of negative time index, which stays for the whole video, may follow. A window is one chunk, the tail its context.
+Both guidance branches go through the transformer in one batch; the conditional one is judged.
+
+The transformer sees a flat row of tokens. Only the pipeline knows what they are, and says so in the call that builds
+their coordinates, just before each transformer call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokentrim_hooks import (
+    Adapter,
+    Call,
+    KeyLayout,
+    Match,
+    NoMatch,
+    Patches,
+    Phase,
+    Role,
+    Seen,
+    Segment,
+    UnsupportedContextError,
+    hookimpl,
+)
+
+from ._diffusers import home_of, sample_of, tap_dispatch, trouble
+
+COORDINATES = "build_video_coords_for_window"
+PARTS = ("latents", "overlap_len", "guiding_len", "negative_len")
+PINNED = 2**40
+"""Frame number of the frame with the negative time index, apart from the video's."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window: ``own`` frames from latent frame ``start`` on, then ``tail``, ``guiding`` and ``pinned`` frames.
+
+    ``latents`` are the pipeline's for this window (``[1, C, F, H, W]``), the same object for all its steps.
+    """
+
+    latents: Tensor
+    start: int
+    own: int
+    tail: int
+    guiding: int
+    pinned: int
+    first: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in tokens."""
+        return int(self.latents.shape[3]), int(self.latents.shape[4])
+
+
+@dataclass(frozen=True)
+class WindowCall(Call):
+    """A transformer call: denoising step ``step`` of a window."""
+
+    window: Window | None = None
+    step: int = 0
+
+
+class LTXLong(Adapter):
+    """Sliding windows with a tail of finished frames in the attention sequence."""
+
+    name = "ltx-long"
+    models = ("LTX-Video, LTXI2VLongMultiPromptPipeline (diffusers)",)
+    context_kind = "tail of the finished video in the attention sequence, softly noised"
+
+    @classmethod
+    def probe(cls, model: object) -> Match | NoMatch:
+        """Recognise the pipeline; the transformer alone does not know which of its tokens are finished."""
+        transformer: Any = getattr(model, "transformer", None)
+        if not isinstance(transformer, nn.Module):
+            return NoMatch("not a pipeline with a .transformer module")
+        home = _pipeline_home(model)
+        if home is None or not hasattr(model, "_current_tile_T"):
+            return NoMatch(f"the pipeline makes no temporal windows ({COORDINATES} and _current_tile_T are missing)")
+        missing = set(PARTS) - set(inspect.signature(getattr(home, COORDINATES)).parameters)
+        if missing:
+            return NoMatch(f"{COORDINATES} lacks {', '.join(sorted(missing))}")
+        attentions = _self_attentions(transformer)
+        if not attentions or not all(home_of(attention) for attention in attentions):
+            return NoMatch("transformer_blocks[i].attn1 is missing or does not use dispatch_attention_fn")
+        config: Any = transformer.config
+        if config.patch_size != 1 or config.patch_size_t != 1:
+            return NoMatch("a token covers more than one latent pixel")
+        reason = trouble(transformer, attentions)
+        return NoMatch(reason) if reason else Match(transformer, (1, 1))
+
+    def attach(self, model: Any, patches: Patches) -> None:
+        """Listen to the pipeline; tap the dispatcher, which cross attention calls as well."""
+        self.pipeline = model
+        self._window: Window | None = None
+        self._coordinates: Tensor | None = None
+        self._failure: Exception | None = None
+        self._step = -1
+        patches.wrap(model, "prepare_latents", self._begin_video)
+        patches.wrap(_pipeline_home(model), COORDINATES, self._listen)
+        tap_dispatch(patches, _self_attentions(model.transformer))
+
+    def _begin_video(self, wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._window = None
+        return wrapped(*args, **kwargs)
+
+    def _listen(self, wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called before every transformer call, with what its tokens are."""
+        self._coordinates = coordinates = wrapped(*args, **kwargs)
+        try:
+            self._follow(inspect.signature(wrapped).bind(*args, **kwargs).arguments)
+        except Exception as failure:  # raised at the transformer call, where on_error decides what becomes of it
+            self._failure = failure
+        return coordinates
+
+    def _follow(self, given: Mapping[str, Any]) -> None:
+        self._failure = None
+        if self._window is None or self._window.latents is not given["latents"]:
+            self._window, self._step = self._next_window(self._window, given), -1
+        self._step += 1
+
+    def _next_window(self, last: Window | None, given: Mapping[str, Any]) -> Window:
+        latents, own = given["latents"], int(self.pipeline._current_tile_T)
+        tail, guiding, pinned = (int(given[name]) for name in PARTS[1:])
+        start = 0 if last is None else last.start + last.own - tail
+        if own + tail + guiding + pinned != latents.shape[2]:
+            # A condition of strength zero is announced but not there: nothing in this window is surely context.
+            tail, guiding, pinned = 0, int(latents.shape[2]) - own, 0
+        return Window(latents, start, own, tail, guiding, pinned, last is None)
+
+    def parse(self, arguments: Mapping[str, Any]) -> WindowCall | None:
+        """Read one call; without coordinates from this pipeline's loop it is not a rollout's."""
+        window = self._window
+        if arguments["video_coords"] is None or arguments["video_coords"] is not self._coordinates:
+            return None
+        if window is None or self._failure is not None:
+            raise UnsupportedContextError("cannot follow this pipeline's windows") from self._failure
+        reason = trouble(self.pipeline.transformer, _self_attentions(self.pipeline.transformer))
+        if self._step == 0 and reason:
+            raise UnsupportedContextError(reason)
+        return WindowCall(
+            _own(arguments["hidden_states"], window),
+            start=window.start,
+            commits=False,
+            arguments=arguments,
+            window=window,
+            step=self._step,
+        )
+
+    def phase(self, call: Call, seen: Seen) -> Phase:
+        """A window begins at its first step. Nothing is committed: the tail is read anew at every step."""
+        return Phase.FIRST if _windowed(call)[1] == 0 else Phase.REFINE
+
+    def restarts(self, call: Call, seen: Seen) -> bool:
+        """The first window begins a new video."""
+        return _windowed(call)[0].first
+
+    def prediction(self, call: Call, output: Any) -> Tensor:
+        """x0 = x - sigma v. The noise level is a token's own: conditioned tokens have less."""
+        window, _ = _windowed(call)
+        sigma = _own(call.arguments["timestep"].float() / 1000, window)
+        return call.latents.float() - sigma * _own(sample_of(output), window).float()
+
+    def context(self, call: Call) -> KeyLayout:
+        """Keys of self attention: the window's frames, then the tail, whose frames the window makes anew."""
+        window, _ = _windowed(call)
+        parts = (
+            (Role.CURRENT, range(window.start, window.start + window.own)),
+            (Role.CONTEXT, range(window.start, window.start + window.tail)),
+            (Role.OTHER, range(window.guiding)),
+            (Role.ANCHOR, range(PINNED, PINNED + window.pinned)),
+        )
+        return KeyLayout(tuple(Segment(role, frames, *window.size) for role, frames in parts if frames))
+
+
+def _windowed(call: Call) -> tuple[Window, int]:
+    assert isinstance(call, WindowCall) and call.window is not None
+    return call.window, call.step
+
+
+def _own(tokens: Tensor, window: Window) -> Tensor:
+    """The window's own frames from a row of tokens ``[B, S, C]``, conditional branch: ``[1, F, C, H, W]``."""
+    height, width = window.size
+    own = tokens[-1:, : window.own * height * width]
+    return own.reshape(1, window.own, height, width, -1).permute(0, 1, 4, 2, 3)
+
+
+def _pipeline_home(model: object) -> ModuleType | None:
+    """The module of the pipeline, or of the class it derives from, in which the loop lives."""
+    homes = [sys.modules.get(kind.__module__) for kind in type(model).__mro__]
+    return next((home for home in homes if callable(getattr(home, COORDINATES, None))), None)
+
+
+def _self_attentions(transformer: Any) -> list[nn.Module]:
+    found = [getattr(block, "attn1", None) for block in getattr(transformer, "transformer_blocks", ())]
+    return [attention for attention in found if isinstance(attention, nn.Module)]
+
+
+@hookimpl
+def tokentrim_adapters() -> list[type[Adapter]]:
+    """Built-in adapter for long LTX videos."""
+    return [LTXLong]

@@ -1,0 +1,168 @@
+"""StreamDiffusionV2's ``CausalStreamInferencePipeline``, one stream at a time (``inference_wo_batch``).
+
+The generator is CausVid's, but its cache becomes a ring buffer when it is full: a queue of slots on every attention
+module (``evict_idx``) says which rows the next chunk overwrites, a counter in the cache when to go on to the next
+slot. Sinks lie in front. K is stored after RoPE, so the order of rows means nothing. There is no clean-context call:
+K and V of the denoising steps stay. Every call moves queues and counters, so a replay must put them back first.
+
+``current_start`` is a device tensor, and goes back to an earlier position on long streams without a new video; so
+chunks are counted where the pipeline's methods are entered, on the host.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, UnsupportedContextError, hookimpl
+
+PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache", "current_start", "current_end")
+METHODS = ("prepare", "inference_wo_batch", "inference_stream", "inference")
+BATCHED = ("inference_stream", "inference")
+"""Methods that denoise several chunks at once, one a sample, each at another step."""
+FALLBACK, FLASH = "attention_with_kvcache_fallback", "flash_attn_with_kvcache"
+
+
+class Before(NamedTuple):
+    """A layer's queue of slots, step counter and end indices before the first call of a chunk."""
+
+    slots: list[list[int]] | None
+    step: int
+    ends: tuple[Tensor, Tensor]
+
+
+class StreamDiffusionV2(Adapter):
+    """Give the ``CausalStreamInferencePipeline``, or an object that holds it as ``.pipeline``.
+
+    Batched streams are refused (one call holds different chunks at different steps: there is no one chunk to judge),
+    and so are adaptive sinks (each layer would overwrite other rows).
+    """
+
+    name = "streamdiffusion-v2"
+    models = ("StreamDiffusionV2 (one stream, without batched denoising)",)
+    context_kind = "ring-buffer KV cache, K after RoPE"
+
+    @classmethod
+    def probe(cls, model: object) -> Match | NoMatch:
+        """Recognise the pipeline by its methods, its generator by its arguments, attention by its queue of slots."""
+        pipeline: Any = _pipeline(model)
+        generator = getattr(pipeline, "generator", None)
+        missing = [name for name in METHODS if not callable(getattr(pipeline, name, None))]
+        if missing or not isinstance(generator, nn.Module):
+            return NoMatch(f"no pipeline with a .generator module and methods {', '.join(METHODS)}")
+        absent = [name for name in PARAMETERS if name not in inspect.signature(generator.forward).parameters]
+        if absent:
+            return NoMatch(f"the generator's forward lacks {', '.join(absent)}")
+        layers = _self_attentions(generator)
+        if not layers or not all(hasattr(layer, "evict_idx") for layer in layers):
+            return NoMatch("generator.model.blocks[i].self_attn has no evict_idx: the cache is no ring buffer")
+        if not callable(getattr(_home(layers[0]), FALLBACK, None)):
+            return NoMatch(f"the module of self_attn has no function {FALLBACK}")
+        _, height, width = generator.model.patch_size  # type: ignore[union-attr, misc]
+        return Match(generator, (int(height), int(width)))
+
+    def attach(self, model: Any, patches: Patches) -> None:
+        """Tap both attention functions; count chunks where the pipeline is entered."""
+        pipeline = _pipeline(model)
+        self.generator: Any = pipeline.generator
+        self.layers = _self_attentions(self.generator)
+        self.start, self.frames, self.before = 0, 0, list[Before]()
+        home = _home(self.layers[0])
+        names: dict[str, Any] = {"k": "k_cache", "v": "v_cache", "lengths": "cache_seqlens"}
+        patches.tap(home, FALLBACK, **names)
+        if home.flash_attn_interface is not None:
+            patches.tap(home.flash_attn_interface, FLASH, refuse=("k", "v", "cache_batch_idx", "block_table"), **names)
+        patches.wrap(pipeline, "prepare", self._new_video)
+        patches.wrap(pipeline, "inference_wo_batch", self._next_chunk)
+        for name in BATCHED:
+            patches.wrap(pipeline, name, _refuse)
+        patches.hook(self.generator, before=self._note)
+
+    def _new_video(self, wrapped: Any, _pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.start, self.frames, self.before = 0, 0, []
+        return wrapped(*args, **kwargs)
+
+    def _next_chunk(self, wrapped: Any, _pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.start, self.before = self.start + self.frames, []
+        return wrapped(*args, **kwargs)
+
+    def _note(self, _generator: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        """Before the first call of a chunk, note what a replay must put back."""
+        if self.before or kwargs.get("kv_cache") is None:
+            return
+        self.frames = int(kwargs["noisy_image_or_video"].shape[1])
+        for layer, cache in zip(self.layers, kwargs["kv_cache"], strict=True):
+            slots = None if layer.evict_idx is None else [list(queue) for queue in layer.evict_idx]
+            ends = (cache["global_end_index"].clone(), cache["local_end_index"].clone())
+            self.before.append(Before(slots, cache["current_step"], ends))
+
+    def parse(self, arguments: Mapping[str, Any]) -> Call | None:
+        """Read one generator call. There is no clean-context call, so none commits."""
+        if arguments["kv_cache"] is None:
+            return None
+        latents: Tensor = arguments["noisy_image_or_video"]
+        if latents.shape[0] > 1:
+            raise UnsupportedContextError(BATCHED_REASON)
+        if self.layers[0].adapt_sink_thr > -1 and self.layers[0].sink_size > 0:
+            raise UnsupportedContextError(
+                "adaptive sinks overwrite other rows in every layer; set adapt_sink_threshold to -1, as "
+                "StreamDiffusionV2's fast configuration does"
+            )
+        return Call(latents, self.start, timestep=arguments["timestep"], commits=False, arguments=arguments)
+
+    def context(self, call: Call) -> CacheRows:
+        """All rows but the slot that the first call of this chunk has overwritten, or filled behind the others."""
+        cache = call.arguments["kv_cache"]
+        _, height, width = self.generator.model.patch_size
+        tokens = math.prod(call.latents.shape[-2:]) // (int(height) * int(width))
+        size, new = int(cache[0]["k"].shape[1]), call.frames * tokens
+        filled = int(self.before[0].ends[1] if self.before else cache[0]["local_end_index"])
+        full = filled >= size or int(call.arguments["current_start"][0]) + new > size
+        slots = self.before[0].slots if self.before else self.layers[0].evict_idx
+        current = (slots[0][0] - new, slots[0][0]) if full and slots else (0, 0)
+        stop = size if full else filled
+        anchors = min(int(self.layers[0].sink_size) * tokens, stop)
+        return CacheRows([layer["v"] for layer in cache], 0, stop, tokens, anchors, current)
+
+    def replay(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Put queues, counters and end indices back as they were before the first attempt."""
+        for layer, cache, before in zip(self.layers, kwargs["kv_cache"], self.before, strict=True):
+            layer.evict_idx = None if before.slots is None else [list(queue) for queue in before.slots]
+            cache["current_step"] = before.step
+            cache["global_end_index"].copy_(before.ends[0])
+            cache["local_end_index"].copy_(before.ends[1])
+        return denoiser(*args, **kwargs)
+
+
+BATCHED_REASON = (
+    "batched streams put different chunks at different denoising steps into one call, so there is no one chunk to "
+    "judge; use prepare(batch_denoise=False) and inference_wo_batch"
+)
+
+
+def _refuse(wrapped: Any, _pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise UnsupportedContextError(BATCHED_REASON)
+
+
+def _pipeline(model: Any) -> Any:
+    return model if hasattr(model, "generator") else getattr(model, "pipeline", model)
+
+
+def _self_attentions(generator: nn.Module) -> list[Any]:
+    blocks = getattr(getattr(generator, "model", None), "blocks", ())
+    return [block.self_attn for block in blocks if hasattr(block, "self_attn")]
+
+
+def _home(layer: nn.Module) -> Any:
+    return sys.modules.get(type(layer).__module__)
+
+
+@hookimpl
+def tokentrim_adapters() -> list[type[Adapter]]:
+    """Built-in adapter for StreamDiffusionV2."""
+    return [StreamDiffusionV2]

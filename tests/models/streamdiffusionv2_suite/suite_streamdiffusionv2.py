@@ -1,0 +1,153 @@
+"""The StreamDiffusionV2 adapter on the package's own pipeline. Run by :mod:`test_foreign`, in its own process."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import tiny_stream
+import torch
+from tokentrim_hooks_adapters.streamdiffusion_v2 import StreamDiffusionV2
+from torch import Tensor
+
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.testing.conformance import AdapterConformance
+from tokentrim_hooks.testing.policies import ForcedPolicy
+
+DEAD = (0, 5, 11, 20)
+KERNEL = "attention_with_kvcache_fallback"
+
+
+class Reference:
+    """Unpatched run with -inf at dead keys. A row belongs to the chunk in whose call its V was seen to change.
+
+    ``drop=True`` takes the keys out instead and calls the package's own kernel, to compare bit for bit.
+    """
+
+    def __init__(self, first_call: int, sinks: int, drop: bool = False) -> None:
+        self.first_call, self.sinks, self.drop = first_call, sinks * tiny_stream.TOKENS, drop
+        self.native = getattr(tiny_stream.causal_model, KERNEL)
+        self.kernels = 0
+        self.rows: dict[int, Tensor] = {}
+        self.dead: dict[int, Tensor] = {}
+        self.masked: list[int] = []
+
+    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor) -> Tensor:
+        call, layer = divmod(self.kernels, 2)
+        self.kernels += 1
+        length = v_cache.shape[1]
+        dead = self._dead(call, layer, v_cache[0].flatten(1))
+        self.masked.append(int(dead.sum()))
+        if self.drop:
+            live = ~dead
+            lengths = torch.full_like(cache_seqlens, int(live.sum()))
+            return self.native(q, k_cache[:, live], v_cache[:, live], lengths)
+        assert cache_seqlens.tolist() == [length]
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k_cache) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(dead, float("-inf"))
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v_cache)
+
+    def _dead(self, call: int, layer: int, now: Tensor) -> Tensor:
+        known = torch.full_like(now, float("nan"))
+        if layer in self.rows:
+            known[: len(self.rows[layer])] = self.rows[layer]
+        written = (now != known).any(1)
+        dead = torch.zeros(len(now), dtype=torch.bool)
+        old = self.dead.get(layer, dead[:0])
+        dead[: len(old)] = old
+        if call == self.first_call:
+            places = torch.arange(len(now))
+            dead |= torch.isin(places % tiny_stream.TOKENS, torch.tensor(DEAD)) & (places >= self.sinks)
+        dead &= ~written
+        self.rows[layer], self.dead[layer] = now.clone(), dead
+        return dead
+
+    def run(self, pipe: Any, **options: Any) -> Tensor:
+        with mock.patch.object(tiny_stream.causal_model, KERNEL, self.attend):
+            return tiny_stream.run(pipe, 9, 12, **options)
+
+
+# Name, options, steps a chunk, chunk to prune. The window of 6 frames is full from chunk 4 (the first has 2) on.
+CONFIGURATIONS = [
+    ("filling", {}, 2, 3),
+    ("the chunk that fills it", {}, 2, 4),
+    ("ring", {}, 2, 7),
+    ("ring, one step", {"steps": (700, 0)}, 1, 8),
+    ("ring, three steps", {"steps": (700, 500, 300, 0)}, 3, 6),
+    ("ring, no sinks", {"sinks": 0, "window": 5}, 2, 6),
+]
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["masked", "dropped"])
+@pytest.mark.parametrize(("name", "options", "steps", "chunk"), CONFIGURATIONS)
+def test_equals_the_reference(
+    name: str, options: dict[str, Any], steps: int, chunk: int, drop: bool, record_property: Any
+) -> None:
+    """-inf at dead keys to 1e-5, through ring overwrites and a rewind of positions; dropped keys bit for bit."""
+    pipe = tiny_stream.pipeline(**options)
+    plain = tiny_stream.run(pipe, 9, 12, rewind_at=10)
+    state = torch.get_rng_state()
+    reference = Reference(chunk * steps, options.get("sinks", tiny_stream.SINKS), drop)
+    expected = reference.run(pipe, rewind_at=10)
+    with tokentrim.patch(pipe, ForcedPolicy({chunk: DEAD})) as handle:
+        actual = tiny_stream.run(pipe, 9, 12, rewind_at=10)
+    error, effect = float((actual - expected).abs().max()), float((expected - plain).abs().max())
+    record_property("figure", f"streamdiffusionv2 {name}{' (drop)' * drop}: effect {effect:.2e} error {error:.1e}")
+    assert max(reference.masked) > 0 and reference.masked[-1] < max(reference.masked)  # overwritten rows live again
+    assert effect > 1e-2 and error <= (0 if drop else 1e-5)
+    assert torch.equal(state, torch.get_rng_state())
+    phases = {"first": 1} | ({"refine": steps - 1} if steps > 1 else {})
+    assert [record.phases for record in handle.report] == [phases] * 12
+    assert [record.start for record in handle.report] == [0, *range(2, 13)]
+    assert [record.dead for record in handle.report] == [
+        reference.masked[2 * chunk * steps] if n == chunk else 0 for n in range(12)
+    ]
+    assert torch.equal(plain, tiny_stream.run(pipe, 9, 12, rewind_at=10))
+
+
+class TestRing(AdapterConformance):
+    """The conformance kit on a stream whose ring turns."""
+
+    adapter = StreamDiffusionV2
+    chunks, chunk_to_prune, tokens = 9, 6, DEAD
+
+    def make_model(self) -> Any:
+        return tiny_stream.pipeline()
+
+    def run(self, model: Any, seed: int) -> Tensor:
+        return tiny_stream.run(model, seed, self.chunks)
+
+    def reference(self, model: Any, seed: int) -> Tensor:
+        with mock.patch.object(tiny_stream.causal_model, KERNEL, Reference(12, tiny_stream.SINKS).attend):
+            return self.run(model, seed)
+
+
+def test_batched_streams_are_refused() -> None:
+    """Each sample of a batched call is another chunk at another step."""
+    pipe = tiny_stream.pipeline()
+    tiny_stream.run(pipe, 0, 2)
+    with tokentrim.patch(pipe):
+        for method in (pipe.inference_stream, pipe.inference):
+            with pytest.raises(tokentrim.UnsupportedContextError, match="batched streams"):
+                method(torch.randn(1, 1, 16, 8, 12), 0, 0, None)
+        with pytest.raises(tokentrim.UnsupportedContextError, match="batched streams"):
+            pipe.prepare(["a"], "cpu", torch.float32, noise=torch.randn(2, 2, 16, 8, 12), current_end=48)
+    assert "inference_stream" not in vars(pipe)
+
+
+def test_adaptive_sinks_are_refused_at_the_first_call() -> None:
+    """They overwrite other rows in every layer; the message says what to set."""
+    pipe = tiny_stream.pipeline(adaptive=0.2)
+    with tokentrim.patch(pipe), pytest.raises(tokentrim.UnsupportedContextError, match="adapt_sink_threshold"):
+        tiny_stream.run(pipe, 0, 3)
+    assert torch.isfinite(tiny_stream.run(pipe, 0, 5)).all()
+
+
+def test_the_manager_around_the_pipeline_is_recognised() -> None:
+    """``SingleGPUInferencePipeline`` holds the pipeline; a bare generator cannot tell where chunks begin."""
+    pipe = tiny_stream.pipeline()
+    manager = SimpleNamespace(pipeline=pipe)
+    assert [found.adapter for found in tokentrim.detect(manager) if found.matches] == ["streamdiffusion-v2"]
+    assert not any(found.matches for found in tokentrim.detect(pipe.generator))

@@ -1,0 +1,54 @@
+"""Adapters against the real code of packages from PyPI, each in a process and a folder of its own.
+
+``make test-models`` installs the packages (their dependencies must not be resolved) and runs this. Where a package is
+not installed its suite is skipped as "not checked". The folder is third_party/ or $TOKENTRIM_THIRD_PARTY.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = Path(os.environ.get("TOKENTRIM_THIRD_PARTY") or HERE.parents[1] / "third_party")
+
+# Package, version that was read and run, its folder, and how many checks of its suite must pass.
+PACKAGES = [("fastvideo", "0.2.1", "fv", 40), ("streamdiffusionv2", "0.1.1", "sd2", 30)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "version", "folder", "checks"), PACKAGES)
+def test_foreign(
+    package: str, version: str, folder: str, checks: int, tmp_path: Path, record_property: Any
+) -> None:
+    """The package's suite passes in a process that sees this package and no other foreign one."""
+    if not (ROOT / folder / f"{package}-{version}.dist-info").is_dir():
+        pytest.skip(f"not checked against the real {package} {version}: run `make test-models`")
+    done = _run_suite(package, ROOT / folder, tmp_path / "report.xml")
+    cases = list(ElementTree.parse(tmp_path / "report.xml").iter("testcase"))
+    for case in cases:
+        for found in case.iter("property"):
+            record_property("figure", found.get("value"))
+        for found in case.iter("skipped"):
+            record_property("not checked", f"{package}: {case.get('name')}: {found.get('message')}")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert sum(not list(case.iter("skipped")) for case in cases) >= checks
+
+
+def _run_suite(package: str, folder: Path, report: Path) -> subprocess.CompletedProcess[str]:
+    suite = HERE / f"{package}_suite"
+    path = os.pathsep.join(str(entry) for entry in (folder, HERE, suite))
+    options = ["-q", "-c", os.devnull, "--rootdir", str(suite), "-p", "no:cacheprovider", f"--junitxml={report}"]
+    options += ["-o", "junit_family=xunit1"]
+    command = [sys.executable, "-m", "pytest", *options, str(suite / f"suite_{package}.py")]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=report.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        timeout=600, check=False,
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""Forks of Self-Forcing around tiny random weights: what differs from ``tiny_self_forcing.py``, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from harness import checkout, plain_attention
+from tiny_self_forcing import TOKENS, Repository, Setup, few_step_pipeline, tiny_model
+
+FULL_SIZE = 1560
+"""Tokens of a frame at upstream's resolution, which its files write as a literal."""
+
+
+def rescaled(function: types.FunctionType, scales: tuple[int, ...] = (1,)) -> types.CodeType:
+    """The code of ``function``, its literal numbers of tokens (times ``scales``) brought down to the tiny model's."""
+    small = {sign * FULL_SIZE * times: sign * TOKENS * times for times in scales for sign in (1, -1)}
+    return _with_constants(function.__code__, small)
+
+
+def _with_constants(code: types.CodeType, swap: Mapping[int, int]) -> types.CodeType:
+    def one(value: Any) -> Any:
+        if isinstance(value, types.CodeType):
+            return _with_constants(value, swap)
+        return swap.get(value, value) if isinstance(value, int) else value
+
+    return code.replace(co_consts=tuple(one(value) for value in code.co_consts))
+
+
+# ------------------------------------------------------------------------------------------ Infinity-RoPE
+
+def scenes_pipeline(repository: Repository, setup: Setup) -> Any:
+    """Infinity-RoPE's ``CausalInferencePipeline``; seconds in prompts count as chunks."""
+    pipeline = few_step_pipeline(repository, setup)
+    for layer in pipeline.kv_cache1:
+        layer["scene_cut"] = False
+    pipeline.default_fps = 4 * setup.block
+    return pipeline
+
+
+@contextmanager
+def small_scenes(repository: Repository) -> Iterator[None]:
+    """The pipeline's flush of the cache between scenes, for frames of the tiny model's size."""
+    loop = repository.few_step.CausalInferencePipeline.inference
+    model = repository.attention.CausalWanModel
+    with (
+        mock.patch.object(loop, "__code__", rescaled(loop, (1, 2, 3))),
+        mock.patch.object(model, "from_pretrained", classmethod(_tiny_anywhere)),
+    ):
+        yield
+
+
+def _tiny_anywhere(cls: Any, folder: str, low_cpu_mem_usage: bool, device_map: Any, **options: Any) -> Any:
+    return tiny_model(cls, folder, **options)
+
+
+# ------------------------------------------------------------------------------------------ Reward-Forcing
+
+def rewarded_pipeline(repository: Repository, setup: Setup) -> Any:
+    """Reward-Forcing's pipeline; its configuration names a folder of weights."""
+    options = setup.options()
+    options.checkpoint_path = "nowhere"
+    with mock.patch.object(Setup, "options", lambda _self: options):
+        return few_step_pipeline(repository, setup)
+
+
+# ------------------------------------------------------------------------------------------ Krea
+
+@contextmanager
+def krea() -> Iterator[Repository]:
+    """Open Krea's checkout; its attention kernels need CUDA, its masked attention a compiler."""
+    stubs = ("torchvision", "imageio", "lmdb", "decord", "cv2", "wandb", "dotenv", "sageattention", "flash_attn")
+    with checkout("realtime-video", stubs=stubs):
+        few_step = importlib.import_module("pipeline.causal_inference")
+        causal = importlib.import_module("wan.modules.causal_model")
+        flex = importlib.import_module("torch.nn.attention.flex_attention")
+        forward = causal.CausalWanSelfAttention.forward
+        with (
+            mock.patch.object(importlib.import_module("wan.modules.model"), "flash_attention", plain_attention),
+            mock.patch.object(causal, "attention", plain_attention),
+            mock.patch.object(causal, "flex_attention", _eager(flex.flex_attention)),
+            mock.patch.object(causal.CausalWanModel, "from_pretrained", classmethod(tiny_model)),
+            mock.patch.object(forward, "__code__", rescaled(forward)),
+        ):
+            yield Repository(few_step, None, causal)
+
+
+def _eager(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def plain(**given: Any) -> Any:
+        given.pop("kernel_options", None)
+        return attention(**given)
+
+    return plain
+
+
+def krea_pipeline(repository: Repository, setup: Setup) -> Any:
+    """Krea's ``CausalInferencePipeline`` with its own caches: the indices are plain numbers."""
+    pipeline = few_step_pipeline(repository, setup)
+    for layer in pipeline.kv_cache1:
+        layer["global_end_index"] = layer["local_end_index"] = 0
+    return pipeline

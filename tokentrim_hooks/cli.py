@@ -1,0 +1,102 @@
+"""The command line ``tokentrim``: one function a sub-command, all of them in ``COMMANDS``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokentrim_hooks import api, demo
+from tokentrim_hooks.console import show_table
+from tokentrim_hooks.errors import TokenTrimError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: ``configure`` declares its options, ``run`` does it and returns the exit status."""
+
+    help: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (2 for a wrong use or a missing extra)."""
+    options = parser().parse_args(arguments)
+    try:
+        return COMMANDS[options.command].run(options)
+    except TokenTrimError as failure:
+        print(f"tokentrim {options.command}: {failure}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands."""
+    top = argparse.ArgumentParser(prog="tokentrim", description="Prune drifting tokens from a video model's context.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.configure(commands.add_parser(name, help=command.help, description=command.help))
+    return top
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+def show_adapters(_options: argparse.Namespace) -> int:
+    """List installed adapters, and plugins that failed to load with the reason."""
+    rows = []
+    for info in api.adapters():
+        state = (info.error and "failed to load") or ("disabled" if info.disabled else "ready")
+        models = ", ".join(info.adapter.models) if info.adapter else info.error
+        rows.append([info.name, state, info.distribution, models])
+    show_table(["adapter", "state", "from", "models"], rows)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------- detect
+
+
+def configure_detect(parser: argparse.ArgumentParser) -> None:
+    """Declare what ``tokentrim detect`` takes."""
+    parser.add_argument(
+        "model", metavar="PACKAGE.MODULE:FACTORY", help="a function or class that makes the model, or the model itself"
+    )
+
+
+def show_detection(options: argparse.Namespace) -> int:
+    """Print what every adapter says of a model; status 0 if exactly one recognises it, else 1."""
+    found = api.detect(make_model(options.model))
+    rows = [[item.adapter, "yes" if item.matches else "no", item.distribution, item.reason] for item in found]
+    show_table(["adapter", "recognised", "from", "reason"], rows)
+    return 0 if sum(item.matches for item in found) == 1 else 1
+
+
+def make_model(target: str) -> Any:
+    """Import ``package.module:name`` (current folder included) and call it if it is a function or class.
+
+    Raises:
+        TokenTrimError: the target is not of that form, or not to be imported.
+    """
+    module, _, name = target.partition(":")
+    if not module or not name:
+        raise TokenTrimError(f"{target!r} must read package.module:factory")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as failure:
+        raise TokenTrimError(f"cannot import {target}: {failure}") from failure
+    return found() if inspect.isroutine(found) or inspect.isclass(found) else found
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("See and measure it on a small trained model, in about two minutes.", demo.configure, demo.run),
+    "adapters": Command("List the installed adapters.", lambda _parser: None, show_adapters),
+    "detect": Command("Ask every adapter whether it recognises a model, and why.", configure_detect, show_detection),
+}

@@ -1,0 +1,118 @@
+"""``tokentrim demo``: see and measure what pruning does to a small trained video model, in about two minutes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokentrim_hooks.console import progress, show_table
+from tokentrim_hooks.extras import require
+
+if TYPE_CHECKING:
+    from tokentrim_hooks.demo_runs import Runs, Size
+    from tokentrim_hooks.reference.pipeline import ReferencePipeline
+
+NEEDED = ("safetensors", "scipy", "PIL", "imageio")
+"""Modules of the ``demo`` extra without which there is no demo; without rich it is plain, without ffmpeg a gif."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``tokentrim demo``."""
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write into (default: ./demo)")
+    parser.add_argument("--seeds", type=_count, metavar="N", help="videos, each with its own scene and noise")
+    parser.add_argument("--chunks", type=_count, metavar="N", help="chunks to generate in the drift part")
+    parser.add_argument("--seed", type=int, default=1, help="first seed: other scenes, other noise (default: 1)")
+    parser.add_argument("--fast", action="store_true", help="few videos, few chunks: a look, not a measurement")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument(
+        "--untrained", action="store_true", help="tiny random weights: shows the plumbing, the video is noise"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demo, print its tables and write its files.
+
+    Raises:
+        MissingExtraError: the ``demo`` extra is not installed.
+    """
+    for module in NEEDED:
+        require(module, "demo")
+    from tokentrim_hooks.demo_runs import roll_out_all
+
+    size = size_of(options)
+    pipeline = load(options)
+    with progress(f"{size.scenes} videos, five rollouts", size.total_chunks) as advance:
+        runs = roll_out_all(pipeline, size, advance)
+    show(runs)
+    print("Written:")
+    for path in write(runs, options.out, settings(options)):
+        print(f"  {path}")
+    return 0
+
+
+def size_of(options: argparse.Namespace) -> Size:
+    """The size that the options ask for."""
+    from tokentrim_hooks.demo_runs import Size
+
+    size = Size(scenes=4, chunks=8, healthy=4, after=4) if options.fast else Size()
+    return Size(
+        options.seeds or size.scenes, options.chunks or size.chunks, size.healthy, size.after, options.seed
+    )
+
+
+def load(options: argparse.Namespace) -> ReferencePipeline:
+    """The trained reference model, or with ``--untrained`` a tiny random one."""
+    from tokentrim_hooks.reference.pipeline import ReferencePipeline
+
+    if options.untrained:
+        return ReferencePipeline.random(seed=0, grid=(8, 8), device=options.device)
+    return ReferencePipeline.pretrained(device=options.device)
+
+
+def show(runs: Runs) -> None:
+    """Print the tables and what their columns mean."""
+    from tokentrim_hooks.demo_table import NOTES, tables
+
+    for title, headings, rows in tables(runs):
+        print()
+        show_table(headings, rows, title)
+    print(f"\n{NOTES}\n")
+
+
+def write(runs: Runs, folder: Path, made_with: dict[str, Any]) -> list[Path]:
+    """Write tables, results, pictures and TokenTrim's own reports into ``folder``; return what was written."""
+    from tokentrim_hooks.demo_pictures import draw_all
+    from tokentrim_hooks.demo_table import as_json, as_text
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text, results = folder / "table.txt", folder / "results.json"
+    text.write_text(as_text(runs), encoding="utf-8")
+    results.write_text(json.dumps(as_json(runs, made_with), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    reports = {"report": runs.drift["tokentrim"], "report-fault": runs.fault["context"]}
+    saved = [arm.report.save(folder / name) for name, arm in reports.items() if arm.report]
+    return [text, results, *draw_all(runs, folder), *saved]
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the results were made with."""
+    return {
+        "weights": "untrained" if options.untrained else "trained",
+        "policy": "DriftPolicy() (the paper's constants)",
+        "probe": "first-step",
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
