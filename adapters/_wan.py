@@ -32,12 +32,16 @@ RELATIVES = {
 
 
 class CausalWan(Adapter):
-    """The rules of Self-Forcing's cache, which its relatives bend: rows before the chunk are history, sinks in front."""
+    """The rules of Self-Forcing's cache, which its relatives bend: rows before the chunk are history, after a sink."""
 
     own: ClassVar[tuple[str, ...]] = ()
     """Those of RELATIVES that this adapter knows; its generator's forward must take them all."""
     layer_attributes: ClassVar[tuple[str, ...]] = ("sink_size", "local_attn_size")
     """Attributes that every self-attention module must have."""
+    constructors: ClassVar[tuple[str, ...]] = (
+        "pipeline.causal_inference:CausalInferencePipeline",
+        "pipeline.causal_diffusion_inference:CausalDiffusionInferencePipeline",
+    )
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:
@@ -109,7 +113,7 @@ class CausalWan(Adapter):
 
 
 def history_rows(arguments: Mapping[str, Any], new: int, tokens: int, anchors: int) -> CacheRows:
-    """Rows of finished frames in the cache of a call that writes ``new`` rows; the first ``anchors`` rows are a sink."""
+    """Rows of finished frames in the cache of a call that writes ``new`` rows; the first ``anchors`` are a sink."""
     cache: Sequence[Mapping[str, Any]] = arguments["kv_cache"]
     written = int(cache[0]["global_end_index"]) >= start_of(arguments) + new
     stop = max(int(cache[0]["local_end_index"]) - (new if written else 0), 0)

@@ -48,6 +48,7 @@ class AnyFlowFAR(Adapter):
     name = "anyflow-far"
     models = ("AnyFlow FAR (diffusers)",)
     context_kind = "KV cache of full and compressed frames, K before RoPE, rebuilt after every chunk"
+    constructors = ("diffusers.pipelines.anyflow.pipeline_anyflow_far:AnyFlowFARPipeline",)
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:

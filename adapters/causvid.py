@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, UnsupportedContextError, hookimpl
-from tokentrim_hooks_adapters._wan import CausalWan, self_attentions, start_of
+
+from ._wan import CausalWan, self_attentions, start_of
 
 
 class CausVid(CausalWan):
@@ -28,6 +29,7 @@ class CausVid(CausalWan):
     name = "causvid"
     models = ("CausVid",)
     context_kind = "KV cache of the whole video, K after RoPE"
+    constructors = ("causvid.models.wan.causal_inference:InferencePipeline",)
     own = ("current_end",)
     layer_attributes = ("window_size",)
 
@@ -48,7 +50,7 @@ class CausVid(CausalWan):
             unknown = sorted(set(arguments["kv_cache"][0]) - {"k", "v"})
             if unknown:
                 raise UnsupportedContextError(
-                    f"the KV cache has entries {', '.join(unknown)} that CausVid's has not: its rows may roll, so no row "
+                    f"the KV cache has entries {', '.join(unknown)} that CausVid's has not: its rows may roll, so none "
                     "is marked; this fork needs an adapter of its own"
                 )
         return call

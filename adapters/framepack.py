@@ -25,6 +25,9 @@ class FramePack(PackedHistory):
 
     name = "framepack"
     models = ("FramePack and FramePack-F1 (diffusers)",)
+    constructors = (
+        "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_framepack:HunyuanVideoFramepackPipeline",
+    )
 
     clean, twice, four = "latents_clean", "latents_history_2x", "latents_history_4x"
     """Names of the arguments: first frame and 1x history, 2x history, 4x history,"""

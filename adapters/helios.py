@@ -30,6 +30,7 @@ class Helios(PackedHistory):
 
     name = "helios"
     models = ("Helios, single stage (diffusers, classic and modular)",)
+    constructors = ("diffusers.pipelines.helios.pipeline_helios:HeliosPipeline",)
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:

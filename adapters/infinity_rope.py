@@ -8,7 +8,8 @@ the last two behind it and sets ``local_end_index`` back to three frames; marks 
 from __future__ import annotations
 
 from tokentrim_hooks import Adapter, hookimpl
-from tokentrim_hooks_adapters.self_forcing import SelfForcing
+
+from .self_forcing import SelfForcing
 
 
 class InfinityRope(SelfForcing):

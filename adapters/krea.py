@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from tokentrim_hooks import Adapter, CacheRows, Call, hookimpl
-from tokentrim_hooks_adapters.self_forcing import SelfForcing
+
+from .self_forcing import SelfForcing
 
 
 class KreaRealtime(SelfForcing):
@@ -53,7 +54,7 @@ class KreaRealtime(SelfForcing):
         return dataclasses.replace(call, start=call.start + self.shift)
 
     def _filling(self, call: Call) -> Call:
-        """The call that fills the cache: it commits the latest block, or hands in the frames that a session begins with."""
+        """The call that fills the cache: it commits the latest block, or hands in what a session begins with."""
         self.filled = self.serves = True
         if not self.end:
             self.end = self.frames = call.frames

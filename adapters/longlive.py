@@ -7,9 +7,9 @@ new prompt. With ``use_infinite_attention`` K is kept before RoPE and placed by 
 
 from __future__ import annotations
 
-from tokentrim_hooks import Adapter, Call, Phase, Seen, hookimpl
-from tokentrim_hooks.adapter import default_phase
-from tokentrim_hooks_adapters._wan import CausalWan
+from tokentrim_hooks import Adapter, Call, Phase, Seen, default_phase, hookimpl
+
+from ._wan import CausalWan
 
 
 class LongLive(CausalWan):
@@ -18,6 +18,10 @@ class LongLive(CausalWan):
     name = "longlive"
     models = ("LongLive 1.0",)
     context_kind = "rolling KV cache behind a sink, K after RoPE (before RoPE with infinite attention)"
+    constructors = (
+        *CausalWan.constructors,
+        "pipeline.interactive_causal_inference:InteractiveCausalInferencePipeline",
+    )
     own = ("sink_recache_after_switch",)
 
     def phase(self, call: Call, seen: Seen) -> Phase:

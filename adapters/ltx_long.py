@@ -78,6 +78,9 @@ class LTXLong(Adapter):
     name = "ltx-long"
     models = ("LTX-Video, LTXI2VLongMultiPromptPipeline (diffusers)",)
     context_kind = "tail of the finished video in the attention sequence, softly noised"
+    constructors = (
+        "diffusers.pipelines.ltx.pipeline_ltx_i2v_long_multi_prompt:LTXI2VLongMultiPromptPipeline",
+    )
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:

@@ -1,9 +1,9 @@
 """MemFlow (KlingTeam/MemFlow): LongLive's loop with a bank of old frames between the sink and the local window.
 
 Denoising calls read the cache but do not write it; only a call with ``update_cache=True`` does. The bank ``kv_bank``
-holds copies of first frames of old chunks, and is compressed by the scores of their keys against the prompt; a call with
-``q_bank=True`` moves the newest copy into it, so such a call must not be made twice. The bank is the model's long-term
-memory and, like the sink, is never pruned.
+holds copies of first frames of old chunks, and is compressed by the scores of their keys against the prompt; a call
+with ``q_bank=True`` moves the newest copy into it, so such a call must not be made twice. The bank is the model's
+long-term memory and, like the sink, is never pruned.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokentrim_hooks import Adapter, CacheRows, Call, Phase, Seen, hookimpl
-from tokentrim_hooks.adapter import bind, default_phase
-from tokentrim_hooks_adapters._wan import CausalWan
+from tokentrim_hooks import Adapter, CacheRows, Call, Phase, Seen, default_phase, hookimpl
+
+from ._wan import CausalWan
 
 
 class MemFlow(CausalWan):
@@ -22,6 +22,11 @@ class MemFlow(CausalWan):
     name = "memflow"
     models = ("MemFlow",)
     context_kind = "rolling KV cache behind a sink, K after RoPE; a memory bank that is spared"
+    constructors = (
+        *CausalWan.constructors,
+        "pipeline.interactive_causal_inference:InteractiveCausalInferencePipeline",
+        "pipeline.switch_causal_inference:SwitchCausalInferencePipeline",
+    )
     own = ("kv_bank", "q_bank", "update_cache", "is_recache")
 
     def phase(self, call: Call, seen: Seen) -> Phase:
@@ -41,7 +46,7 @@ class MemFlow(CausalWan):
 
     def replay(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call again, without moving the newest frame into the bank a second time."""
-        return denoiser(**{**bind(denoiser, args, kwargs), "q_bank": False})
+        return denoiser(*args, **{**kwargs, "q_bank": False})
 
 
 @hookimpl

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks import Adapter, Patches, hookimpl
-from tokentrim_hooks_adapters.self_forcing import SelfForcing
+
+from .self_forcing import SelfForcing
 
 
 class RewardForcing(SelfForcing):

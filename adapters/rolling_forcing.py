@@ -1,9 +1,10 @@
 """Rolling Forcing (TencentARC/RollingForcing): a window of blocks, each noisier than the one before, rolls over time.
 
-A generator call denoises all blocks of the window at once, ``timestep`` ``[B, F]`` says how noisy each frame is. A block
-enters as pure noise at the window's end and leaves clean at its start; the last windows of a video take no block in.
-Every call writes the window's first block into the cache; a second call with ``updating_cache=True`` and that block
-alone writes it clean. Blocks in flight are in the attention sequence only. The cache's first block is an anchor, kept
+A generator call denoises all blocks of the window at once; ``timestep`` ``[B, F]`` tells how noisy each frame is. A
+block enters as pure noise at the end of the window and leaves clean at its start; the last windows of a video take none
+in. Every call writes the first block of the window into the cache; a second call with ``updating_cache=True`` and that
+block alone writes it clean. Blocks in flight are in the attention sequence only. The first block of the cache is an
+anchor, kept
 before RoPE and placed anew in every call; the rows behind it are recent context, kept after RoPE.
 
 The chunk that is judged is the one that enters. Its context are the clean blocks in the cache: the first can be pruned
@@ -18,7 +19,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from tokentrim_hooks import Adapter, CacheRows, Call, Phase, Seen, hookimpl
-from tokentrim_hooks_adapters._wan import CausalWan, history_rows, start_of
+
+from ._wan import CausalWan, history_rows, start_of
 
 
 class RollingForcing(CausalWan):
@@ -33,6 +35,7 @@ class RollingForcing(CausalWan):
     name = "rolling-forcing"
     models = ("Rolling Forcing",)
     context_kind = "rolling KV cache, K after RoPE, behind an anchor before RoPE; window in flight"
+    constructors = ("pipeline.rolling_forcing_inference:CausalInferencePipeline",)
     own = ("updating_cache",)
     layer_attributes = ("block_length", "frame_length")
 

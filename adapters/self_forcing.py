@@ -29,7 +29,8 @@ from tokentrim_hooks import (
     hookimpl,
     shares_storage,
 )
-from tokentrim_hooks_adapters._wan import PARAMETERS, CausalWan, home_of, self_attentions
+
+from ._wan import PARAMETERS, CausalWan, home_of, self_attentions
 
 OPTIONS = ("classify_mode", "concat_time_embeddings", "clean_x", "aug_t", "cache_start")
 """What Self-Forcing's generator takes besides PARAMETERS; none of it changes the rules of the cache."""
@@ -46,7 +47,7 @@ class SelfForcing(CausalWan):
     """Chunk-wise KV-cache rollout of ``CausalInferencePipeline`` and of scripts that write that loop themselves."""
 
     name = "self-forcing"
-    models = ("Self-Forcing", "Causal-Forcing", "tokentrim reference model")
+    models: ClassVar[tuple[str, ...]] = ("Self-Forcing", "Causal-Forcing", "tokentrim reference model")
     context_kind = "rolling KV cache, K after RoPE"
 
     structure: ClassVar[str] = ""
@@ -101,7 +102,7 @@ class SelfForcing(CausalWan):
         if entries != set(self.entries):
             odd = ", ".join(sorted(map(str, entries ^ set(self.entries))))
             raise UnsupportedContextError(
-                f"the KV cache is not a list of dicts of {', '.join(self.entries)} (differs in: {odd}), so its rows may "
+                f"the KV cache is no list of dicts of {', '.join(self.entries)} (differs in: {odd}), so its rows may "
                 f"follow other rules than {self.models[0]}'s; nothing is pruned. This fork needs an adapter of its own"
             )
 

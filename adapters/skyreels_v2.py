@@ -53,6 +53,10 @@ class SkyReelsV2(Adapter):
     name = "skyreels-v2"
     models = ("SkyReels-V2 diffusion forcing (diffusers: T2V, I2V, V2V)",)
     context_kind = "finished frames in the sequence, encoded anew at every step"
+    constructors = tuple(
+        f"diffusers.pipelines.skyreels_v2.pipeline_skyreels_v2_diffusion_forcing{kind}:SkyReelsV2DiffusionForcing{name}"
+        for kind, name in (("", "Pipeline"), ("_i2v", "ImageToVideoPipeline"), ("_v2v", "VideoToVideoPipeline"))
+    )
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:

@@ -289,34 +289,3 @@ def test_transformer_alone_is_enough(pipe):
     with tokentrim.patched(pipe.transformer, policy) as handle:
         torch.testing.assert_close(tiny.run(pipe), expected, atol=1e-5, rtol=1e-5)
         assert handle.report.triggers == 1
-
-
-# ---------------------------------------------------------------------------------------------- refusals
-
-
-def test_refuses_a_diffusers_cache(pipe):
-    from diffusers import FirstBlockCacheConfig
-
-    twin = tiny.pipeline()
-    twin.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(tokentrim.UnsupportedModelError, match="disable_cache"):
-        tokentrim.patch(twin)
-    twin.transformer.disable_cache()
-    with tokentrim.patched(twin):
-        twin.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-        with pytest.raises(tokentrim.UnsupportedContextError, match="disable_cache"):
-            tiny.run(twin)
-
-
-def test_refuses_context_parallelism():
-    twin = tiny.pipeline()
-    twin.transformer.transformer_blocks[0].attn.processor._parallel_config = object()
-    with pytest.raises(tokentrim.UnsupportedModelError, match="context parallelism"):
-        tokentrim.patch(twin)
-
-
-def test_refuses_a_transformer_without_history():
-    twin = tiny.pipeline()
-    twin.transformer.clean_x_embedder = None
-    with pytest.raises(tokentrim.UnsupportedModelError, match="reads no history"):
-        tokentrim.patch(twin)

@@ -255,9 +255,6 @@ def _stop_in_the_second_chunk():
     return callback
 
 
-# ---------------------------------------------------------------------------------------------- refusals
-
-
 def test_refuses_pyramid_stages():
     pipe = tiny.pipeline()
     pipe.scheduler = tiny.scheduler(stages=3)

@@ -13,11 +13,11 @@ from harness import noise_of
 from masked_reference import Prune
 from tiny_rolling_forcing import BLOCK, LAYERS, WINDOW, rolling_forcing, rolling_pipeline, source_of
 from tiny_self_forcing import Repository
+from tokentrim_hooks_adapters.rolling_forcing import RollingForcing
 from torch import Tensor
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import ObservePolicy, Phase
-from tokentrim_hooks_adapters.rolling_forcing import RollingForcing
 
 pytestmark = pytest.mark.upstream
 Record = Callable[[str, Any], None]
@@ -212,7 +212,8 @@ def test_second_video_starts_afresh(repository: Repository) -> None:
     assert torch.equal(second, fresh)
     assert torch.equal(third, comparison.run())
     assert difference(first, second) > VISIBLE
-    assert [(record.video, record.chunk) for record in handle.report] == [(v, c) for v in range(3) for c in range(BLOCKS)]
+    counted = [(record.video, record.chunk) for record in handle.report]
+    assert counted == [(video, chunk) for video in range(3) for chunk in range(BLOCKS)]
 
 
 def test_unpatching_restores(repository: Repository) -> None:

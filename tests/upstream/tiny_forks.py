@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from harness import checkout, plain_attention
 from tiny_self_forcing import TOKENS, Repository, Setup, few_step_pipeline, tiny_model
 
@@ -16,10 +17,16 @@ FULL_SIZE = 1560
 """Tokens of a frame at upstream's resolution, which its files write as a literal."""
 
 
-def rescaled(function: types.FunctionType, scales: tuple[int, ...] = (1,)) -> types.CodeType:
-    """The code of ``function``, its literal numbers of tokens (times ``scales``) brought down to the tiny model's."""
+@contextmanager
+def rescaled(function: types.FunctionType, scales: tuple[int, ...] = (1,)) -> Iterator[None]:
+    """Bring the literal numbers of tokens (times ``scales``) in ``function`` down to the tiny model's, for a while."""
     small = {sign * FULL_SIZE * times: sign * TOKENS * times for times in scales for sign in (1, -1)}
-    return _with_constants(function.__code__, small)
+    before = function.__code__
+    function.__code__ = _with_constants(before, small)
+    try:
+        yield
+    finally:
+        function.__code__ = before
 
 
 def _with_constants(code: types.CodeType, swap: Mapping[int, int]) -> types.CodeType:
@@ -48,7 +55,7 @@ def small_scenes(repository: Repository) -> Iterator[None]:
     loop = repository.few_step.CausalInferencePipeline.inference
     model = repository.attention.CausalWanModel
     with (
-        mock.patch.object(loop, "__code__", rescaled(loop, (1, 2, 3))),
+        rescaled(loop, (1, 2, 3)),
         mock.patch.object(model, "from_pretrained", classmethod(_tiny_anywhere)),
     ):
         yield
@@ -73,18 +80,20 @@ def rewarded_pipeline(repository: Repository, setup: Setup) -> Any:
 @contextmanager
 def krea() -> Iterator[Repository]:
     """Open Krea's checkout; its attention kernels need CUDA, its masked attention a compiler."""
-    stubs = ("torchvision", "imageio", "lmdb", "decord", "cv2", "wandb", "dotenv", "sageattention", "flash_attn")
+    stubs = ("torchvision", "imageio", "lmdb", "decord", "cv2", "wandb", "dotenv")
     with checkout("realtime-video", stubs=stubs):
         few_step = importlib.import_module("pipeline.causal_inference")
         causal = importlib.import_module("wan.modules.causal_model")
+        base = importlib.import_module("wan.modules.model")
         flex = importlib.import_module("torch.nn.attention.flex_attention")
         forward = causal.CausalWanSelfAttention.forward
         with (
-            mock.patch.object(importlib.import_module("wan.modules.model"), "flash_attention", plain_attention),
+            mock.patch.object(torch.cuda, "current_device", lambda: "cpu"),
+            mock.patch.multiple(base, FLASH_ATTN_2_AVAILABLE=True, flash_attention=plain_attention),
             mock.patch.object(causal, "attention", plain_attention),
             mock.patch.object(causal, "flex_attention", _eager(flex.flex_attention)),
             mock.patch.object(causal.CausalWanModel, "from_pretrained", classmethod(tiny_model)),
-            mock.patch.object(forward, "__code__", rescaled(forward)),
+            rescaled(forward),
         ):
             yield Repository(few_step, None, causal)
 
