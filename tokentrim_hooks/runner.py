@@ -91,7 +91,7 @@ def constructors() -> list[str]:
 def run_script(script: Path, arguments: Sequence[str], run: Run) -> None:
     """Run ``script`` as ``python script arguments...`` would, patched; the log is complete also when it crashes."""
     if not script.is_file():
-        raise FileNotFoundError(f"no such script: {script}")
+        raise TokenTrimError(f"no such script: {script}")
     run.folder.mkdir(parents=True, exist_ok=True)
     run.watch(constructors())
     try:

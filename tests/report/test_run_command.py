@@ -1,0 +1,90 @@
+"""``tokentrim run``: somebody's script, unmodified, with the model patched as it is constructed."""
+
+import subprocess
+import sys
+
+import pytest
+from tokentrim_hooks.report import read_report
+
+SCRIPT = """
+import sys
+import torch
+from pipeline.causal_inference import CausalInferencePipeline
+
+pipeline = CausalInferencePipeline()
+torch.manual_seed(0)
+noise = torch.randn(1, 24, 3, 8, 8)
+noise[:, 12:] *= 3  # the second half is another world: drift for sure
+video = pipeline.inference(noise)
+torch.save(video, sys.argv[1])
+if len(sys.argv) > 2:
+    raise RuntimeError("crash at the end")
+"""
+
+MODEL = """
+from tokentrim_hooks.reference.pipeline import ReferencePipeline
+
+class CausalInferencePipeline(ReferencePipeline):
+    def __init__(self):
+        super().__init__(ReferencePipeline.random(grid=(2, 2)).generator)
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("")
+    (tmp_path / "pipeline" / "causal_inference.py").write_text(MODEL)
+    (tmp_path / "inference.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def tokentrim(project, *arguments):
+    command = [sys.executable, "-m", "tokentrim_hooks", "run", *map(str, arguments)]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
+
+
+def test_script_runs_patched_and_leaves_a_report(project):
+    done = tokentrim(project, "--out", "log", "--sensitivity", "0", "inference.py", "video.pt")
+    assert done.returncode == 0, done.stderr
+    report = read_report(project / "log")
+    assert len(report) == 8 and report.triggers > 0
+    assert report.settings["policy.sensitivity"] == 0
+    assert (project / "log" / "report.html").is_file()
+    assert "chunk   7" in done.stderr, "the progress line"
+
+
+def test_observing_changes_nothing(project):
+    plain = subprocess.run([sys.executable, "inference.py", "plain.pt"], cwd=project, timeout=300)
+    assert plain.returncode == 0
+    assert tokentrim(project, "--observe", "--quiet", "inference.py", "video.pt").returncode == 0
+    assert (project / "plain.pt").read_bytes() == (project / "video.pt").read_bytes().replace(b"video/", b"plain/")
+
+
+def test_log_is_complete_when_the_script_crashes(project):
+    done = tokentrim(project, "--out", "log", "--quiet", "inference.py", "video.pt", "crash")
+    assert done.returncode != 0 and "crash at the end" in done.stderr
+    assert len(read_report(project / "log")) == 8
+    assert (project / "log" / "report.html").is_file()
+
+
+def test_options_from_a_toml_file(project):
+    (project / "options.toml").write_text('probe = "candidate"\n[policy]\nfraction = 0.25\nwarmup = 1\n')
+    done = tokentrim(project, "--config", "options.toml", "--warmup", "3", "--out", "log", "--quiet", "inference.py", "v")
+    assert done.returncode == 0, done.stderr
+    settings = read_report(project / "log").settings
+    assert (settings["probe"], settings["policy.fraction"], settings["policy.warmup"]) == ("candidate", 0.25, 3)
+
+
+def test_mistakes_have_a_clear_message(project):
+    (project / "bad.toml").write_text("[policy]\nfracton = 0.2\n")
+    (project / "empty.py").write_text("")
+    cases = {
+        ("--config", "bad.toml", "inference.py", "v"): "policy.fracton is not an option",
+        ("--fraction", "-1", "inference.py", "v"): "fraction must be",
+        ("none.py",): "no such script",
+        ("empty.py",): "no model was patched",
+    }
+    for arguments, words in cases.items():
+        done = tokentrim(project, *arguments)
+        assert done.returncode != 0 and words in done.stderr, (arguments, done.stderr)
