@@ -4,8 +4,7 @@ A generator call denoises all blocks of the window at once; ``timestep`` ``[B, F
 block enters as pure noise at the end of the window and leaves clean at its start; the last windows of a video take none
 in. Every call writes the first block of the window into the cache; a second call with ``updating_cache=True`` and that
 block alone writes it clean. Blocks in flight are in the attention sequence only. The first block of the cache is an
-anchor, kept
-before RoPE and placed anew in every call; the rows behind it are recent context, kept after RoPE.
+anchor, kept before RoPE and placed anew in every call; the rows behind it are recent context, kept after RoPE.
 
 The chunk that is judged is the one that enters. Its context are the clean blocks in the cache: the first can be pruned
 for chunk 6, once the block behind the anchor has left the window.

@@ -232,6 +232,13 @@ class Adapter(ABC):
         """Whether ``call`` (of phase FIRST) begins a new video. Default: it starts before the latest chunk."""
         return seen.start is not None and call.start <= seen.start
 
+    def changes_prompt(self, call: Call) -> bool:
+        """Whether ``call`` (of phase FIRST) begins a new scene or prompt: statistics start anew, marks stay.
+
+        For models that tell in no call of their own (that would be a RECACHE). Default: never.
+        """
+        return False
+
     def prediction(self, call: Call, output: Any) -> Tensor:
         """Return the predicted clean latents x0 of the newest chunk, ``[B, F, C, H, W]``, from the call's output."""
         return output if isinstance(output, Tensor) else output[-1]

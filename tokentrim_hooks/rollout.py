@@ -132,6 +132,8 @@ class Rollout:
                 f"the batch size changed from {video.batch} to {call.latents.shape[0]} in the middle of a rollout; "
                 "call handle.reset() before a new video"
             )
+        if self.adapter.changes_prompt(call):
+            video.statistics = RunningStatistics.empty(video.batch, call.latents.device)
         accepted = self.adapter.accepted(call)
         if accepted is not None:
             video.previous = latent_summary(accepted, self.patch)

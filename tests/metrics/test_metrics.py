@@ -8,6 +8,7 @@ import skimage.color
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tokentrim_hooks import metrics as m
 from tokentrim_hooks.errors import VideoError
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from tokentrim_hooks.errors import VideoError
 from tokentrim_hooks.vbench import QUALITY, SEMANTIC, read_results, scores
 

@@ -5,6 +5,7 @@ import json
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+
 from tokentrim_hooks.cli import main
 from tokentrim_hooks.errors import VideoError
 from tokentrim_hooks.video import read_video

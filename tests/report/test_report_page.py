@@ -5,8 +5,9 @@ import warnings
 
 import numpy as np
 import pytest
-import tokentrim_hooks as tokentrim
 import torch
+
+import tokentrim_hooks as tokentrim
 from tokentrim_hooks.cli import main
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.page import render, write_page

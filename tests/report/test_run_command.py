@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tokentrim_hooks.report import read_report
 
 SCRIPT = """
@@ -70,7 +71,8 @@ def test_log_is_complete_when_the_script_crashes(project):
 
 def test_options_from_a_toml_file(project):
     (project / "options.toml").write_text('probe = "candidate"\n[policy]\nfraction = 0.25\nwarmup = 1\n')
-    done = tokentrim(project, "--config", "options.toml", "--warmup", "3", "--out", "log", "--quiet", "inference.py", "v")
+    options = ("--config", "options.toml", "--warmup", "3", "--out", "log", "--quiet")
+    done = tokentrim(project, *options, "inference.py", "v")
     assert done.returncode == 0, done.stderr
     settings = read_report(project / "log").settings
     assert (settings["probe"], settings["policy.fraction"], settings["policy.warmup"]) == ("candidate", 0.25, 3)

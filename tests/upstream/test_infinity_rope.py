@@ -15,6 +15,9 @@ from tiny_forks import scenes_pipeline, small_scenes
 from tiny_self_forcing import Repository, Setup, self_forcing, source_of
 from torch import Tensor
 
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks import ObservePolicy
+
 pytestmark = pytest.mark.upstream
 Record = Callable[[str, Any], None]
 
@@ -74,6 +77,15 @@ def test_scenes_were_flushed(repository: Repository) -> None:
     comparison.run()
     hook.remove()
     assert ends[::3] == [0, 240, 480, 240, 480, 480]
+
+
+@pytest.mark.parametrize(("prompt", "fresh"), [(SCENES, [0, 1, 3]), (CUT, [0, 1, 3]), ("a cat [99s]", [0, 1])])
+def test_statistics_start_anew_with_a_scene(repository: Repository, prompt: str, fresh: list[int]) -> None:
+    comparison = compare(repository, USUAL, 6, prompt)
+    with tokentrim.patch(comparison.model, ObservePolicy()) as handle:
+        comparison.run()
+    assert [record.chunk for record in handle.report if record.mean is None] == fresh
+    assert [record.chunk for record in handle.report if record.severity is None] == [0]
 
 
 def test_what_every_fork_must_show(repository: Repository) -> None:
