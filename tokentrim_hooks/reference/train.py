@@ -1,8 +1,9 @@
 """Train the reference model by teacher forcing on procedural scenes: ``python -m tokentrim_hooks.reference.train``.
 
 Every step draws new scenes and a noise level a chunk; each chunk is denoised given the true chunks before it, in one
-pass over clean and noisy tokens with a block-causal mask. Two rounds: the first learns all noise levels, the second only
-the sampler's four. The same seed on the same machine class gives the same quality. Needs torch 2.9 or newer (Muon).
+pass over clean and noisy tokens with a block-causal mask. Three rounds: all noise levels; only the sampler's four;
+these with a noisier context. The same seed on the same machine class gives the same quality. Needs torch 2.9 or newer
+(Muon).
 """
 
 from __future__ import annotations
@@ -24,20 +25,27 @@ from tokentrim_hooks.reference.scenes import scenes
 
 CHUNK = 3
 """Frames of a chunk."""
-CONTEXT_NOISE = 0.05
-"""Standard deviation of the noise on the true context: later chunks must not trust it to the last digit."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One cosine schedule: its peak rate, whether Muon trains the blocks, whether only the sampler's levels occur."""
+    """One cosine schedule: its peak rate, whether Muon trains the blocks, whether only the sampler's levels occur.
+
+    ``context_noise`` is the standard deviation of the noise on the true context: a rollout's context is never true, and
+    later chunks must not trust it to the last digit.
+    """
 
     rate: float
     muon: bool
     sampler_levels: bool
+    context_noise: float
 
 
-ROUNDS = (Round(2e-3, muon=False, sampler_levels=False), Round(3e-3, muon=True, sampler_levels=True))
+ROUNDS = (
+    Round(2e-3, muon=False, sampler_levels=False, context_noise=0.05),
+    Round(3e-3, muon=True, sampler_levels=True, context_noise=0.05),
+    Round(3e-3, muon=True, sampler_levels=True, context_noise=0.1),
+)
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,11 @@ def sampler_levels(batch: int, chunks: int) -> Tensor:
     return steps[chosen].view(batch, chunks).repeat_interleave(CHUNK, 1)
 
 
-def loss_of(model: CausalVideoModel, video: Tensor, level: Tensor) -> Tensor:
+def loss_of(model: CausalVideoModel, video: Tensor, level: Tensor, context_noise: float) -> Tensor:
     """Squared error of the flow, in units of what the network itself has to add; ``video`` is ``[B, C, F, H, W]``."""
     s = level[:, None, :, None, None]
     noise = torch.randn_like(video)
-    context = video + CONTEXT_NOISE * torch.randn_like(video)
+    context = video + context_noise * torch.randn_like(video)
     with torch.autocast("cpu", torch.bfloat16):
         flow = model((1 - s) * video + s * noise, 1000 * level, clean_x=context)
     unit = DATA_STD / ((1 - s) ** 2 * DATA_STD**2 + s**2).sqrt()
@@ -122,7 +130,8 @@ def _train_round(model: CausalVideoModel, settings: Settings, out: Path, number:
             optimiser.param_groups[0]["lr"] = this.rate * _schedule(step, settings)
         seed = settings.seed * 1_000_000 + 1000 + number * settings.steps + step
         video = scenes(seed, settings.batch, settings.frames).video.transpose(1, 2)
-        loss = loss_of(model, video, levels(settings.batch, settings.frames // CHUNK))
+        level = levels(settings.batch, settings.frames // CHUNK)
+        loss = loss_of(model, video, level, this.context_noise)
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
