@@ -2,11 +2,12 @@
 # make test   the whole test suite
 # make test-models   adapters against foreign packages, each in a folder of its own (their pins never resolved)
 # make check  ruff and mypy
+# make docs   the documentation as a site, in site/; a broken link fails
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-models check clean
+.PHONY: demo test test-models check docs clean
 
 # Two stamps, so that the demo installs no test tools. torch comes first: with it in place nothing pulls a CUDA build.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -36,6 +37,13 @@ test-models: third_party/.models
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

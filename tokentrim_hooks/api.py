@@ -163,9 +163,9 @@ def _refusal(model: Any, found: list[Detection]) -> str:
 def _make_room(model: Any, match: Match, replace: bool) -> None:
     owners = (model, *owners_of(match))
     for handle in [handle_of(owner) for owner in (*owners, *map(type, owners))]:
-        if handle is None or not handle.active:
+        if handle is None:
             continue
-        if not replace:
+        if handle.active and not replace:
             raise AlreadyPatchedError("this model is patched already; call handle.unpatch() or pass replace=True")
         handle.unpatch()
 

@@ -43,6 +43,8 @@ class Chunk:
     latents: Tensor | None = None
     """The chunk as last seen, for observers; a reference, not a copy."""
     published: bool = False
+    failed: bool = False
+    """Whether a call of the chunk raised."""
     clean: list[Tensor] = field(default_factory=list)
     """Per call whose kind only the device knows: whether its latents were clean."""
     reading: Reading | None = None

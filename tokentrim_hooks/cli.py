@@ -10,9 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokentrim_hooks import api, demo
+from tokentrim_hooks import api, commands
+from tokentrim_hooks.bench import command as bench
+from tokentrim_hooks.compare import command as compare
 from tokentrim_hooks.console import show_table
+from tokentrim_hooks.demo import command as demo
 from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.support import support_table
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands."""
     top = argparse.ArgumentParser(prog="tokentrim", description="Prune drifting tokens from a video model's context.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    choices = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.configure(commands.add_parser(name, help=command.help, description=command.help))
+        command.configure(choices.add_parser(name, help=command.help, description=command.help))
     return top
 
 
 # ---------------------------------------------------------------------------------------------- adapters
 
 
-def show_adapters(_options: argparse.Namespace) -> int:
+def configure_adapters(parser: argparse.ArgumentParser) -> None:
+    """Declare what ``tokentrim adapters`` takes."""
+    parser.add_argument("--markdown", action="store_true", help="the README's table of models (in a checkout)")
+
+
+def show_adapters(options: argparse.Namespace) -> int:
     """List installed adapters, and plugins that failed to load with the reason."""
+    if options.markdown:
+        print(support_table())
+        return 0
     rows = []
     for info in api.adapters():
         state = (info.error and "failed to load") or ("disabled" if info.disabled else "ready")
@@ -97,6 +109,11 @@ def make_model(target: str) -> Any:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("See and measure it on a small trained model, in about two minutes.", demo.configure, demo.run),
-    "adapters": Command("List the installed adapters.", lambda _parser: None, show_adapters),
+    "adapters": Command("List the installed adapters.", configure_adapters, show_adapters),
     "detect": Command("Ask every adapter whether it recognises a model, and why.", configure_detect, show_detection),
+    "run": Command("Run an unmodified inference script, patched.", commands.configure_run, commands.run),
+    "report": Command("Render a run's log as one HTML file.", commands.configure_report, commands.report),
+    "metrics": Command("Measure videos; no weights needed.", commands.configure_metrics, commands.metrics),
+    "compare": Command("Compare settings over paired rollouts, with controls.", compare.configure, compare.run),
+    "bench": Command("Measure what being patched costs, in one run.", bench.configure, bench.run),
 }

@@ -5,6 +5,7 @@ Frames go in as uint8 ``[H, W, 3]`` and are enlarged by whole factors without sm
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,8 +98,8 @@ class _Sheet:
     def __init__(self, columns: Sequence[str], blocks: Sequence[Block]) -> None:
         self.columns, self.blocks = columns, blocks
         side = blocks[0].rows[0].tiles[0].frame.shape[1]
-        self.scale = max(1, 96 // side)
-        self.side = side * self.scale
+        self.scale = max(1, 96 // int(side))
+        self.side = int(side) * self.scale
 
     @property
     def width(self) -> int:
@@ -150,15 +151,13 @@ class _Sheet:
 
 def save_video(frames: Sequence[Image.Image], path: Path, fps: int = 10) -> Path:
     """Write an mp4; where no ffmpeg can be had, a gif beside it. Returns the path written. Sides should be even."""
-    import imageio.v2 as imageio
-
     try:
-        import imageio_ffmpeg
-
-        imageio_ffmpeg.get_ffmpeg_exe()
+        importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+        imageio: Any = importlib.import_module("imageio.v2")
     except (ImportError, RuntimeError):
         return _save_gif(frames, path.with_suffix(".gif"), fps)
-    with imageio.get_writer(path, fps=fps, codec="libx264", quality=9, macro_block_size=2) as writer:
+    writer = imageio.get_writer(path, fps=fps, codec="libx264", quality=9, macro_block_size=2)
+    with writer:
         for frame in frames:
             writer.append_data(np.asarray(frame))
     return path

@@ -90,8 +90,11 @@ class PatchHandle:
         """Restore the model, to the attribute. Idempotent. Warns if a patched run saw no chunk at all."""
         if not self._patches.active:
             return
-        self._rollout.reset()
-        self._patches.undo()
+        try:
+            self._rollout.reset()
+        finally:
+            self._rollout.release()
+            self._patches.undo()
         tell(self._rollout.observers, "on_end")
         if not self._gave_up and self._rollout.unread_calls and not len(self._rollout.report):
             warnings.warn(

@@ -44,7 +44,9 @@ class Verdict:
 class Policy(Protocol):
     """Anything with ``judge``. Optional attributes, read with these defaults, are explained at :class:`DriftPolicy`:
 
-    ``max_regenerations = 1``, ``persist = True``, ``prune_anchors = False``, ``coarse = "any"``.
+    ``max_regenerations = 1``, ``persist = True``, ``prune_anchors = False``, ``coarse = "any"``. Optional method:
+    ``redraw(latents, start)`` gives the noise that a chunk is regenerated from, instead of the same noise again.
+    A verdict that prunes with no token (``k = 0``) regenerates on the context as it is.
     """
 
     def judge(self, drift: Tensor, history: History) -> Verdict:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Hashable, Sequence
-
-from torch import Tensor
 
 from tokentrim_hooks.adapter import Adapter, CacheRows, Call
 from tokentrim_hooks.ledger import Ledger
 from tokentrim_hooks.policy import Policy
 from tokentrim_hooks.pruning import CallTap
-from tokentrim_hooks.tombstones import Tombstones, clear_marks
+from tokentrim_hooks.tombstones import Tombstones, Traces
 
 
 class Pruner:
@@ -31,7 +28,7 @@ class Pruner:
         self._ledger = Ledger(self._anchors, getattr(policy, "coarse", "any"))
         self._tombstones = Tombstones()
         # Weak: a sampler that drops its cache must get the memory back, marks or no marks.
-        self._marked: dict[Hashable, list[weakref.ref[Tensor]]] = {}
+        self._marked: dict[Hashable, Traces] = {}
         self._expected = layers
         self._last: CallTap | None = None
 
@@ -61,9 +58,17 @@ class Pruner:
             return self._ledger.kill(context, tokens, chunk, (height, width))
         dead = self._tombstones.mark(context, tokens, self._anchors)
         if dead:
-            self._marked[call.stream] = [weakref.ref(values) for values in context.values]
+            self._marked[call.stream] = Traces.of(context.values)
             self._expected = len(context.values)
         return dead
+
+    def follow(self, call: Call) -> None:
+        """After a call: find the marks again where the cache made its tensors anew (concatenation copies the marks)."""
+        traces = self._marked.get(call.stream)
+        if traces is not None and traces.lost:
+            context = self._adapter.context(call)
+            assert isinstance(context, CacheRows)
+            self._marked[call.stream] = Traces.of(context.values)
 
     def check(self, finite: bool) -> bool:
         """Self-check after the first prune and replay; on failure everything is revived and pruning stays off."""
@@ -91,7 +96,7 @@ class Pruner:
     def clear(self) -> None:
         """Forget all marks and leave no cache poisoned: a new video starts, or the patch comes off."""
         self._tombstones.revive()
-        for layers in self._marked.values():
-            clear_marks(values for values in (layer() for layer in layers) if values is not None)
+        for traces in self._marked.values():
+            traces.clear()
         self._marked.clear()
         self._ledger.killed.clear()

@@ -6,6 +6,7 @@ once per denoiser call which rows of K and V are live, and hands only those to t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -32,11 +33,13 @@ class Busy:
     def __init__(self) -> None:
         self.taps = 0
         self.now = False
+        self._lock = threading.Lock()
 
     def change(self, by: int) -> None:
         """Count taps in and out."""
-        self.taps += by
-        self.now = self.taps > 0
+        with self._lock:
+            self.taps += by
+            self.now = self.taps > 0
 
 
 BUSY = Busy()

@@ -101,6 +101,9 @@ class Regenerator:
         """Prune the flagged samples' tokens; False where the context held nothing that may be pruned."""
         flagged = zip(reading.tokens, reading.prune, strict=True)
         tokens = [chosen if prune else [] for chosen, prune in flagged]
+        if not any(tokens):
+            # A trigger without a token asks for another attempt on the context as it is (see controls.py).
+            return True
         dead = self.pruner.prune(call, tokens, chunk.start)
         if not dead:
             chunk.notes.append("unstable, but the context holds nothing that may be pruned")
@@ -115,7 +118,7 @@ class Regenerator:
     ) -> Any:
         """Run the steps again on the pruned context. The first prune must prove that it worked, or is undone."""
         again = self._replay(module, steps, chunk)
-        if not self.pruner.proven and not self._prove(steps[-1].call, again):
+        if self.pruner.dead and not self.pruner.proven and not self._prove(steps[-1].call, again):
             chunk.tokens, chunk.dead = [], 0
             chunk.notes.append("self-check failed: pruning is off")
             warnings.warn(
@@ -134,8 +137,12 @@ class Regenerator:
         self.replaying = True
         try:
             output, before, after = None, None, None
+            redraw = getattr(self.policy, "redraw", None)
             for step in steps:
                 args, kwargs = step.args, step.kwargs
+                if before is None and redraw is not None:
+                    latents = redraw(step.call.latents, step.call.start)
+                    args, kwargs = self.adapter.with_latents(step.call, args, kwargs, latents)
                 if before is not None and after is not None:
                     latents = self.adapter.carry(step.call, before, after)
                     args, kwargs = self.adapter.with_latents(step.call, args, kwargs, latents)

@@ -47,6 +47,8 @@ class Rollout:
         self._chunk: Chunk | None = None
         self._call: Call | None = None
         self._phase: Phase | None = None
+        # The arguments before other people's hooks changed them: a replay runs those hooks again.
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._entered: list[Token[CallTap | None]] = []
 
     # ------------------------------------------------------------------------------------------ hooks
@@ -60,6 +62,7 @@ class Rollout:
         if call is None:
             self.unread_calls += 1
             return
+        self._given = args, kwargs
         self._phase = self._classify(call)
         if self._chunk is not None and self.persist:
             self._regenerator.prune_branch(call, self._chunk)
@@ -70,6 +73,8 @@ class Rollout:
         call, phase, chunk, video = self._call, self._phase, self._chunk, self._video
         if self._regenerator.replaying or call is None or chunk is None or video is None:
             return output
+        self.pruner.follow(call)
+        args, kwargs = self._given or (args, kwargs)
         if phase is None:
             return self._after_branch(module, call, args, kwargs, output)
         with torch.no_grad():
@@ -98,9 +103,15 @@ class Rollout:
     def leave(self, _module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
         """Runs also when the call raises: neither a tap nor the arguments (a cache among them) outlive the call."""
         if not self._regenerator.replaying:
-            self._call = None
-            while self._entered:
-                leave_tap(self._entered.pop())
+            if _output is None and self._chunk is not None:
+                self._chunk.failed = True
+            self.release()
+
+    def release(self) -> None:
+        """Let go of the call: also when the patch comes off in the middle of it."""
+        self._call = self._given = None
+        while self._entered:
+            leave_tap(self._entered.pop())
 
     # ------------------------------------------------------------------------------------------ phases
 
@@ -112,10 +123,12 @@ class Rollout:
             return None
         known = video is not None and call.stream == video.stream
         phase = self.adapter.phase(call, video.seen(chunk)) if video and known else Phase.FIRST
+        if phase is Phase.REFINE and chunk is not None and chunk.failed and video is not None and not video.chunk:
+            phase = Phase.FIRST  # A video that failed in its first chunk begins anew.
         if phase is Phase.FIRST:
             self._begin_chunk(call, new_video=not known)
-        elif phase is Phase.COMMIT and not self.persist:
-            self._revive()
+        elif phase is Phase.COMMIT and chunk is not None:
+            self._close(chunk)
         elif phase is Phase.RECACHE and video is not None:
             video.statistics = RunningStatistics.empty(video.batch, call.latents.device)
         return phase
@@ -150,9 +163,7 @@ class Rollout:
         video, chunk = self._video, self._chunk
         if video is None or chunk is None:
             return
-        if not self.persist:
-            self._revive()
-        self.pruner.settle()
+        self._close(chunk)
         if chunk.committed:
             video.usual_steps = chunk.steps
         else:
@@ -189,11 +200,13 @@ class Rollout:
         if chunk.latents is not None:
             tell(self.observers, "on_chunk", records, chunk.latents)
 
-    def _revive(self) -> None:
-        chunk = self._chunk
-        if chunk is not None and chunk.tokens:
+    def _close(self, chunk: Chunk) -> None:
+        """The chunk is denoised: its prune is final or taken back; nothing kept for it holds on to the cache."""
+        if not self.persist and chunk.tokens:
             self.pruner.revive(chunk.start)
             chunk.tokens = []
+        self.pruner.settle()
+        chunk.history = []
 
     def _records(self) -> list[ChunkRecord]:
         video, chunk = self._video, self._chunk
@@ -210,6 +223,10 @@ class Rollout:
                 "probe='candidate' cannot replay a chunk whose guidance branches keep two contexts; "
                 "use probe='first-step'"
             )
+        if video.waiting and not video.usual_steps:
+            # Else nobody would ever read how many steps a chunk has where commits are not seen as such.
+            video.usual_steps = sum(not bool(flag) for flag in video.waiting)
+            video.waiting = []
         chunk.history.append(step)
         return chunk.history if chunk.steps == video.usual_steps else []
 

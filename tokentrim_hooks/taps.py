@@ -159,7 +159,9 @@ class TapSite:
 
 
 def _count_inside(by: int) -> None:
-    _inside.set(_inside.get() + by)
+    # Not BUSY: another thread's model may change it between the two hooks.
+    if current_tap() is not None:
+        _inside.set(_inside.get() + by)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ output loudly if an attention path was missed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -50,7 +51,8 @@ class Tombstones:
     def revive(self) -> None:
         """Put back what the marks replaced. Only valid while no row has moved since."""
         for values, index, old in reversed(self.replaced):
-            values[index[0], index[1], 0, 0] = old
+            with torch.inference_mode(values.is_inference()), torch.no_grad():
+                values[index[0], index[1], 0, 0] = old
         self.replaced.clear()
 
     def settle(self) -> None:
@@ -72,6 +74,35 @@ def _positions(
         if frame + token < stop and frame + token not in spared
     ]
     return [sample for sample, _ in pairs], [row for _, row in pairs]
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Where marks lie, without keeping the memory alive: weak references to the storages, for tensors may be views."""
+
+    places: tuple[tuple[weakref.ref[torch.UntypedStorage], torch.dtype, int, torch.Size, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, values: Iterable[Tensor]) -> Traces:
+        """Remember the V tensors of a cache."""
+        return cls(
+            tuple(
+                (weakref.ref(v.untyped_storage()), v.dtype, int(v.storage_offset()), v.size(), v.stride())
+                for v in values
+            )
+        )
+
+    @property
+    def lost(self) -> bool:
+        """Whether some of the memory is gone: a cache that makes its tensors anew has taken its marks elsewhere."""
+        return any(storage() is None for storage, *_ in self.places)
+
+    def clear(self) -> None:
+        """Make what is left finite again. The tensors are made anew, so that caches of inference mode can be written."""
+        for storage, dtype, offset, size, stride in self.places:
+            memory = storage()
+            if memory is not None:
+                clear_marks([torch.empty(0, dtype=dtype, device=memory.device).set_(memory, offset, size, stride)])
 
 
 def clear_marks(values: Iterable[Tensor]) -> None:

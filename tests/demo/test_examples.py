@@ -56,7 +56,7 @@ def test_policy_follows_the_options(example):
 
 def test_generate_patches_writes_the_report_and_unpatches(example, tmp_path):
     pipeline = ReferencePipeline.random(grid=(2, 2))
-    noise = torch.randn(1, 12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     flags = {"pruned": [], "observed": ["--observe"], "plain": ["--unpatched"]}
     videos = {}
     for name, extra in flags.items():
@@ -65,5 +65,5 @@ def test_generate_patches_writes_the_report_and_unpatches(example, tmp_path):
         assert not tokentrim.is_patched(pipeline)
     assert torch.equal(videos["observed"], videos["plain"])
     assert not torch.equal(videos["pruned"], videos["plain"])
-    assert len((tmp_path / "pruned" / "chunks.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "pruned" / "chunks.jsonl").read_text().splitlines()) == 8
     assert not (tmp_path / "plain").exists()

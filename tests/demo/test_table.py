@@ -1,5 +1,6 @@
 """The wording of results: what excludes zero, what does not, what could not be measured."""
 
+import dataclasses
 import json
 import math
 
@@ -8,7 +9,7 @@ import pytest
 from tokentrim_hooks.console import WIDTH, has_rich, plain_table, progress, show_table
 from tokentrim_hooks.demo.measures import Cost, Fault, Line, Results, windows
 from tokentrim_hooks.demo.runs import Size
-from tokentrim_hooks.demo.table import as_json, as_text, rows_of
+from tokentrim_hooks.demo.table import as_json, as_text, number, remarks, rows_of
 from tokentrim_hooks.paired import Difference
 
 GOOD = Line("chunks 1-4", "saturation error", "lower", Difference(0.4, 0.3, -0.1, -0.2, -0.05, 8))
@@ -43,6 +44,16 @@ def test_text_tells_triggers_and_costs():
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_remarks_count_both_ways_and_own_up_to_nothing_happening():
+    assert remarks(RESULTS)[-1].startswith("Of 5 intervals 2 exclude zero for the better and 1 for the worse")
+    idle = dataclasses.replace(RESULTS, drift_cost=dataclasses.replace(COST, triggered=0))
+    assert len(remarks(RESULTS)) == 1 and "TokenTrim never pruned" in remarks(idle)[0]
+
+
+def test_rounding_never_hides_that_a_number_is_not_zero():
+    assert [number(v, sign=True) for v in (0.0, 0.0004, -0.00002, 0.0005)] == ["+0.000", "+4e-04", "-2e-05", "+0.001"]
+
+
 def test_json_is_strict_and_complete():
     data = json.loads(json.dumps(as_json(RESULTS, {"probe": "first-step"}), allow_nan=False))
     assert data["settings"]["probe"] == "first-step" and data["settings"]["chunks"] == Size().chunks
@@ -72,4 +83,5 @@ def test_without_rich_it_is_plain(monkeypatch, capsys):
     with progress("rolling out", 2) as advance:
         advance()
     show_table(["a", "b"], [["1", "2"]], "title")
-    assert capsys.readouterr().out.splitlines() == ["rolling out ...", "rolling out: done", "title", "a  b", "-  -", "1  2"]
+    expected = ["rolling out ...", "rolling out: done", "title", "a  b", "-  -", "1  2"]
+    assert capsys.readouterr().out.splitlines() == expected

@@ -13,7 +13,12 @@ import pytest
 import tokentrim_hooks
 
 ROOT = Path(__file__).parents[2]
-PUBLIC_MODULES = {"tokentrim_hooks", "tokentrim_hooks.testing", "tokentrim_hooks.reference"}
+PUBLIC_MODULES = {
+    "tokentrim_hooks",
+    "tokentrim_hooks.testing",
+    "tokentrim_hooks.reference.pipeline",
+    "tokentrim_hooks.reference.scenes",
+}
 
 
 @pytest.fixture(scope="module")

@@ -60,12 +60,14 @@ class Blotch:
 
     def paint(self, chunk: Tensor) -> Tensor:
         """A copy of ``chunk`` ``[B, F, 3, H, W]`` with the blotch in every frame."""
-        area = self.area(*chunk.shape[-2:])[:, None, None].to(chunk.device)
+        height, width = chunk.shape[-2:]
+        area = self.area(height, width)[:, None, None].to(chunk.device)
         return torch.where(area, self.color.to(chunk)[:, None, :, None, None], chunk)
 
     def error(self, chunk: Tensor, truth: Tensor, margin: int = 1) -> Tensor:
         """Mean squared error ``[B]`` around the place; both ``[B, F, 3, H, W]`` with pixels in [-1, 1]."""
-        area = self.area(*chunk.shape[-2:], margin=margin)[:, None, None].to(chunk.device)
+        height, width = chunk.shape[-2:]
+        area = self.area(height, width, margin)[:, None, None].to(chunk.device)
         squared = ((chunk - truth) ** 2 * area).sum(dim=(1, 2, 3, 4))
         return squared / (area.sum(dim=(1, 2, 3, 4)) * chunk.shape[1] * chunk.shape[2])
 

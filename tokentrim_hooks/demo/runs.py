@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.api import patch
-from tokentrim_hooks.fault import Blotch, Planter, Where
+from tokentrim_hooks.demo.fault import Blotch, Planter, Where
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.reference.scenes import Scene, scenes
 from tokentrim_hooks.report import Report
 
 FRAMES = 3
 """Frames of a chunk of the reference model."""
+PLACES: tuple[Where, ...] = ("context", "chunk")
+"""Where the fault is planted, see :mod:`tokentrim_hooks.demo.fault`."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Size:
 
     @property
     def total_chunks(self) -> int:
-        """Chunks that all five rollouts generate."""
-        return 2 * self.chunks + 3 * self.fault_chunks
+        """Chunks that all rollouts generate."""
+        return 2 * self.chunks + (1 + len(PLACES)) * self.fault_chunks
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Runs:
-    """Everything that was rolled out. ``context`` and ``chunk`` say where the fault of a patched run was planted."""
+    """Everything that was rolled out.
+
+    ``drift`` holds the arms "unpatched" and "tokentrim", ``fault`` "unpatched" and one patched arm for each of PLACES.
+    An unpatched model reads its context only, so to it both places are the same.
+    """
 
     size: Size
     scene: Scene
@@ -100,11 +106,8 @@ def roll_out_all(pipeline: ReferencePipeline, size: Size, advance: Callable[[], 
     runner.warm_up()
     drift = {"unpatched": runner.roll(size.chunks), "tokentrim": runner.roll(size.chunks, patched=True)}
     count = size.fault_chunks
-    fault = {
-        "unpatched": runner.roll(count, where="context"),
-        "context": runner.roll(count, patched=True, where="context"),
-        "chunk": runner.roll(count, patched=True, where="chunk"),
-    }
+    fault = {"unpatched": runner.roll(count, where="context")}
+    fault |= {where: runner.roll(count, patched=True, where=where) for where in PLACES}
     return Runs(size, scene, blotch, drift, fault)
 
 
@@ -127,7 +130,8 @@ class Runner:
             video = self._sample(chunks)
             seconds = time.perf_counter() - began
             report = handle.report if handle else None
-        return Arm(video, seconds, report, planter.planted.cpu() if planter and planter.planted is not None else None)
+        planted = planter.planted if planter else None
+        return Arm(video, seconds, report, None if planted is None else planted.float().cpu())
 
     def warm_up(self) -> None:
         """One chunk that nobody looks at, so that the first timed run pays for no start-up."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from tokentrim_hooks.demo_measures import fault_error
-from tokentrim_hooks.demo_runs import FRAMES, Arm, Runs
-from tokentrim_hooks.fault import TOKENS
+from tokentrim_hooks.demo.fault import TOKENS
+from tokentrim_hooks.demo.measures import fault_error
+from tokentrim_hooks.demo.runs import FRAMES, Arm, Runs
 from tokentrim_hooks.filmstrip import (
     CUT,
     MARK,
@@ -49,12 +49,12 @@ def drift_sheet(runs: Runs) -> Image.Image:
         rows = [
             Row("ground truth", [_tile(runs.scene.video, scene, c) for c in chunks]),
             Row("unpatched", [_tile(base.video, scene, c) for c in chunks]),
-            Row("TokenTrim", [_cut_tile(treated, scene, c) for c in chunks], _ticks(treated, scene, runs.size.chunks)),
+            Row(_label(treated, scene), [_cut_tile(treated, scene, c) for c in chunks], _ticks(runs, scene)),
         ]
         blocks.append(Block(f"scene {scene + 1}", rows))
     notes = [
         "All three begin with the same given chunk; unpatched and TokenTrim also share every noise.",
-        "Orange marks on the line: chunks that TokenTrim pruned and regenerated. Orange squares: the tokens it pruned there.",
+        "Orange marks on the line: chunks that TokenTrim pruned and regenerated; orange squares: the tokens pruned.",
     ]
     labels = ["given" if c == 0 else f"chunk {c}" for c in chunks]
     return contact_sheet("Natural drift: what 32x32 video looks like after many chunks", notes, labels, blocks)
@@ -77,8 +77,8 @@ def fault_sheet(runs: Runs) -> Image.Image:
         blocks.append(Block(f"scene {scene + 1}", rows))
     notes = [
         "A blotch is written over a true chunk (red outline), then the model goes on alone: columns are chunks later.",
-        "Numbers: squared error around the place. Orange squares: tokens that TokenTrim pruned for this chunk.",
-        "Fault in context: only the cache is corrupted. Fault in chunk: so is the accepted chunk that TokenTrim compares with.",
+        "Error: squared error around the place. Orange squares: tokens that TokenTrim pruned for this chunk.",
+        "Fault in context: only the cache is corrupted. Fault in chunk: so is the chunk that TokenTrim compares with.",
     ]
     return contact_sheet("Planted fault: is it caught, and does the video recover?", notes, labels, blocks)
 
@@ -122,8 +122,14 @@ def cuts(arm: Arm, scene: int, chunk: int, whole: bool = False) -> list[Outline]
     return []
 
 
-def _ticks(arm: Arm, scene: int, last: int) -> list[float]:
-    return [r.chunk / max(last, 1) for r in arm.report or () if r.sample == scene and r.pruned]
+def _label(arm: Arm, scene: int) -> str:
+    count = sum(r.pruned for r in arm.report or () if r.sample == scene)
+    return f"TokenTrim\n({count or 'no'} chunk{'s' * (count != 1)} pruned)"
+
+
+def _ticks(runs: Runs, scene: int) -> list[float]:
+    records = runs.drift["tokentrim"].report or ()
+    return [r.chunk / max(runs.size.chunks, 1) for r in records if r.sample == scene and r.pruned]
 
 
 def _tile(video: Tensor, scene: int, chunk: int, boxes: Sequence[Outline] = (), caption: str = "") -> Tile:
@@ -146,7 +152,7 @@ def _fault_tile(runs: Runs, arm: Arm, scene: int, offset: int) -> Tile:
     if offset < 0:
         return _tile(arm.video, scene, chunk)
     error = float(fault_error(runs, arm, offset)[scene])
-    return _tile(arm.video, scene, chunk, [*cuts(arm, scene, chunk), mark], f"{error:.2f}")
+    return _tile(arm.video, scene, chunk, [*cuts(arm, scene, chunk), mark], f"error {error:.2f}")
 
 
 def _fault_box(runs: Runs, scene: int) -> Box:

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from tokentrim_hooks.console import progress, show_table
+from tokentrim_hooks.errors import MissingExtraError
 from tokentrim_hooks.extras import require
+from tokentrim_hooks.report import Report
 
 if TYPE_CHECKING:
-    from tokentrim_hooks.demo_runs import Runs, Size
+    from tokentrim_hooks.demo.measures import Results
+    from tokentrim_hooks.demo.runs import Runs, Size
     from tokentrim_hooks.reference.pipeline import ReferencePipeline
 
-NEEDED = ("safetensors", "scipy", "PIL", "imageio")
-"""Modules of the ``demo`` extra without which there is no demo; without rich it is plain, without ffmpeg a gif."""
+NEEDED = ("safetensors", "scipy", "PIL")
+"""Modules of the ``demo`` extra without which there is no demo; without rich it is plain, without imageio a gif."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,22 +46,24 @@ def run(options: argparse.Namespace) -> int:
     """
     for module in NEEDED:
         require(module, "demo")
-    from tokentrim_hooks.demo_runs import roll_out_all
+    from tokentrim_hooks.demo.measures import measure
+    from tokentrim_hooks.demo.runs import roll_out_all
 
     size = size_of(options)
     pipeline = load(options)
     with progress(f"{size.scenes} videos, five rollouts", size.total_chunks) as advance:
         runs = roll_out_all(pipeline, size, advance)
-    show(runs)
+    results = measure(runs)
+    show(results)
     print("Written:")
-    for path in write(runs, options.out, settings(options)):
+    for path in write(runs, results, options.out, settings(options)):
         print(f"  {path}")
     return 0
 
 
 def size_of(options: argparse.Namespace) -> Size:
     """The size that the options ask for."""
-    from tokentrim_hooks.demo_runs import Size
+    from tokentrim_hooks.demo.runs import Size
 
     size = Size(scenes=4, chunks=8, healthy=4, after=4) if options.fast else Size()
     return Size(
@@ -74,28 +80,40 @@ def load(options: argparse.Namespace) -> ReferencePipeline:
     return ReferencePipeline.pretrained(device=options.device)
 
 
-def show(runs: Runs) -> None:
+def show(results: Results) -> None:
     """Print the tables and what their columns mean."""
-    from tokentrim_hooks.demo_table import NOTES, tables
+    from tokentrim_hooks.demo.table import NOTES, remarks, tables
 
-    for title, headings, rows in tables(runs):
+    for title, headings, rows in tables(results):
         print()
         show_table(headings, rows, title)
-    print(f"\n{NOTES}\n")
+    print("", *remarks(results), "", NOTES, "", sep="\n")
 
 
-def write(runs: Runs, folder: Path, made_with: dict[str, Any]) -> list[Path]:
-    """Write tables, results, pictures and TokenTrim's own reports into ``folder``; return what was written."""
-    from tokentrim_hooks.demo_pictures import draw_all
-    from tokentrim_hooks.demo_table import as_json, as_text
+def write(runs: Runs, results: Results, folder: Path, made_with: dict[str, Any]) -> list[Path]:
+    """Write tables, results, pictures and TokenTrim's own reports into ``folder``; return the paths."""
+    from tokentrim_hooks.demo.pictures import draw_all
+    from tokentrim_hooks.demo.table import as_json, as_text
 
     folder.mkdir(parents=True, exist_ok=True)
-    text, results = folder / "table.txt", folder / "results.json"
-    text.write_text(as_text(runs), encoding="utf-8")
-    results.write_text(json.dumps(as_json(runs, made_with), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    table, figures = folder / "table.txt", folder / "results.json"
+    table.write_text(as_text(results), encoding="utf-8")
+    figures.write_text(json.dumps(as_json(results, made_with), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     reports = {"report": runs.drift["tokentrim"], "report-fault": runs.fault["context"]}
-    saved = [arm.report.save(folder / name) for name, arm in reports.items() if arm.report]
-    return [text, results, *draw_all(runs, folder), *saved]
+    saved = [save_report(arm.report, arm.video[0], folder / name) for name, arm in reports.items() if arm.report]
+    return [table, figures, *draw_all(runs, folder), *saved]
+
+
+def save_report(report: Report, video: Tensor, folder: Path) -> Path:
+    """Save a report; with the ``report`` extra also as a page, with drift maps over ``video`` ``[F, 3, H, W]``."""
+    from tokentrim_hooks.metrics import as_frames
+    from tokentrim_hooks.page import write_page
+
+    report.save(folder)
+    try:
+        return write_page(folder, as_frames(video * 0.5 + 0.5))
+    except MissingExtraError:
+        return folder
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

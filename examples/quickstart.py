@@ -1,0 +1,17 @@
+"""TokenTrim on the small reference model, in seconds on a CPU; needs the ``demo`` extra."""
+
+import torch
+
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.reference.pipeline import ReferencePipeline
+from tokentrim_hooks.reference.scenes import scenes
+
+torch.manual_seed(0)
+pipeline = ReferencePipeline.pretrained()
+first_chunk = scenes(seed=1, count=2, frames=3).video
+noise = torch.randn(2, 36, 3, 32, 32)  # 2 videos, 12 chunks of 3 frames
+
+handle = tokentrim.patch(pipeline)
+video = pipeline.inference(noise, initial_latent=first_chunk)  # [2, 39, 3, 32, 32] in [0, 1]
+print(handle.report.summary())
+handle.unpatch()

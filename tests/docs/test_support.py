@@ -1,0 +1,93 @@
+"""The tables of supported models are what the adapters and the check records give, and say what was not checked."""
+
+import copy
+import shutil
+
+import pytest
+from pages import ROOT
+
+from tokentrim_hooks import support
+from tokentrim_hooks.api import adapters
+from tokentrim_hooks.cli import main
+from tokentrim_hooks.errors import ReportError
+
+
+@pytest.fixture
+def checks():
+    return copy.deepcopy(support.read_checks())
+
+
+def without(checks, model):
+    checks["checks"] = [record for record in checks["checks"] if record["models"] != [model]]
+    return checks
+
+
+@pytest.mark.parametrize(("page", "block"), [("README.md", "support_table"), ("docs/models.md", "support_details")])
+def test_pages_are_what_is_generated(page, block):
+    text = (ROOT / page).read_text()
+    assert support.filled(text, getattr(support, block)()) == text, "run python -m tokentrim_hooks.support --write"
+
+
+def test_every_model_of_every_own_adapter_has_one_row(checks):
+    table = support.support_table(checks)
+    own = [info for info in adapters() if info.adapter and info.distribution.startswith("tokentrim-hooks ")]
+    assert len(own) > 10
+    for info in own:
+        for model in info.adapter.models:
+            assert table.count(f"| {model} | `{info.name}` | {info.adapter.context_kind} |") == 1
+
+
+def test_a_model_without_record_is_not_checked(checks):
+    assert "not checked" not in support.support_table(checks), "every adapter has a record by now"
+    checks = without(checks, "CausVid")
+    line = next(line for line in support.support_table(checks).splitlines() if line.startswith("| CausVid |"))
+    assert line.endswith("| not checked |")
+    section = support.support_details(checks).split("## CausVid\n")[1].split("\n## ")[0]
+    assert "**not checked**" in section and "Ran:" not in section
+
+
+def test_a_record_of_a_model_that_no_adapter_has_is_an_error(checks):
+    checks["checks"][0]["models"].append("Sora")
+    with pytest.raises(ReportError, match="Sora"):
+        support.support_table(checks)
+
+
+KEYS = {"models", "version", "licence", "ran", "command", "figures", "note", "refused", "adapter", "context_kind"}
+
+
+def test_records_are_complete(checks):
+    for record in [*checks["checks"], *checks["base_classes"]]:
+        assert record["version"] and record["ran"] and record["command"] and record["figures"], record["models"]
+        assert record.keys() <= KEYS
+        assert record["figures"].keys() <= support.FIGURES.keys()
+        for word in record["command"].split():
+            if word.startswith("tests/"):
+                assert list(ROOT.glob(word)), f"{record['models']}: {word} is not there"
+
+
+def test_writing_changes_what_is_stale_and_nothing_else(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/models.md", "docs/checks.json"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert support.write(tmp_path) == []
+    readme = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme.replace("| CausVid |", "| Caus |"))
+    assert support.write(tmp_path) == [tmp_path / "README.md"]
+    assert (tmp_path / "README.md").read_text() == readme
+
+
+def test_an_installed_package_has_no_records(tmp_path):
+    with pytest.raises(ReportError, match="checkout"):
+        support.read_checks(tmp_path)
+
+
+def test_a_page_without_its_place_is_an_error():
+    with pytest.raises(ReportError, match="found 0"):
+        support.filled("no place here", "table")
+
+
+def test_command_lines_print_the_short_table(capsys):
+    assert main(["adapters", "--markdown"]) == 0
+    one = capsys.readouterr().out
+    assert support.main([]) == 0
+    assert one == capsys.readouterr().out == support.support_table() + "\n"
