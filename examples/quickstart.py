@@ -9,9 +9,9 @@ from tokentrim_hooks.reference.scenes import scenes
 torch.manual_seed(0)
 pipeline = ReferencePipeline.pretrained()
 first_chunk = scenes(seed=1, count=2, frames=3).video
-noise = torch.randn(2, 36, 3, 32, 32)  # 2 videos, 12 chunks of 3 frames
+noise = torch.randn(2, 24, 3, 32, 32)  # 2 videos, 8 chunks of 3 frames
 
 handle = tokentrim.patch(pipeline)
-video = pipeline.inference(noise, initial_latent=first_chunk)  # [2, 39, 3, 32, 32] in [0, 1]
+video = pipeline.inference(noise, initial_latent=first_chunk)  # [2, 27, 3, 32, 32] in [0, 1]
 print(handle.report.summary())
 handle.unpatch()

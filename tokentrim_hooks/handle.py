@@ -93,8 +93,8 @@ class PatchHandle:
         try:
             self._rollout.reset()
         finally:
-            self._rollout.release()
             self._patches.undo()
+            self._rollout.release()
         tell(self._rollout.observers, "on_end")
         if not self._gave_up and self._rollout.unread_calls and not len(self._rollout.report):
             warnings.warn(

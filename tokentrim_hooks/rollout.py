@@ -123,8 +123,8 @@ class Rollout:
             return None
         known = video is not None and call.stream == video.stream
         phase = self.adapter.phase(call, video.seen(chunk)) if video and known else Phase.FIRST
-        if phase is Phase.REFINE and chunk is not None and chunk.failed and video is not None and not video.chunk:
-            phase = Phase.FIRST  # A video that failed in its first chunk begins anew.
+        if phase is Phase.REFINE and _failed_at_once(video, chunk):
+            phase = Phase.FIRST
         if phase is Phase.FIRST:
             self._begin_chunk(call, new_video=not known)
         elif phase is Phase.COMMIT and chunk is not None:
@@ -249,6 +249,11 @@ class Rollout:
 
 def _is_branch(call: Call, video: Video, chunk: Chunk | None) -> bool:
     """Whether a call of another stream is a second branch of the chunk in progress, not a new video."""
-    if chunk is None or call.start != chunk.start:
+    if chunk is None or call.start != chunk.start or _failed_at_once(video, chunk):
         return False
     return call.stream in video.streams or not chunk.committed
+
+
+def _failed_at_once(video: Video | None, chunk: Chunk | None) -> bool:
+    """Whether a call of the video's first chunk raised: the next call at its frames begins a video, not a refinement."""
+    return video is not None and chunk is not None and chunk.failed and not video.chunk

@@ -100,14 +100,15 @@ def show(results: Results, made_with: dict[str, Any]) -> None:
     from tokentrim_hooks.bench.memory import WORDS
 
     base = results.seconds["unpatched"]
+    clock = "wall clock" if made_with["kind"] == "cuda" else "CPU time"
     print(json.dumps(made_with, indent=1))
-    print(f"One rollout, unpatched: {base:.3f} s, {base / made_with['chunks']:.4f} s a chunk")
+    print(f"One rollout, unpatched: {base:.3f} s, {base / made_with['chunks']:.4f} s a chunk ({clock})")
     print(f"Forced trigger: {results.triggers} of {results.chunks} chunks, {results.extra_calls} further denoiser "
           f"calls beside {results.calls}, {results.dead} context rows dead")  # fmt: skip
     rows = [
         [r.name, f"{r.median:.4f}", f"[{r.low:.4f}, {r.high:.4f}]", str(r.rounds), _goal(r.name)] for r in results.ratios
     ]
-    show_table(["wall clock", "median ratio", "95 % interval", "rounds", "aim (H100, full size)"], rows)
+    show_table([clock, "median ratio", "95 % interval", "rounds", "aim (H100, full size)"], rows)
     arms = list(results.shares)
     sections = list(results.shares[arms[0]])
     show_table(["share of time", *arms],

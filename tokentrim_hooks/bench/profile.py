@@ -33,6 +33,7 @@ class Clock:
     """Exclusive time by section: while an inner section runs, the outer one stands still."""
 
     synchronise: Callable[[], None]
+    clock: Callable[[], float] = time.perf_counter
     seconds: dict[str, float] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
     since: float = 0.0
@@ -50,7 +51,7 @@ class Clock:
 
     def _turn(self) -> None:
         self.synchronise()
-        now = time.perf_counter()
+        now = self.clock()
         if self.stack:
             self.seconds[self.stack[-1]] = self.seconds.get(self.stack[-1], 0.0) + now - self.since
         self.since = now
@@ -68,7 +69,8 @@ def profile(run: Callable[[], Any], device: str) -> dict[str, float]:
     Attention on live keys is the model's (or the replay's) time; only choosing and gathering the keys is the tap's. On a
     GPU the queue is drained at each border, which slows the rollout: the shares are for telling parts apart.
     """
-    clock = Clock(_synchroniser(device))
+    # As for the ratios: on a CPU what was computed, not what other processes took.
+    clock = Clock(_synchroniser(device), time.perf_counter if _on_gpu(device) else time.process_time)
     with ExitStack() as stack:
         for name, functions in SECTIONS.items():
             for owner, attribute in functions:
@@ -100,4 +102,8 @@ def _tap(clock: Clock, name: str) -> Callable[..., Any]:
 
 
 def _synchroniser(device: str) -> Callable[[], None]:
-    return torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    return torch.cuda.synchronize if _on_gpu(device) else lambda: None
+
+
+def _on_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"

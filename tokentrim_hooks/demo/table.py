@@ -43,7 +43,7 @@ def remarks(results: Results) -> list[str]:
     """What the tables imply, in words."""
     found = []
     if not results.drift_cost.triggered:
-        found.append("In the natural drift no severity exceeded its threshold: TokenTrim never pruned, both arms are equal.")
+        found.append("Natural drift: no severity exceeded its threshold, TokenTrim never pruned, both arms are equal.")
     lines = [*results.drift, *(line for fault in results.fault.values() for line in fault.lines)]
     verdicts = [line.difference.words(line.better).rpartition(": ")[2] for line in lines if line.better]
     better, worse = verdicts.count("better"), verdicts.count("WORSE")

@@ -1,0 +1,141 @@
+"""``tokentrim bench``: what it counts is counted right. No test looks at how long anything took."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_reference import make, run
+
+from tokentrim_hooks.bench import command, measure, targets
+from tokentrim_hooks.bench.measure import PAIRS, _ratio, arms, forced_chunks, rollouts
+from tokentrim_hooks.bench.memory import Alive, peak_bytes
+from tokentrim_hooks.bench.profile import MODEL, SECTIONS, Clock, profile
+from tokentrim_hooks.bench.targets import Size, Target
+from tokentrim_hooks.cli import main
+from tokentrim_hooks.errors import TokenTrimError
+
+CHUNKS = 5
+
+
+def tiny(size=None):
+    pipeline = make()
+    return Target(pipeline, lambda: run(pipeline, chunks=CHUNKS), {"layers": 2})
+
+
+@pytest.fixture(scope="module")
+def results():
+    steps = []
+    found = measure.measure(tiny(), CHUNKS, 3, "cpu", lambda: steps.append(1))
+    assert len(steps) == rollouts(3)
+    return found
+
+
+def test_forced_triggers_come_at_the_papers_rate():
+    assert forced_chunks(20) == [8] and forced_chunks(100) == [8, 28, 48, 68, 88]
+    assert forced_chunks(5) == [2] and forced_chunks(3) == [1]
+    assert arms(5)["unpatched"] is None and arms(5)["forced trigger"].at == {2: 0.1}
+
+
+def test_the_forced_arm_pruned_once_and_said_so(results):
+    # Chunk 2 of 5 is pruned: one more call beside 5 a chunk; ceil(0.1 * 4) = 1 token in the 4 frames before it.
+    assert (results.triggers, results.chunks, results.extra_calls, results.calls, results.dead) == (1, 5, 1, 25, 4)
+
+
+def test_ratios_pair_arms_within_rounds(results):
+    assert [r.name for r in results.ratios] == [f"{a} / {b}" for a, b in PAIRS]
+    assert all(r.rounds == 3 and r.low <= r.median <= r.high for r in results.ratios)
+    ratio = _ratio("x", [2.0, 3.0, 8.0], [1.0, 1.0, 2.0])
+    assert (ratio.median, ratio.low, ratio.high) == (3.0, 2.0, 4.0)
+    assert _ratio("x", [1.0], [2.0]).low == -float("inf")
+
+
+def test_shares_add_up_and_only_a_prune_replays(results):
+    for shares in results.shares.values():
+        assert list(shares) == [MODEL, *SECTIONS] and sum(shares.values()) == pytest.approx(1)
+        assert shares["drift"] > 0 and shares["judge and read"] > 0
+    observed, forced = results.shares["observing"], results.shares["forced trigger"]
+    assert observed["replay"] == observed["tap"] == observed["prune"] == 0
+    assert forced["replay"] > 0 and forced["tap"] > 0 and forced["prune"] > 0
+
+
+def test_syncs_are_those_of_the_design(results):
+    assert results.syncs["observing"] <= 1
+    assert 1 < results.syncs["forced trigger"] <= 1 + 6  # one more a denoiser call while something is dead
+    assert results.theirs["observing"] > 0
+
+
+def test_memory_of_the_arms(results):
+    assert 0 < results.memory["unpatched"] <= results.memory["observing"]
+
+
+def test_an_inner_section_stops_the_outer_ones_clock():
+    now = iter([0.0, 1.0, 4.0, 6.0]).__next__
+    clock = Clock(lambda: None, now)
+    with clock.section(MODEL), clock.section("drift"):
+        pass
+    assert clock.seconds == {MODEL: 1.0 + 2.0, "drift": 3.0} and clock.shares["drift"] == 0.5
+
+
+def test_profiling_leaves_the_package_as_it_was():
+    before = {(owner, name): getattr(owner, name) for places in SECTIONS.values() for owner, name in places}
+    with pytest.raises(ZeroDivisionError):
+        profile(lambda: 1 / 0, "cpu")
+    assert before == {(owner, name): getattr(owner, name) for owner, name in before}
+
+
+def test_peak_counts_tensors_alive_at_once():
+    weight = torch.zeros(1000)
+
+    def rollout():
+        a = weight + 1  # 4000 bytes
+        b = a * 2  # 4000 more
+        del a
+        c = b.view(10, 100)  # none
+        del b
+        return torch.cat([c.flatten()[:500], c.flatten()[:500]])  # 4000 more, after a died
+
+    assert peak_bytes(rollout, "cpu") == 8000
+    with Alive() as alive:
+        kept = weight + 1
+        alive.now, before = 0, alive.now
+    assert before == kept.untyped_storage().nbytes()
+
+
+def test_a_run_without_a_judged_chunk_is_no_measurement():
+    pipeline = make()
+    with pytest.raises(TokenTrimError, match="cannot be measured"):
+        measure.measure(Target(pipeline, lambda: run(pipeline, chunks=1)), 1, 1, "cpu", lambda: None)
+
+
+def test_command_prints_and_writes_everything(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(targets.TARGETS, "reference", tiny)
+    file = tmp_path / "sub" / "bench.json"
+    arguments = ["bench", "--device", "cpu", "--chunks", "5", "--rounds", "2", "--json", str(file)]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    for words in ("observing / unpatched", "1.002", "host syncs a chunk", "peak memory", "replay", "CPU time"):
+        assert words in text
+    found = json.loads(file.read_text())
+    assert found["settings"]["torch"] == torch.__version__ and found["settings"]["model"]["layers"] == 2
+    assert len(found["ratios"]) == 4 and found["triggers"] == 1
+
+
+def test_wrong_use_and_a_missing_engine_are_explained(capsys, monkeypatch):
+    assert main(["bench", "--chunks", "2"]) == 2
+    assert "at least 3" in capsys.readouterr().err
+    monkeypatch.setitem(__import__("sys").modules, "fastvideo", None)
+    assert main(["bench", "--target", "fastvideo", "--device", "cpu"]) == 2
+    assert "cannot import fastvideo" in capsys.readouterr().err
+
+
+def test_targets_run_and_can_be_pruned():
+    torch.set_num_threads(1)
+    found = targets.skyreels(Size("cpu", 3))
+    assert found.words["tokens a frame"] == 64
+    assert measure._once(found, arms(3)["forced trigger"], lambda: None)[1].triggers == 1
+
+
+def test_settings_name_the_machine():
+    made = command.settings("cpu", SimpleNamespace(target="reference", full=False, chunks=3, rounds=1))
+    assert made["device"] and made["command"].startswith("tokentrim") and made["kind"] == "cpu"
