@@ -5,8 +5,8 @@ chunk is generated from again. Random numbers come from generators of their own,
 noise of every later chunk, stays that of the other arms.
 
 "Regenerate, prune nothing" needs a word. A denoiser call is deterministic: replayed on an unpruned context it gives the
-same bits (``ChooseTokens(policy, "none")`` shows that, and is a check of the plumbing). What a real retry without pruning
-does, another draw, is ``FreshNoise(ChooseTokens(policy, "none"))``.
+same bits (``ChooseTokens(policy, "none")`` shows that, and is a check of the plumbing). What a real retry without
+pruning does, another draw, is ``FreshNoise(ChooseTokens(policy, "none"))``.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def save_video(frames: Sequence[Image.Image], path: Path, fps: int = 10) -> Path
         imageio: Any = importlib.import_module("imageio.v2")
     except (ImportError, RuntimeError):
         return _save_gif(frames, path.with_suffix(".gif"), fps)
-    writer = imageio.get_writer(path, fps=fps, codec="libx264", quality=9, macro_block_size=2)
+    writer = imageio.get_writer(path, fps=fps, codec="libx264", quality=7, macro_block_size=2)
     with writer:
         for frame in frames:
             writer.append_data(np.asarray(frame))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -58,6 +59,9 @@ class JsonLines:
     def _open(self) -> TextIO:
         path = self.folder / "chunks.jsonl"
         mode: Literal["a", "w"] = "a" if self._append else "w"
+        if self._append and path.is_file():
+            # A crash may have cut the last line off: what is appended must not be joined to it.
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._append = True
         file: TextIO = path.open(mode, encoding="utf-8")
         self._file = file

@@ -255,5 +255,5 @@ def _is_branch(call: Call, video: Video, chunk: Chunk | None) -> bool:
 
 
 def _failed_at_once(video: Video | None, chunk: Chunk | None) -> bool:
-    """Whether a call of the video's first chunk raised: the next call at its frames begins a video, not a refinement."""
+    """Whether a call of the video's first chunk raised: the next call at its frames begins a video anew."""
     return video is not None and chunk is not None and chunk.failed and not video.chunk

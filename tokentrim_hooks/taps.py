@@ -130,7 +130,7 @@ class TapSite:
 
     def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tap = current_tap()
-        if tap is None or (tap.gated and not _inside.get()):
+        if tap is None or not self.users or (tap.gated and not _inside.get()):
             return self.original(*args, **kwargs)
         bound = self.signature.bind(*args, **kwargs)
         given, names = bound.arguments, self.names

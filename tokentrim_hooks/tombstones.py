@@ -98,7 +98,7 @@ class Traces:
         return any(storage() is None for storage, *_ in self.places)
 
     def clear(self) -> None:
-        """Make what is left finite again. The tensors are made anew, so that caches of inference mode can be written."""
+        """Make what is left finite again. Tensors are made anew: those of inference mode could not be written."""
         for storage, dtype, offset, size, stride in self.places:
             memory = storage()
             if memory is not None:

@@ -8,7 +8,9 @@ import tiny_reference as tiny
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.pruning import BUSY, current_tap
+from tokentrim_hooks.ledger import Ledger
+from tokentrim_hooks.pruning import BUSY, CallTap, current_tap, enter_tap, leave_tap
+from tokentrim_hooks.report import read_report
 from tokentrim_hooks.taps import depth_hooks
 from tokentrim_hooks.testing import ForcedPolicy
 from tokentrim_hooks.tombstones import Tombstones
@@ -159,3 +161,38 @@ def test_a_new_video_after_a_failure_in_the_very_first_chunk():
         trap.remove()
         tiny.run(pipeline, batch=2)
         assert [r.chunk for r in handle.report if r.video == 1] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_tap_that_somebody_wrapped_and_everybody_left_stays_inert_under_a_new_one():
+    import types
+
+    from tokentrim_hooks.patches import Patches
+
+    home = types.ModuleType("home")
+    home.attention = lambda q, k, v: v
+    first = Patches()
+    first.tap(home, "attention")
+    below = home.attention
+    home.attention = lambda q, k, v: below(q, k, v)
+    first.undo()
+    second = Patches()
+    second.tap(home, "attention")
+    tap = CallTap(None, Ledger())
+    token = enter_tap(tap)
+    try:
+        values = torch.zeros(1, 4, 1, 1)
+        values[0, 2] = float("inf")
+        assert home.attention(values, values, values).shape[1] == 3
+    finally:
+        leave_tap(token)
+        second.undo()
+    assert tap.calls == 1
+
+
+def test_a_log_that_a_crash_cut_off_can_be_continued(tmp_path):
+    record = tokentrim.ChunkRecord(0, 0, 0, 0, 1, {})
+    (tmp_path / "chunks.jsonl").write_text(record.as_json() + '\n{"video": 0, "chu')
+    log = tokentrim.JsonLines(tmp_path, append=True)
+    log.on_chunk([record], torch.zeros(1))
+    log.on_end()
+    assert len(read_report(tmp_path)) == 2

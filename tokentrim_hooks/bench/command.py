@@ -106,7 +106,8 @@ def show(results: Results, made_with: dict[str, Any]) -> None:
     print(f"Forced trigger: {results.triggers} of {results.chunks} chunks, {results.extra_calls} further denoiser "
           f"calls beside {results.calls}, {results.dead} context rows dead")  # fmt: skip
     rows = [
-        [r.name, f"{r.median:.4f}", f"[{r.low:.4f}, {r.high:.4f}]", str(r.rounds), _goal(r.name)] for r in results.ratios
+        [r.name, f"{r.median:.4f}", f"[{r.low:.4f}, {r.high:.4f}]", str(r.rounds), _goal(r.name)]
+        for r in results.ratios
     ]
     show_table([clock, "median ratio", "95 % interval", "rounds", "aim (H100, full size)"], rows)
     arms = list(results.shares)

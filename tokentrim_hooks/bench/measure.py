@@ -123,7 +123,7 @@ def measure(target: Target, chunks: int, rounds: int, device: str, advance: Call
 
 
 def clock_of(device: str) -> Callable[[], float]:
-    """Wall clock on a GPU; on a CPU the time that this process computed, for a wall clock measures the neighbours too."""
+    """Wall clock on a GPU; on a CPU this process's own time: there a wall clock measures the neighbours too."""
     return time.perf_counter if torch.device(device).type == "cuda" else time.process_time
 
 

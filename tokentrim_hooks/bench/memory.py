@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 WORDS = {
     "cuda": "torch.cuda.max_memory_allocated, the model's weights included",
-    "cpu": "bytes of tensors alive at once that operators returned during the rollout (weights and scratch space inside "
-    "kernels excluded; the process's resident size is too coarse for this)",
+    "cpu": "bytes of tensors alive at once that operators returned during the rollout (weights and scratch space "
+    "inside kernels excluded; the process's resident size is too coarse for this)",
 }
 
 
@@ -28,7 +28,8 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         return int(torch.cuda.max_memory_allocated())
     with Alive() as alive:
         run()
-    return alive.peak
+    peak: int = alive.peak
+    return peak
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]

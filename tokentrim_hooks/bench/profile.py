@@ -66,8 +66,8 @@ class Clock:
 def profile(run: Callable[[], Any], device: str) -> dict[str, float]:
     """Share of each section in one rollout of a model that the caller patches inside ``run``.
 
-    Attention on live keys is the model's (or the replay's) time; only choosing and gathering the keys is the tap's. On a
-    GPU the queue is drained at each border, which slows the rollout: the shares are for telling parts apart.
+    Attention on live keys is the model's (or the replay's) time; only choosing and gathering the keys is the tap's. On
+    a GPU the queue is drained at each border, which slows the rollout: the shares are for telling parts apart.
     """
     # As for the ratios: on a CPU what was computed, not what other processes took.
     clock = Clock(_synchroniser(device), time.perf_counter if _on_gpu(device) else time.process_time)

@@ -46,7 +46,7 @@ def reference(size: Size) -> Target:
 
     shape = {"layers": 12, "dim": 384, "heads": 6} if size.full else {"layers": 6, "dim": 128, "heads": 4}
     side = 16 if size.full else 8
-    pipeline = ReferencePipeline.random(grid=(side, side), device=size.device, dtype=size.dtype, **shape)  # type: ignore[arg-type]
+    pipeline = ReferencePipeline.random(grid=(side, side), device=size.device, dtype=size.dtype, **shape)
 
     def run() -> Any:
         torch.manual_seed(0)

@@ -17,7 +17,8 @@ STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: .35em .6em; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; white-space: nowrap; }
+th, td { padding: .35em .6em; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }
+th, td { white-space: nowrap; }
 td small { display: block; opacity: .75; }
 .better { background: #2a72; } .WORSE { background: #d432; }
 svg { display: block; width: 110px; height: 10px; overflow: visible; }
@@ -32,7 +33,8 @@ def render(rows: Sequence[Row], columns: Sequence[Column], made_with: Mapping[st
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>tokentrim compare</title>'
         f"<style>{STYLE}</style></head><body><h1>tokentrim compare</h1>{tables}"
-        f"<pre>{escape(NOTES)}</pre><h2>Made with</h2><pre>{escape(json.dumps(made_with, indent=2))}</pre></body></html>\n"
+        f"<pre>{escape(NOTES)}</pre><h2>Made with</h2>"
+        f"<pre>{escape(json.dumps(made_with, indent=2))}</pre></body></html>\n"
     )
 
 
@@ -49,7 +51,8 @@ def _table(rows: Sequence[Row], columns: Sequence[Column], window: str, watch: i
         for row in rows
     )
     title = f"<h2>{escape(window)}</h2>" if window else ""
-    return f'{title}<div class="scroll"><table><thead><tr>{lead}{aspects}</tr><tr>{names}</tr></thead>{body}</table></div>'
+    head = f"<thead><tr>{lead}{aspects}</tr><tr>{names}</tr></thead>"
+    return f'{title}<div class="scroll"><table>{head}{body}</table></div>'
 
 
 def _cell(row: Row, column: Column, scale: float) -> str:

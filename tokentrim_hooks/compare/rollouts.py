@@ -52,7 +52,7 @@ def outcome_of(trial: Trial, setting: Setting, seeds: Sequence[int]) -> Outcome:
         handle = None
         if not setting.off:
             handle = stack.enter_context(patch(trial.model, setting.policy(seeds[0]), probe=setting.probe))
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        devices = list(range(torch.cuda.device_count()))
         stack.enter_context(torch.random.fork_rng(devices))
         torch.manual_seed(seeds[0])
         began = time.perf_counter()

@@ -17,11 +17,11 @@ from tokentrim_hooks.paired import Difference, paired_difference
 CELL = 16
 """Columns of one cell in the terminal."""
 NOTES = """\
-Cells: mean difference to the unpatched model over pairs (same seed, same noise), its 95 % percentile bootstrap interval,
-and whether that excludes zero; in the row of the unpatched model, the mean itself. Intervals are not corrected for the
-number of comparisons: with many cells, about one in twenty excludes zero by luck alone.
-Pruned: share of judged chunks that were regenerated. Extra calls: of the denoiser, had every video been rolled out alone.
-Read stability, identity and motion together: who prunes what moves looks stable and loses the scene."""
+Cells: mean difference to the unpatched model over pairs (same seed, same noise), its 95 % percentile bootstrap
+interval, and whether that excludes zero; in the row of the unpatched model, the mean itself. Intervals are not
+corrected for the number of comparisons: with many cells, about one in twenty excludes zero by luck alone.
+Pruned: share of judged chunks that were regenerated. Extra calls: of the denoiser, had every video been rolled out
+alone. Read stability, identity and motion together: who prunes what moves looks stable and loses the scene."""
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,9 @@ class ReferenceTrial:
         blotches = [Blotch.draw(1, self.model.generator.model.grid, (4, 4), seed) for seed in seeds]
         corner, color = (torch.cat([getattr(b, name) for b in blotches]) for name in ("corner", "color"))
         self.blotch = Blotch(corner, color, (4, 4))
-        self.columns = fault_columns(maker.chunks) if maker.fault else drift_columns(maker.chunks)
+        self.columns: Sequence[Column] = fault_columns(maker.chunks) if maker.fault else drift_columns(maker.chunks)
         self.watch = HEALTHY + 2 if maker.fault else None
-        self.settings = {"model": "reference", "weights": maker.weights, "chunks": maker.chunks, "sink": maker.sink,
+        self.settings: Mapping[str, Any] = {"model": "reference", "weights": maker.weights, "chunks": maker.chunks, "sink": maker.sink,
                          "fault": maker.fault, "device": str(self._like.device)}  # fmt: skip
 
     @property
