@@ -100,7 +100,6 @@ def test_weights_are_small():
     assert WEIGHTS.stat().st_size < 4_000_000
 
 
-@pytest.mark.xfail(reason="the weights of 450 steps: error 0.080, repeating the last given frame 0.067", strict=True)
 def test_the_first_generated_chunk_is_nearer_to_the_truth_than_a_still():
     scene = scenes(123, 4, 6)
     pipeline = ReferencePipeline.pretrained()

@@ -135,7 +135,8 @@ class ReferenceTrial:
         self.blotch = Blotch(corner, color, (4, 4))
         self.columns: Sequence[Column] = fault_columns(maker.chunks) if maker.fault else drift_columns(maker.chunks)
         self.watch = HEALTHY + 2 if maker.fault else None
-        self.settings: Mapping[str, Any] = {"model": "reference", "weights": maker.weights, "chunks": maker.chunks, "sink": maker.sink,
+        self.settings: Mapping[str, Any] = {"model": "reference", "weights": maker.weights, "chunks": maker.chunks,
+                         "sink": maker.sink,
                          "fault": maker.fault, "device": str(self._like.device)}  # fmt: skip
 
     @property
