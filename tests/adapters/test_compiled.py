@@ -42,12 +42,12 @@ def skyreels():
 
 
 def breaks(denoiser, run):
-    """Reasons of graph breaks in one run of the compiled denoiser; what torch.compile itself disables is left out."""
+    """Reasons of the graph breaks in one run of the compiled denoiser."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     denoiser.compile(backend="eager")
     run()
-    return sum(torch._dynamo.utils.counters["graph_break"].values())
+    return set(torch._dynamo.utils.counters["graph_break"])
 
 
 @pytest.mark.parametrize("make", [reference, skyreels])
@@ -72,5 +72,7 @@ def test_observing_adds_graph_breaks_only_around_the_denoiser(make):
     denoiser._compiled_call_impl = None
     with tokentrim.patched(pipeline, tokentrim.ObservePolicy()):
         patched = breaks(denoiser, run)
-    # Before and after the denoiser's own forward, once each; none inside it, whatever the number of layers.
-    assert patched - alone <= 3, dict(torch._dynamo.utils.counters["graph_break"])
+    # Ours lie before and after the denoiser's own forward; none is inside it, whatever the number of layers.
+    ours = {reason for reason in patched - alone if "tokentrim" in reason or "PatchHandle" in reason}
+    assert ours, "the hooks themselves are not compiled"
+    assert all("PatchHandle._guard" in reason for reason in ours), ours
