@@ -23,7 +23,7 @@ AGAIN = Setting("again", always=True, tokens="none")
 
 def test_standard_settings_hold_the_grid_and_the_controls():
     described = {s.name: s for s in STANDARD}
-    assert described["off"].off and described["paper, first step"].policy(0) == DriftPolicy()
+    assert described["off"].off and described["paper first-step"].policy(0) == DriftPolicy()
     assert {s.fraction for s in STANDARD} == {0.05, 0.1, 0.2} and {s.sensitivity for s in STANDARD} == {1.0, 2.0, 3.0}
     assert described["control: random tokens"].policy(5) == ChooseTokens(DriftPolicy(), "random", 5)
     assert described["control: new noise only"].policy(5) == FreshNoise(ChooseTokens(DriftPolicy(), "none", 5), 5)

@@ -110,3 +110,9 @@ def test_the_first_generated_chunk_is_nearer_to_the_truth_than_a_still():
     error = (latents[:, 3:] - truth).square().mean()
     still = (scene.video[:, 2:3] - truth).square().mean()
     assert error < 0.5 * still, f"{error:.4f} against {still:.4f} of repeating the last frame"
+
+
+def test_making_a_random_model_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    ReferencePipeline.random(seed=3)
+    assert torch.equal(before, torch.get_rng_state())

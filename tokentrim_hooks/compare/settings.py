@@ -66,8 +66,8 @@ class Setting:
 
 STANDARD: tuple[Setting, ...] = (
     Setting(BASE, off=True),
-    Setting("paper, first step"),
-    Setting("paper, candidate", probe="candidate"),
+    Setting("paper first-step"),
+    Setting("paper candidate", probe="candidate"),
     Setting("p 0.05", fraction=0.05),
     Setting("p 0.2", fraction=0.2),
     Setting("lambda 1", sensitivity=1.0),

@@ -164,10 +164,11 @@ class ReferencePipeline(nn.Module):
 
         Frames have ``4 * grid`` pixels. Leaves the global random state alone.
         """
-        model = CausalVideoModel(
-            dim=dim, layers=layers, heads=heads, mlp_ratio=2, grid=grid, local_attn_size=local_attn_size,
-            sink_size=sink_size, num_frame_per_block=num_frame_per_block,
-        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            model = CausalVideoModel(
+                dim=dim, layers=layers, heads=heads, mlp_ratio=2, grid=grid, local_attn_size=local_attn_size,
+                sink_size=sink_size, num_frame_per_block=num_frame_per_block,
+            )  # fmt: skip
         rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
