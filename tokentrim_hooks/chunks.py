@@ -84,6 +84,11 @@ class Video:
     waiting: list[Tensor] = field(default_factory=list)
     """Flags of the previous chunk's calls that wait for the next host read."""
 
+    def learn_steps(self, clean: list[bool]) -> None:
+        """The waiting flags were read: calls of the previous chunk with noisy latents are its denoising steps."""
+        self.usual_steps = clean.count(False) or self.usual_steps
+        self.waiting = []
+
     def history(self) -> History:
         """Accepted chunks so far, for the policy."""
         return History(self.chunk, self.statistics.count, self.statistics.mean, self.statistics.std)

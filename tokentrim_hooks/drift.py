@@ -41,6 +41,11 @@ def latent_summary(latents: Tensor, patch: tuple[int, int] = (2, 2)) -> Tensor:
     return summary
 
 
+def grid_of(latents: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the token grid of latents ``[..., H, W]``."""
+    return latents.shape[-2] // patch[0], latents.shape[-1] // patch[1]
+
+
 def token_drift(current: Tensor, previous: Tensor) -> Tensor:
     """Euclidean distance of every token to its predecessor (Eq. 5): ``[B, N, D], [B, N, D] -> [B, N]``."""
     if current.shape != previous.shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from tokentrim_hooks.adapter import Adapter, CacheRows, Call
+from tokentrim_hooks.drift import grid_of
 from tokentrim_hooks.ledger import Ledger
 from tokentrim_hooks.policy import Policy
 from tokentrim_hooks.pruning import CallTap
@@ -54,8 +55,7 @@ class Pruner:
         context = self._adapter.context(call)
         if not isinstance(context, CacheRows):
             self._expected = context.attentions or self._expected
-            height, width = call.latents.shape[-2] // self._patch[0], call.latents.shape[-1] // self._patch[1]
-            return self._ledger.kill(context, tokens, chunk, (height, width))
+            return self._ledger.kill(context, tokens, chunk, grid_of(call.latents, self._patch))
         dead = self._tombstones.mark(context, tokens, self._anchors)
         if dead:
             self._marked[call.stream] = Traces.of(context.values)

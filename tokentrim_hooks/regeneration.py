@@ -87,9 +87,7 @@ class Regenerator:
         clean = clean_flag(call) if chunk.steps == 1 else []
         reading = read(verdict, drift, history, [*clean, *video.waiting])
         chunk.given = chunk.given or any(reading.flags[: len(clean)])
-        noisy = [not flag for flag in reading.flags[len(clean) :]]
-        video.usual_steps = sum(noisy) or video.usual_steps
-        video.waiting = []
+        video.learn_steps(reading.flags[len(clean) :])
         if not all(math.isfinite(value) for sample in reading.drift for value in sample):
             raise LatentsError(
                 f"the chunk at latent frame {chunk.start}, or the one before it, holds NaN or inf: the model itself "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokentrim_hooks.adapter import Adapter, Call, Match, Phase, bind
 from tokentrim_hooks.chunks import Chunk, Step, Video, records_of
-from tokentrim_hooks.drift import RunningStatistics, latent_summary
+from tokentrim_hooks.drift import RunningStatistics, grid_of, latent_summary
 from tokentrim_hooks.errors import LatentsError, UnsupportedProbeError
 from tokentrim_hooks.observers import Observer, tell
 from tokentrim_hooks.policy import Policy
@@ -150,8 +150,7 @@ class Rollout:
         accepted = self.adapter.accepted(call)
         if accepted is not None:
             video.previous = latent_summary(accepted, self.patch)
-        height, width = call.latents.shape[-2:]
-        self._chunk = Chunk(call.start, call.frames, (height // self.patch[0], width // self.patch[1]))
+        self._chunk = Chunk(call.start, call.frames, grid_of(call.latents, self.patch))
 
     def _new_video(self, call: Call) -> Video:
         batch = int(call.latents.shape[0])
@@ -225,8 +224,7 @@ class Rollout:
             )
         if video.waiting and not video.usual_steps:
             # Else nobody would ever read how many steps a chunk has where commits are not seen as such.
-            video.usual_steps = sum(not bool(flag) for flag in video.waiting)
-            video.waiting = []
+            video.learn_steps([bool(flag) for flag in video.waiting])
         chunk.history.append(step)
         return chunk.history if chunk.steps == video.usual_steps else []
 

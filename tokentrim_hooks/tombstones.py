@@ -41,9 +41,9 @@ class Tombstones:
         if not sample:
             return 0
         places = torch.tensor([sample, row])
-        on_device: dict[torch.device, Tensor] = {}
+        on_device = {device: places.to(device) for device in {values.device for values in rows.values}}
         for values in rows.values:
-            index = on_device.setdefault(values.device, places.to(values.device))
+            index = on_device[values.device]
             self.replaced.append((values, index, values[index[0], index[1], 0, 0].clone()))
             values[index[0], index[1], 0, 0] = mark_of(values.dtype)
         return len(sample)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from accelerate import hooks
 from test_reference_conformance import Reference
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.testing import ForcedPolicy, fingerprint
 
-hooks = pytest.importorskip("accelerate.hooks")
 POLICY = ForcedPolicy({2: (1, 5)})
 
 
