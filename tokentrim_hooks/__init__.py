@@ -6,21 +6,17 @@
 
 from tokentrim_hooks.adapter import (
     Adapter,
-    CacheRows,
     Call,
-    Context,
-    KeyLayout,
     Match,
     Method,
     NoMatch,
     Phase,
-    Role,
     Seen,
-    Segment,
     default_phase,
     shares_storage,
 )
 from tokentrim_hooks.api import Detection, adapters, detect, is_patched, patch, patched, unpatch
+from tokentrim_hooks.context import CacheRows, Context, KeyLayout, Role, Segment
 from tokentrim_hooks.errors import (
     AlreadyPatchedError,
     AmbiguousModelError,

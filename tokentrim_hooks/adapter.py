@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import enum
 import inspect
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from tokentrim_hooks.errors import UnsupportedContextError, UnsupportedProbeError
+from tokentrim_hooks.context import Context
+from tokentrim_hooks.errors import UnsupportedProbeError
 
 if TYPE_CHECKING:
     from tokentrim_hooks.patches import Patches
@@ -116,82 +117,6 @@ class Seen:
     returned: Tensor | None = None
 
 
-class Role(enum.Enum):
-    """What the keys of a segment are to the chunk being generated."""
-
-    CONTEXT = "context"
-    """Finished earlier frames: may be pruned."""
-    FLIGHT = "flight"
-    """Earlier frames that are still being denoised: pruned for later chunks only."""
-    ANCHOR = "anchor"
-    """Sinks, pinned or first frames: kept unless the policy asks for ``prune_anchors``."""
-    CURRENT = "current"
-    """The newest chunk itself: never pruned."""
-    OTHER = "other"
-    """Text, padding, registers: never pruned."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of keys, frame-major then row-major.
-
-    ``frames`` are the absolute latent frames covered, in order (any int for OTHER); ``height`` and ``width`` the
-    grid of keys. With ``scale = (t, h, w)`` one key covers t frames and h x w tokens of the chunk's own grid.
-    """
-
-    role: Role
-    frames: Sequence[int]
-    height: int
-    width: int
-    scale: tuple[int, int, int] = (1, 1, 1)
-
-    @property
-    def length(self) -> int:
-        """Number of keys in the segment."""
-        return -(-len(self.frames) // self.scale[0]) * self.height * self.width
-
-
-@dataclass(frozen=True)
-class KeyLayout:
-    """A context that lies in the attention sequence itself; pruned by selecting keys at the kernel.
-
-    ``attentions`` is the number of attention calls over these keys in one denoiser call, where known: the self-check of
-    the first prune expects as many.
-    """
-
-    segments: tuple[Segment, ...]
-    attentions: int = 0
-
-    @property
-    def length(self) -> int:
-        """Number of keys that self attention sees."""
-        return sum(segment.length for segment in self.segments)
-
-
-@dataclass(frozen=True)
-class CacheRows:
-    """A context that lies in a KV cache; pruned by tombstones in V.
-
-    Attributes:
-        values: the V tensor of every layer, ``[B, rows, heads, head_dim]``; looked up anew for every call.
-        start: first row that holds history.
-        stop: row behind the last one that holds history (rows of the current chunk excluded).
-        tokens: rows a frame; row ``r`` holds spatial token ``r % tokens``.
-        anchors: rows from ``start`` on that are sinks; kept unless the policy asks for ``prune_anchors``.
-        current: (first, behind the last) row of the current chunk where it lies amid history, as in a ring buffer.
-    """
-
-    values: Sequence[Tensor]
-    start: int
-    stop: int
-    tokens: int
-    anchors: int = 0
-    current: tuple[int, int] = (0, 0)
-
-
-Context = CacheRows | KeyLayout
-
-
 class Adapter(ABC):
     """Describes one family of models. Subclass, return the class from ``tokentrim_adapters``, prove it with the kit.
 
@@ -267,7 +192,15 @@ class Adapter(ABC):
     def with_latents(
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the call's arguments with ``latents`` in the place of ``call.latents``."""
+        """Return the call's arguments with ``latents`` in the place of ``call.latents``.
+
+        Override where these are a part or a view of an argument. Raises UnsupportedProbeError if no argument is they.
+        """
+        if not any(argument is call.latents for argument in (*args, *kwargs.values())):
+            raise UnsupportedProbeError(
+                f"adapter {self.name!r} cannot put other latents into this call, where they are a part of an argument: "
+                "neither probe='candidate' nor a policy with redraw() works with it"
+            )
         swap = {id(call.latents): latents}
         return tuple(swap.get(id(a), a) for a in args), {k: swap.get(id(a), a) for k, a in kwargs.items()}
 
@@ -299,17 +232,20 @@ def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
 def bind(denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``denoiser(*args, **kwargs)`` by name, defaults included; of a method also ``self``."""
     function = denoiser.forward if isinstance(denoiser, nn.Module) else denoiser
-    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound = _signature_of(function).bind(*args, **kwargs)
     bound.apply_defaults()
     owner = {"self": denoiser.__self__} if inspect.ismethod(denoiser) else {}
     return {**owner, **bound.arguments}
 
 
-def require_floating(values: Sequence[Tensor]) -> None:
-    """Raise UnsupportedContextError unless every layer's V can hold a mark (inf, or NaN in fp8)."""
-    for value in values:
-        if not torch.is_tensor(value) or not value.dtype.is_floating_point:
-            kind = str(value.dtype) if torch.is_tensor(value) else type(value).__name__
-            raise UnsupportedContextError(
-                f"the KV cache holds {kind}, which cannot carry a tombstone; run with an unquantised cache"
-            )
+_signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def _signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature, looked up once: inspecting costs more than the rest of our work on a denoiser call."""
+    # Not the bound method, which is a new object each time; nor anything that would keep the model alive.
+    key = function.__func__ if inspect.ismethod(function) else function
+    found = _signatures.get(key)
+    if found is None:
+        found = _signatures[key] = inspect.signature(function)
+    return found

@@ -72,9 +72,11 @@ def patch(
     chosen, match = _choose(model, adapter)
     if probe == "candidate" and chosen.carry is Adapter.carry:
         raise UnsupportedProbeError(f"adapter {chosen.name!r} cannot replay a whole chunk; use probe='first-step'")
-    _make_room(model, match, replace)
+    existing = _patches_on(model, match, replace)
     for denoiser in (match.denoiser, *match.also):
         _refuse_compiled(denoiser)
+    for handle in existing:
+        handle.unpatch()
     return PatchHandle.attach(model, chosen(), match, policy, probe, on_error, observers)
 
 
@@ -160,14 +162,13 @@ def _refusal(model: Any, found: list[Detection]) -> str:
     return f"cannot patch {kind}; the adapters say:\n{reasons}\nTo add a model, see 'Writing an adapter' in the README."
 
 
-def _make_room(model: Any, match: Match, replace: bool) -> None:
+def _patches_on(model: Any, match: Match, replace: bool) -> list[PatchHandle]:
+    """Patches that have to come off first; one that is at work only where the user says ``replace``."""
     owners = (model, *owners_of(match))
-    for handle in [handle_of(owner) for owner in (*owners, *map(type, owners))]:
-        if handle is None:
-            continue
-        if handle.active and not replace:
-            raise AlreadyPatchedError("this model is patched already; call handle.unpatch() or pass replace=True")
-        handle.unpatch()
+    found = [handle for owner in (*owners, *map(type, owners)) if (handle := handle_of(owner)) is not None]
+    if not replace and any(handle.active for handle in found):
+        raise AlreadyPatchedError("this model is patched already; call handle.unpatch() or pass replace=True")
+    return found
 
 
 def _refuse_compiled(denoiser: nn.Module | Method) -> None:

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tokentrim_hooks.adapter import KeyLayout, Role, Segment
+from tokentrim_hooks.context import KeyLayout, Role, Segment
 
 PRUNABLE = frozenset({Role.CONTEXT, Role.FLIGHT})
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from tokentrim_hooks.adapter import Adapter, CacheRows, Call
+from tokentrim_hooks.adapter import Adapter, Call
+from tokentrim_hooks.context import CacheRows
 from tokentrim_hooks.drift import grid_of
 from tokentrim_hooks.ledger import Ledger
 from tokentrim_hooks.policy import Policy

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.adapter import KeyLayout
 from tokentrim_hooks.blockmask import is_block_mask, without_dead
+from tokentrim_hooks.context import KeyLayout
 from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.ledger import Ledger, QueryGroup
 from tokentrim_hooks.tombstones import alive_rows
@@ -118,15 +118,17 @@ class CallTap:
         self.calls = 0
         self.dropped = 0
         self.asked = 0
-        self._keeps: dict[int, tuple[Keep, ...]] = {}
+        self._keeps: dict[tuple[int, torch.device], tuple[Keep, ...]] = {}
         self._ranges: dict[tuple[int, int, int], Tensor | None] = {}
         self._masks: dict[int, tuple[Any, Any]] = {}
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with the live keys only, counting what was dropped."""
-        keeps = self._keeps.get(k.shape[1])
+        # By device too: the layers of one model may lie on several.
+        place = k.shape[1], k.device
+        keeps = self._keeps.get(place)
         if keeps is None:
-            keeps = self._keeps[k.shape[1]] = keeps_of(self._groups(k, v), k.device)
+            keeps = self._keeps[place] = keeps_of(self._groups(k, v), k.device)
         self.calls += 1
         dropped = max(k.shape[1] - index.numel() for keep in keeps for index in keep.index)
         self.dropped = max(self.dropped, dropped)

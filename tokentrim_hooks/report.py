@@ -24,7 +24,8 @@ class ChunkRecord:
         severity, mean, std, threshold: at the first judgement, in latent units; None where there was none.
         accepted_severity: severity of what was accepted, after regeneration.
         pruned: whether tokens were pruned for this sample. tokens: the unstable set (row-major over the patch grid).
-        drift: drift of every token, to four digits. dead: context rows newly dead.
+        drift: drift of every token, to four digits.
+        dead: context rows pruned for this chunk (a row of a KV cache that was dead before counts once more).
         regenerations, extra_calls: second attempts and the calls that they cost.
         grid: (height, width) of the token grid. seconds: wall clock from the chunk's first call to its last.
         given: the chunk was handed in as clean context (an image or video prefix). notes: anything unusual.

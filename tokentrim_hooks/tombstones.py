@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.adapter import CacheRows, require_floating
+from tokentrim_hooks.context import CacheRows, require_floating
 from tokentrim_hooks.errors import UnsupportedContextError
 
 

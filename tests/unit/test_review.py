@@ -196,3 +196,47 @@ def test_a_log_that_a_crash_cut_off_can_be_continued(tmp_path):
     log.on_chunk([record], torch.zeros(1))
     log.on_end()
     assert len(read_report(tmp_path)) == 2
+
+
+def test_latents_that_are_a_part_of_an_argument_cannot_be_exchanged_in_silence():
+    noisy = torch.randn(1, 3, 2, 4, 4)
+    adapter = tokentrim.patch(tiny.make()).adapter
+    fresh = torch.zeros(1, 3, 2, 4, 4)
+    args, kwargs = adapter.with_latents(tokentrim.Call(noisy, 0), (1, noisy), {"x": noisy, "y": 2}, fresh)
+    assert args[1] is fresh and kwargs == {"x": fresh, "y": 2}
+    with pytest.raises(tokentrim.UnsupportedProbeError, match="a part of an argument"):
+        adapter.with_latents(tokentrim.Call(noisy[:, :2], 0), (1, noisy), {}, fresh)
+
+
+def test_replacing_a_patch_that_cannot_be_replaced_leaves_it_on():
+    pipeline = tiny.make()
+    handle = tokentrim.patch(pipeline)
+    pipeline.generator.compile(backend="eager")
+    with pytest.raises(tokentrim.CompiledModelError):
+        tokentrim.patch(pipeline, replace=True)
+    assert handle.active and tokentrim.is_patched(pipeline)
+
+
+def test_one_call_keeps_an_index_for_each_device():
+    """Layers of one model may lie on several devices; "meta" stands for the second one."""
+    keys = torch.zeros(1, 3, 1, 2)
+    keys[0, 1, 0, 0] = float("inf")
+    tap = CallTap(None, Ledger())
+    tap.attend(lambda q, k, v, mask: v, keys, keys, keys, None)
+    assert [place[1].type for place in tap._keeps] == ["cpu"]
+    with pytest.raises((NotImplementedError, RuntimeError)):  # it asks that device for its own marks
+        tap.attend(lambda q, k, v, mask: v, *[keys.to("meta")] * 3, None)
+
+
+def test_a_signature_is_looked_up_once_and_keeps_no_model_alive():
+    from tokentrim_hooks.adapter import _signatures, bind
+
+    module = torch.nn.Linear(2, 2)
+    assert bind(module, (1,), {}) == bind(module, (), {"input": 1}) == {"input": 1}
+    module.forward = lambda input, scale=3: input  # as accelerate and others do, on the instance
+    assert bind(module, (1,), {}) == {"input": 1, "scale": 3}
+    function, model = weakref.ref(module.forward), weakref.ref(module)
+    assert function() in _signatures
+    del module
+    gc.collect()
+    assert function() is None and model() is None

@@ -14,7 +14,7 @@ from hypothesis import register_random
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokentrim_hooks.adapter import KeyLayout, Role, Segment
+from tokentrim_hooks.context import KeyLayout, Role, Segment
 from tokentrim_hooks.policy import DriftPolicy
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

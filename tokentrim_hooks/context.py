@@ -1,0 +1,98 @@
+"""Where a model keeps its context: in rows of a KV cache, or as keys in the attention sequence itself."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.errors import UnsupportedContextError
+
+
+class Role(enum.Enum):
+    """What the keys of a segment are to the chunk being generated."""
+
+    CONTEXT = "context"
+    """Finished earlier frames: may be pruned."""
+    FLIGHT = "flight"
+    """Earlier frames that are still being denoised: pruned for later chunks only."""
+    ANCHOR = "anchor"
+    """Sinks, pinned or first frames: kept unless the policy asks for ``prune_anchors``."""
+    CURRENT = "current"
+    """The newest chunk itself: never pruned."""
+    OTHER = "other"
+    """Text, padding, registers: never pruned."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of keys, frame-major then row-major.
+
+    ``frames`` are the absolute latent frames covered, in order (any int for OTHER); ``height`` and ``width`` the
+    grid of keys. With ``scale = (t, h, w)`` one key covers t frames and h x w tokens of the chunk's own grid.
+    """
+
+    role: Role
+    frames: Sequence[int]
+    height: int
+    width: int
+    scale: tuple[int, int, int] = (1, 1, 1)
+
+    @property
+    def length(self) -> int:
+        """Number of keys in the segment."""
+        return -(-len(self.frames) // self.scale[0]) * self.height * self.width
+
+
+@dataclass(frozen=True)
+class KeyLayout:
+    """A context that lies in the attention sequence itself; pruned by selecting keys at the kernel.
+
+    ``attentions`` is the number of attention calls over these keys in one denoiser call, where known: the self-check of
+    the first prune expects as many.
+    """
+
+    segments: tuple[Segment, ...]
+    attentions: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of keys that self attention sees."""
+        return sum(segment.length for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class CacheRows:
+    """A context that lies in a KV cache; pruned by tombstones in V.
+
+    Attributes:
+        values: the V tensor of every layer, ``[B, rows, heads, head_dim]``; looked up anew for every call.
+        start: first row that holds history.
+        stop: row behind the last one that holds history (rows of the current chunk excluded).
+        tokens: rows a frame; row ``r`` holds spatial token ``r % tokens``.
+        anchors: rows from ``start`` on that are sinks; kept unless the policy asks for ``prune_anchors``.
+        current: (first, behind the last) row of the current chunk where it lies amid history, as in a ring buffer.
+    """
+
+    values: Sequence[Tensor]
+    start: int
+    stop: int
+    tokens: int
+    anchors: int = 0
+    current: tuple[int, int] = (0, 0)
+
+
+Context = CacheRows | KeyLayout
+
+
+def require_floating(values: Sequence[Tensor]) -> None:
+    """Raise UnsupportedContextError unless every layer's V can hold a mark (inf, or NaN in fp8)."""
+    for value in values:
+        if not torch.is_tensor(value) or not value.dtype.is_floating_point:
+            kind = str(value.dtype) if torch.is_tensor(value) else type(value).__name__
+            raise UnsupportedContextError(
+                f"the KV cache holds {kind}, which cannot carry a tombstone; run with an unquantised cache"
+            )
