@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -13,7 +12,7 @@ from typing import Any, Literal, Protocol, TextIO, runtime_checkable
 from torch import Tensor
 
 from tokentrim_hooks.errors import TokenTrimWarning
-from tokentrim_hooks.report import ChunkRecord
+from tokentrim_hooks.report import ChunkRecord, write_settings
 
 
 @runtime_checkable
@@ -40,8 +39,7 @@ class JsonLines:
 
     def on_start(self, settings: dict[str, Any]) -> None:
         """Write the settings and open the log."""
-        text = json.dumps(settings, indent=2, default=str)
-        (self.folder / "settings.json").write_text(text, encoding="utf-8")
+        write_settings(self.folder, settings)
         self._open()
 
     def on_chunk(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:

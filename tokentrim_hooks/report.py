@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,15 @@ class Report:
         path.mkdir(parents=True, exist_ok=True)
         lines = "".join(record.as_json() + "\n" for record in self.records)
         (path / "chunks.jsonl").write_text(lines, encoding="utf-8")
-        (path / "settings.json").write_text(json.dumps(self.settings, indent=2, default=str), encoding="utf-8")
+        write_settings(path, self.settings)
         return path
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write ``folder/settings.json`` whole or not at all, whenever the process may be killed."""
+    draft = folder / "settings.json.part"
+    draft.write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")
+    draft.replace(folder / "settings.json")
 
 
 def read_report(folder: str | Path) -> Report:
