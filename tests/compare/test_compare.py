@@ -122,8 +122,8 @@ def test_tables_say_which_intervals_exclude_zero():
     ]
     rows = summarise(made, columns, watch=2)
     text = markdown(rows, columns, watch=2)
-    assert "| good | 4 | 25.0 % | 5.0 % | 100.0 % | -0.500 [-0.500, -0.500] excludes zero: better |" in text
-    assert "| mixed | 3 | 0.0 % | 0.0 % | 0.0 % | +0.000 [-1.000, +1.000] does not exclude zero |" in text
+    assert "| good | 4 | 25.0 % | 5.0 % | 100.0 % | -0.500 [-0.500, -0.500] **better** |" in text
+    assert "| mixed | 3 | 0.0 % | 0.0 % | 0.0 % | +0.000 [-1.000, +1.000] |" in text
     assert "| off | 4 |" in text and " 2.500 |" in text
     heads, lines = terminal(rows, columns, watch=2)
     assert heads == ["", "motion"] and ["", "excludes zero:"] in [[a if a == "" else "", b] for a, b in lines]

@@ -122,7 +122,7 @@ def made_with(options: argparse.Namespace, trial: Any) -> dict[str, Any]:
 
 def _present(folder: Path, store: Any, trial: Any) -> None:
     from tokentrim_hooks.compare.page import render
-    from tokentrim_hooks.compare.table import NOTES, markdown, summarise, terminal
+    from tokentrim_hooks.compare.table import BOLD, NOTES, markdown, summarise, terminal
 
     watch = getattr(trial, "watch", None)
     rows = summarise(store.outcomes, trial.columns, watch)
@@ -130,7 +130,7 @@ def _present(folder: Path, store: Any, trial: Any) -> None:
     print(NOTES)
     made = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     made["settings"] = {o.setting: _changes(o.description) for o in store.outcomes}
-    (folder / "table.md").write_text(f"{markdown(rows, trial.columns, watch)}\n{NOTES}\n", encoding="utf-8")
+    (folder / "table.md").write_text(f"{markdown(rows, trial.columns, watch)}\n{BOLD}\n{NOTES}\n", encoding="utf-8")
     (folder / "compare.html").write_text(render(rows, trial.columns, made, watch), encoding="utf-8")
     print(f"Written: {folder / 'table.md'}, {folder / 'compare.html'}, {folder / 'results.jsonl'}")
 

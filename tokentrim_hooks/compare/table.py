@@ -16,6 +16,7 @@ from tokentrim_hooks.paired import Difference, paired_difference
 
 CELL = 16
 """Columns of one cell in the terminal."""
+BOLD = "A bold word: the interval excludes zero. Without one it does not."
 NOTES = """\
 Cells: mean difference to the unpatched model over pairs (same seed, same noise), its 95 % percentile bootstrap
 interval, and whether that excludes zero; in the row of the unpatched model, the mean itself. Intervals are not
@@ -114,7 +115,7 @@ def share_heads(watch: int | None) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column], watch: int | None = None) -> str:
-    """One table; a bold row begins each window."""
+    """One table; a bold row begins each window, a bold word says that an interval excludes zero."""
     groups = by_window(columns)
     heads = [f"{c.aspect}: {c.name}" if c.aspect else c.name for c in max(groups.values(), key=len)]
     lines = [["setting", *share_heads(watch), *heads]]
@@ -122,8 +123,15 @@ def markdown(rows: Sequence[Row], columns: Sequence[Column], watch: int | None =
     for window, some in groups.items():
         if window:
             lines.append([f"**{window}**", *[""] * (len(lines[0]) - 1)])
-        lines += [[r.setting, *shares(r, watch), *(" ".join(cell(r, c)) for c in some)] for r in rows]
+        lines += [[r.setting, *shares(r, watch), *(_short(cell(r, c)) for c in some)] for r in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _short(texts: Sequence[str]) -> str:
+    """A cell in one line: the verdict only where the interval excludes zero, and in one word where there is one."""
+    *numbers, verdict = texts if len(texts) > 1 else [*texts, ""]
+    verdict = verdict.removeprefix("excludes zero: ")
+    return " ".join(numbers) + (f" **{verdict}**" if verdict and not verdict.startswith("does not") else "")
 
 
 def terminal(
