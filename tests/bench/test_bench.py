@@ -119,6 +119,8 @@ def test_command_prints_and_writes_everything(tmp_path, capsys, monkeypatch):
     found = json.loads(file.read_text())
     assert found["settings"]["torch"] == torch.__version__ and found["settings"]["model"]["layers"] == 2
     assert len(found["ratios"]) == 4 and found["triggers"] == 1
+    added = 1000 * (found["seconds"]["observing"] - found["seconds"]["unpatched"]) / 5
+    assert f"Added a chunk: observing {added:+.2f} ms" in text
 
 
 def test_wrong_use_and_a_missing_engine_are_explained(capsys, monkeypatch):

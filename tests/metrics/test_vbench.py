@@ -1,4 +1,4 @@
-"""VBench import: its normalisation and weights, checked on the paper's own table (field.md's finding)."""
+"""VBench import: its normalisation and weights, on scores whose totals can be worked out by hand."""
 
 import json
 

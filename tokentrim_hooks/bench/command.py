@@ -103,6 +103,9 @@ def show(results: Results, made_with: dict[str, Any]) -> None:
     clock = "wall clock" if made_with["kind"] == "cuda" else "CPU time"
     print(json.dumps(made_with, indent=1))
     print(f"One rollout, unpatched: {base:.3f} s, {base / made_with['chunks']:.4f} s a chunk ({clock})")
+    added = {arm: 1000 * (seconds - base) / made_with["chunks"] for arm, seconds in results.seconds.items()}
+    print(f"Added a chunk: observing {added['observing']:+.2f} ms, forced trigger {added['forced trigger']:+.2f} ms "
+          f"(unpatched again {added['unpatched again']:+.2f} ms)")  # fmt: skip
     print(f"Forced trigger: {results.triggers} of {results.chunks} chunks, {results.extra_calls} further denoiser "
           f"calls beside {results.calls}, {results.dead} context rows dead")  # fmt: skip
     rows = [
