@@ -125,7 +125,7 @@ def test_tables_say_which_intervals_exclude_zero():
     assert "| good | 4 | 25.0 % | 5.0 % | 100.0 % | -0.500 [-0.500, -0.500] **better** |" in text
     assert "| mixed | 3 | 0.0 % | 0.0 % | 0.0 % | +0.000 [-1.000, +1.000] |" in text
     assert "| off | 4 |" in text and " 2.500 |" in text
-    heads, lines = terminal(rows, columns, watch=2)
+    [(heads, lines)] = terminal(rows, columns, watch=2)
     assert heads == ["", "motion"] and ["", "excludes zero:"] in [[a if a == "" else "", b] for a, b in lines]
     with pytest.raises(ReportError, match="'off'"):
         summarise(made[1:], columns)
@@ -168,6 +168,8 @@ def test_reference_trial_measures_every_column_and_each_seed_is_its_own(fault):
     assert torch.equal(pair.blotch.corner[1:], single.blotch.corner)
     result = outcome_of(pair, OFF, [7, 8])
     assert list(result.values) == [column.key for column in pair.columns]
-    assert {c.aspect for c in pair.columns} == ({"stability"} if fault else {"stability", "identity", "motion"})
+    assert {c.aspect for c in pair.columns} == {"stability", "identity", "motion"}
+    names = {"", "chunks 8-8", "chunks 9-9"} if fault else {"chunks 1-4", "chunks 5-9"}
+    assert {c.window for c in pair.columns} == names
     assert pair.watch == (8 if fault else None)
     assert all(len(column) == 2 for column in result.values.values())

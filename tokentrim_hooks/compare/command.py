@@ -126,7 +126,8 @@ def _present(folder: Path, store: Any, trial: Any) -> None:
 
     watch = getattr(trial, "watch", None)
     rows = summarise(store.outcomes, trial.columns, watch)
-    show_table(*terminal(rows, trial.columns, watch))
+    for table in terminal(rows, trial.columns, watch):
+        show_table(*table)
     print(NOTES)
     made = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     made["settings"] = {o.setting: _changes(o.description) for o in store.outcomes}

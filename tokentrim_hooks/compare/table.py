@@ -115,16 +115,16 @@ def share_heads(watch: int | None) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column], watch: int | None = None) -> str:
-    """One table; a bold row begins each window, a bold word says that an interval excludes zero."""
-    groups = by_window(columns)
-    heads = [f"{c.aspect}: {c.name}" if c.aspect else c.name for c in max(groups.values(), key=len)]
-    lines = [["setting", *share_heads(watch), *heads]]
-    lines.append(["---"] * len(lines[0]))
-    for window, some in groups.items():
-        if window:
-            lines.append([f"**{window}**", *[""] * (len(lines[0]) - 1)])
+    """One table a window, its name above it; a bold word says that an interval excludes zero."""
+    tables = []
+    for window, some in by_window(columns).items():
+        heads = [f"{c.aspect}: {c.name}" if c.aspect else c.name for c in some]
+        lines = [["setting", *share_heads(watch), *heads]]
+        lines.append(["---"] * len(lines[0]))
         lines += [[r.setting, *shares(r, watch), *(_short(cell(r, c)) for c in some)] for r in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        tables.append(f"**{window}**\n\n{table}" if window else table)
+    return "\n".join(tables)
 
 
 def _short(texts: Sequence[str]) -> str:
@@ -136,19 +136,18 @@ def _short(texts: Sequence[str]) -> str:
 
 def terminal(
     rows: Sequence[Row], columns: Sequence[Column], watch: int | None = None
-) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows for the terminal: cells of several short lines, measures without a direction left out."""
-    lines: list[list[str]] = []
-    heads: list[str] = []
+) -> list[tuple[list[str], list[list[str]]]]:
+    """A table a window for the terminal, headings and rows: short lines, measures without a direction left out."""
+    tables = []
     for window, some in by_window(columns).items():
         shown = [c for c in some if c.better] or some
-        heads = heads or ["", *(c.aspect or "measure" for c in shown)]
-        lines += _stacked([[window or "all"], *(textwrap.wrap(c.name, CELL) for c in shown)])
+        lines = _stacked([[window or "all"], *(textwrap.wrap(c.name, CELL) for c in shown)])
         for row in rows:
             numbers = zip(share_heads(watch), shares(row, watch), strict=True)
             about = [row.setting, *(f"{head} {text}" for head, text in numbers)]
             lines += _stacked([_narrow(about), *(_narrow(cell(row, c)) for c in shown)])
-    return heads, lines
+        tables.append((["", *(c.aspect or "measure" for c in shown)], lines))
+    return tables
 
 
 def _narrow(texts: Sequence[str]) -> list[str]:

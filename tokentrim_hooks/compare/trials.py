@@ -157,14 +157,12 @@ class ReferenceTrial:
 
     def measure(self, video: Tensor) -> dict[str, Tensor]:
         """Measures of :mod:`tokentrim_hooks.reference.quality`, or the error around the planted fault."""
-        if self.maker.fault:
-            return self._fault_errors(video)
-        found = {}
-        for low, high in windows(self.maker.chunks):
+        found = self._fault_errors(video) if self.maker.fault else {}
+        for low, high in windows(self.maker.chunks, HEALTHY + 2 if self.maker.fault else 1):
             frames = slice(low * FRAMES, (high + 1) * FRAMES)
             part = window(self.scene, frames)
             for metric in METRICS:
-                found[f"{metric.name} @ chunks {low}-{high}"] = metric.measure(video[:, frames], part)
+                found[f"{metric.name} @ {_name(low, high)}"] = metric.measure(video[:, frames], part)
         return found
 
     def _fault_errors(self, video: Tensor) -> dict[str, Tensor]:
@@ -185,19 +183,24 @@ def joined(parts: Sequence[Scene]) -> Scene:
     return Scene(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
-def windows(chunks: int) -> list[tuple[int, int]]:
-    """First and second half of the generated chunks, counted from 1, both ends inclusive."""
-    half = chunks // 2
-    return [(1, chunks)] if half < 1 else [(1, half), (half + 1, chunks)]
+def windows(chunks: int, first: int = 1) -> list[tuple[int, int]]:
+    """First and second half of the chunks from ``first`` on, both ends inclusive; one window where that is too few."""
+    half = (first - 1 + chunks) // 2
+    return [(first, chunks)] if half < first else [(first, half), (half + 1, chunks)]
 
 
-def drift_columns(chunks: int) -> list[Column]:
-    """Columns of a rollout without a fault."""
-    names = [f"chunks {low}-{high}" for low, high in windows(chunks)]
+def drift_columns(chunks: int, first: int = 1) -> list[Column]:
+    """Columns of a rollout from chunk ``first`` on, in two halves."""
+    names = [_name(low, high) for low, high in windows(chunks, first)]
     return [Column(m.name, ASPECTS.get(m.name, ""), m.better, name) for name in names for m in METRICS]
 
 
 def fault_columns(chunks: int) -> list[Column]:
-    """Columns of a rollout with a planted fault, as far as it is long enough."""
+    """Columns of a rollout with a planted fault: the error around it, and what the whole picture does after it."""
     offsets = [o for o in OFFSETS if HEALTHY + 1 + o <= chunks]
-    return [Column(f"error around the fault, +{o}", "stability", "lower") for o in offsets]
+    errors = [Column(f"error around the fault, +{o}", "stability", "lower") for o in offsets]
+    return [*errors, *drift_columns(chunks, HEALTHY + 2)]
+
+
+def _name(low: int, high: int) -> str:
+    return f"chunks {low}-{high}"
