@@ -1,13 +1,14 @@
 # make demo   a virtual environment, the package, and the demo (about two minutes after installation)
 # make test   the whole test suite
 # make test-models   adapters against foreign packages, each in a folder of its own (their pins never resolved)
+# make test-observers   the example observers with their libraries: TensorBoard, W&B, rerun (260 MB to download)
 # make check  ruff and mypy
 # make docs   the documentation as a site, in site/; a broken link fails
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-models check docs clean
+.PHONY: demo test test-models test-observers check docs clean
 
 # Two stamps, so that the demo installs no test tools. torch comes first: with it in place nothing pulls a CUDA build.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -33,6 +34,13 @@ third_party/.models: $(VENV)/.dev
 
 test-models: third_party/.models
 	$(BIN)/python -m pytest -q tests/models
+
+$(VENV)/.observers: $(VENV)/.dev examples/observers/pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e 'examples/observers[tensorboard,wandb,rerun]'
+	touch $@
+
+test-observers: $(VENV)/.observers
+	$(BIN)/python -m pytest -q examples/observers/tests
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -37,6 +37,7 @@ class FastVideo(Adapter):
     name = "fastvideo"
     models = ("FastVideo causal Wan2.1", "FastVideo causal Wan2.2 (two transformers)")
     context_kind = "rolling KV cache, K after RoPE (absolute) or before it (relativistic)"
+    constructors = ("fastvideo.pipelines.stages.causal_denoising:CausalDMDDenosingStage",)
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:

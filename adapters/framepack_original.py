@@ -27,6 +27,7 @@ class FramePackOriginal(FramePack):
 
     name = "framepack-original"
     models = ("FramePack and FramePack-F1 (original repository)",)
+    constructors = ("diffusers_helper.models.hunyuan_video_packed:HunyuanVideoTransformer3DModelPacked",)
 
     clean, twice, four = "clean_latents", "clean_latents_2x", "clean_latents_4x"
     frames, twice_frames, image = "latent_indices", "clean_latent_2x_indices", "image_embeddings"

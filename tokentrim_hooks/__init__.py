@@ -27,14 +27,16 @@ from tokentrim_hooks.errors import (
     TokenTrimError,
     TokenTrimWarning,
     UnknownAdapterError,
+    UnknownObserverError,
     UnsupportedContextError,
     UnsupportedModelError,
     UnsupportedProbeError,
 )
 from tokentrim_hooks.handle import PatchHandle
+from tokentrim_hooks.named import installed_observers, make_observer
 from tokentrim_hooks.observers import JsonLines, Observer, ProgressLine
 from tokentrim_hooks.patches import Patches
-from tokentrim_hooks.plugins import AdapterInfo, hookimpl
+from tokentrim_hooks.plugins import AdapterInfo, ObserverInfo, hookimpl
 from tokentrim_hooks.policy import DriftPolicy, History, ObservePolicy, Policy, Verdict
 from tokentrim_hooks.pruning import CallTap
 from tokentrim_hooks.report import ChunkRecord, Report
@@ -64,6 +66,7 @@ __all__ = [
     "NoMatch",
     "ObservePolicy",
     "Observer",
+    "ObserverInfo",
     "PatchHandle",
     "Patches",
     "Phase",
@@ -77,6 +80,7 @@ __all__ = [
     "TokenTrimError",
     "TokenTrimWarning",
     "UnknownAdapterError",
+    "UnknownObserverError",
     "UnsupportedContextError",
     "UnsupportedModelError",
     "UnsupportedProbeError",
@@ -85,7 +89,9 @@ __all__ = [
     "default_phase",
     "detect",
     "hookimpl",
+    "installed_observers",
     "is_patched",
+    "make_observer",
     "patch",
     "patched",
     "shares_storage",

@@ -20,6 +20,7 @@ from tokentrim_hooks.errors import (
     UnsupportedProbeError,
 )
 from tokentrim_hooks.handle import PatchHandle, handle_of, owners_of
+from tokentrim_hooks.named import all_made
 from tokentrim_hooks.observers import Observer
 from tokentrim_hooks.plugins import AdapterInfo, enabled, everything
 from tokentrim_hooks.policy import DriftPolicy, Policy
@@ -46,7 +47,7 @@ def patch(
     probe: Probe = "first-step",
     on_error: OnError = "raise",
     replace: bool = False,
-    observers: Sequence[Observer] = (),
+    observers: Sequence[Observer | str] = (),
 ) -> PatchHandle:
     """Patch a model so that drifting tokens are pruned from its context while it generates.
 
@@ -58,14 +59,15 @@ def patch(
             one extra denoiser call a trigger) or ``"candidate"`` (the finished chunk, Algorithm 1; a whole chunk).
         on_error: ``"raise"``, or ``"warn"`` to go on unpatched rather than lose a long generation.
         replace: take an existing patch off first, instead of raising AlreadyPatchedError.
-        observers: told of every accepted chunk while the run goes on (:class:`JsonLines`, :class:`ProgressLine`, ...).
+        observers: told of every accepted chunk while the run goes on (:class:`JsonLines`, :class:`ProgressLine`, ...);
+            a string names an observer of an installed plugin, as for :func:`make_observer`.
 
     Returns:
         A handle with ``report``, ``reset()`` and ``unpatch()``; also a context manager.
 
     Raises:
         UnsupportedModelError, AmbiguousModelError, UnknownAdapterError, AlreadyPatchedError, CompiledModelError,
-        AttachError, UnsupportedProbeError; TypeError or ValueError for a bad option.
+        AttachError, UnsupportedProbeError, UnknownObserverError; TypeError or ValueError for a bad option.
     """
     policy = DriftPolicy() if policy is None else policy
     _check_options(policy, probe, on_error)
@@ -75,9 +77,10 @@ def patch(
     existing = _patches_on(model, match, replace)
     for denoiser in (match.denoiser, *match.also):
         _refuse_compiled(denoiser)
+    watching = all_made(observers)
     for handle in existing:
         handle.unpatch()
-    return PatchHandle.attach(model, chosen(), match, policy, probe, on_error, observers)
+    return PatchHandle.attach(model, chosen(), match, policy, probe, on_error, watching)
 
 
 def unpatch(model: Any) -> None:

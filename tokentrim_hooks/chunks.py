@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -177,7 +178,7 @@ def _judged(record: ChunkRecord, chunk: Chunk, reading: Reading, sample: int) ->
         severity=reading.severity[sample],
         mean=reading.mean[sample] if reading.count else None,
         std=reading.std[sample] if reading.count else None,
-        threshold=reading.threshold[sample],
+        threshold=reading.threshold[sample] if math.isfinite(reading.threshold[sample]) else None,
         accepted_severity=(chunk.accepted or reading.severity)[sample],
         pruned=pruned,
         tokens=tuple(reading.tokens[sample]),

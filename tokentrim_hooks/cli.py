@@ -16,6 +16,7 @@ from tokentrim_hooks.compare import command as compare
 from tokentrim_hooks.console import show_table
 from tokentrim_hooks.demo import command as demo
 from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.named import installed_observers
 from tokentrim_hooks.support import support_table
 
 
@@ -43,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="tokentrim", description="Prune drifting tokens from a video model's context.")
     choices = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.configure(choices.add_parser(name, help=command.help, description=command.help))
+        # Without abbreviations: those of a script that `run` is given would be taken for ours.
+        own = choices.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        command.configure(own)
     return top
 
 
@@ -56,7 +59,7 @@ def configure_adapters(parser: argparse.ArgumentParser) -> None:
 
 
 def show_adapters(options: argparse.Namespace) -> int:
-    """List installed adapters, and plugins that failed to load with the reason."""
+    """List installed adapters and observers, and plugins that failed to load with the reason."""
     if options.markdown:
         print(support_table())
         return 0
@@ -66,6 +69,7 @@ def show_adapters(options: argparse.Namespace) -> int:
         models = ", ".join(info.adapter.models) if info.adapter else info.error
         rows.append([info.name, state, info.distribution, models])
     show_table(["adapter", "state", "from", "models"], rows)
+    show_table(["observer", "from"], [[info.name, info.distribution] for info in installed_observers()])
     return 0
 
 
@@ -109,7 +113,7 @@ def make_model(target: str) -> Any:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("See and measure it on a small trained model, in about two minutes.", demo.configure, demo.run),
-    "adapters": Command("List the installed adapters.", configure_adapters, show_adapters),
+    "adapters": Command("List the installed adapters and observers.", configure_adapters, show_adapters),
     "detect": Command("Ask every adapter whether it recognises a model, and why.", configure_detect, show_detection),
     "run": Command("Run an unmodified inference script, patched.", commands.configure_run, commands.run),
     "report": Command("Render a run's log as one HTML file.", commands.configure_report, commands.report),

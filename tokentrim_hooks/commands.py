@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from tokentrim_hooks.errors import ReportError, TokenTrimError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.policy import DriftPolicy, ObservePolicy, Policy
 from tokentrim_hooks.rollout import Probe
-from tokentrim_hooks.runner import Run, run_script
+from tokentrim_hooks.runner import Run, folder_of_process, run_script
 
 OPTIONS = {
     "fraction": float,
@@ -32,10 +33,12 @@ OPTIONS = {
 def configure_run(parser: argparse.ArgumentParser) -> None:
     """Declare what ``tokentrim run`` takes; everything behind the script belongs to the script."""
     parser.add_argument("--out", type=Path, default=Path("runs/tokentrim"), help="folder of the log and the report")
-    parser.add_argument("--config", type=Path, help="TOML file: probe = '...', and a table [policy] of DriftPolicy")
+    parser.add_argument("--config", type=Path, help="TOML file: probe, observers, [policy] of DriftPolicy")
     parser.add_argument("--probe", choices=("first-step", "candidate"))
     parser.add_argument("--observe", action="store_true", help="measure only; output stays bit-identical")
     parser.add_argument("--quiet", action="store_true", help="no progress line a chunk")
+    parser.add_argument("--no-thumbnails", dest="thumbnails", action="store_false", help="no pictures of latents")
+    parser.add_argument("--observer", action="append", default=[], help="an installed observer, by name; repeatable")
     for name, kind in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"DriftPolicy.{name}")
     parser.add_argument("script", type=Path, help="the inference script, unmodified")
@@ -45,7 +48,10 @@ def configure_run(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run a script with every known model patched as it is constructed; write the report also when it crashes."""
     config = read_config(options.config) if options.config else {}
-    this = Run(options.out, policy_of(options, config), probe_of(options, config), options.quiet)
+    folder = folder_of_process(options.out)
+    this = Run(folder, policy_of(options, config), probe_of(options, config), options.quiet)
+    this.observers = observers_of(options, config)
+    this.thumbnails = options.thumbnails and importlib.util.find_spec("PIL") is not None
     try:
         run_script(options.script, options.arguments, this)
     finally:
@@ -57,14 +63,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """A TOML file as a dict.
 
     Raises:
-        TokenTrimError: it cannot be read, or holds something other than ``probe`` and ``[policy]``.
+        TokenTrimError: it cannot be read, or holds something other than ``probe``, ``observers``, ``[policy]``.
     """
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "demo")
     try:
         config: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as failure:
         raise TokenTrimError(f"cannot read {path}: {failure}") from failure
-    known = {"": {"probe", "policy"}, "policy.": {field.name for field in dataclasses.fields(DriftPolicy)}}
+    known = {"": {"probe", "policy", "observers"}, "policy.": {field.name for field in dataclasses.fields(DriftPolicy)}}
     for prefix, table in (("", config), ("policy.", config.get("policy", {}))):
         for name in table if isinstance(table, Mapping) else ():
             if name not in known[prefix]:
@@ -89,6 +95,14 @@ def probe_of(options: argparse.Namespace, config: Mapping[str, Any]) -> Probe:
     if probe not in ("first-step", "candidate"):
         raise TokenTrimError(f"probe must be 'first-step' or 'candidate', got {probe!r}")
     return probe  # type: ignore[no-any-return]
+
+
+def observers_of(options: argparse.Namespace, config: Mapping[str, Any]) -> list[str]:
+    """Names of observers: those of the file, then those of the flags, each once."""
+    named = config.get("observers", [])
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise TokenTrimError(f"observers must be a list of names, got {named!r}")
+    return list(dict.fromkeys([*named, *options.observer]))
 
 
 def _say_what_happened(this: Run) -> None:

@@ -19,6 +19,10 @@ class UnknownAdapterError(TokenTrimError):
     """``adapter=`` names an adapter that is not installed."""
 
 
+class UnknownObserverError(TokenTrimError):
+    """An observer was asked for by a name that no installed plugin provides."""
+
+
 class AlreadyPatchedError(TokenTrimError):
     """The model carries a patch already and ``replace=True`` was not given."""
 

@@ -83,7 +83,7 @@ def progress_line(records: Sequence[ChunkRecord]) -> str:
     head = f"chunk {record.chunk:>3}"
     if record.severity is None:
         return f"{head}  {'given' if record.given else 'not judged'}"
-    threshold = "warm-up" if record.threshold is None else f"threshold={record.threshold:.3g}"
+    threshold = "no threshold" if record.threshold is None else f"threshold={record.threshold:.3g}"
     pruned = [r for r in records if r.pruned]
     tail = f"pruned {len(pruned[0].tokens)}/{record.grid[0] * record.grid[1]} tokens" if pruned else "accepted"
     many = f" in {len(pruned)} of {len(records)} samples" if pruned and len(records) > 1 else ""

@@ -1,17 +1,20 @@
-"""Finding adapters: built-in and third-party ones come through the same entry points."""
+"""Finding adapters and observers: built-in and third-party ones come through the same entry points."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
 
 import pluggy
 
 from tokentrim_hooks.adapter import Adapter
 from tokentrim_hooks.errors import PluginError
+from tokentrim_hooks.observers import Observer
 
 GROUP = "tokentrim_hooks"
 DISABLE = "TOKENTRIM_DISABLE_ADAPTERS"
@@ -19,10 +22,22 @@ DISABLE = "TOKENTRIM_DISABLE_ADAPTERS"
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
 
+ObserverFactory = Callable[[Path | None], Observer]
+"""Makes an observer that may write below the folder given, or where its library usually writes if that is None."""
+
 
 @hookspec
 def tokentrim_adapters() -> Sequence[type[Adapter]]:  # type: ignore[empty-body]
     """Return the adapter classes that this plugin provides."""
+
+
+@hookspec
+def tokentrim_observers() -> Mapping[str, ObserverFactory]:  # type: ignore[empty-body]
+    """Return the observers that this plugin provides, by name: nothing observes until a user asks for it by that name.
+
+    A factory is called once a patched model. It imports its library, so that whoever does not ask for it does not need
+    it, and leaves the opening of files to ``on_start``.
+    """
 
 
 @dataclass(frozen=True)
@@ -36,19 +51,45 @@ class AdapterInfo:
     disabled: bool = False
 
 
-def load(points: Sequence[EntryPoint]) -> list[AdapterInfo]:
+@dataclass(frozen=True)
+class ObserverInfo:
+    """An observer that can be asked for by name."""
+
+    name: str
+    distribution: str
+    factory: ObserverFactory
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the installed plugins provide; those that failed to load stand among the adapters, with their error."""
+
+    adapters: tuple[AdapterInfo, ...]
+    observers: tuple[ObserverInfo, ...]
+
+
+def load(points: Sequence[EntryPoint]) -> Found:
     """Load plugins in a fixed order, each in its own try; raise PluginError only for two adapters of one name."""
-    infos: list[AdapterInfo] = []
+    adapters: list[AdapterInfo] = []
+    observers: list[ObserverInfo] = []
     for point in sorted(points, key=lambda p: (_distribution(p), p.name)):
-        infos.extend(_load_one(point))
-    _refuse_duplicates(infos)
-    return sorted(infos, key=lambda info: (info.adapter is None, info.name))
+        loaded = _load_one(point)
+        adapters.extend(loaded.adapters)
+        observers.extend(loaded.observers)
+    _refuse_duplicates(adapters)
+    adapters.sort(key=lambda info: (info.adapter is None, info.name))
+    return Found(tuple(adapters), tuple(sorted(observers, key=lambda info: (info.name, info.distribution))))
 
 
 @functools.cache
+def found() -> Found:
+    """What all installed plugins provide, loaded once per process."""
+    return load(list(entry_points(group=GROUP)))
+
+
 def installed() -> tuple[AdapterInfo, ...]:
-    """All installed adapters, loaded once per process."""
-    return tuple(load(list(entry_points(group=GROUP))))
+    """All installed adapters, and plugins that failed to load."""
+    return found().adapters
 
 
 def enabled() -> list[AdapterInfo]:
@@ -64,28 +105,47 @@ def everything() -> list[AdapterInfo]:
     ]
 
 
-def _load_one(point: EntryPoint) -> list[AdapterInfo]:
+def _load_one(point: EntryPoint) -> Found:
+    origin = _distribution(point)
     try:
-        return [AdapterInfo(c.name, _distribution(point), c) for c in _adapters_of(point.load())]
+        classes, factories = _contents(point.load())
     except Exception as failure:
-        return [AdapterInfo(point.name, _distribution(point), None, f"{type(failure).__name__}: {failure}")]
+        return Found((AdapterInfo(point.name, origin, None, f"{type(failure).__name__}: {failure}"),), ())
+    observers = (ObserverInfo(name, origin, factory) for name, factory in factories.items())
+    return Found(tuple(AdapterInfo(c.name, origin, c) for c in classes), tuple(observers))
 
 
-def _adapters_of(plugin: object) -> list[type[Adapter]]:
+def _contents(plugin: object) -> tuple[list[type[Adapter]], dict[str, ObserverFactory]]:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(_Spec)
     manager.register(plugin)
     manager.check_pending()
     classes = [cls for answer in manager.hook.tokentrim_adapters() for cls in answer]
-    if not classes:
-        raise PluginError("the plugin provides no adapter: does it have a hookimpl named tokentrim_adapters?")
     for cls in classes:
         _check_class(cls)
-    return classes
+    factories: dict[str, ObserverFactory] = {}
+    for answer in manager.hook.tokentrim_observers():
+        _check_factories(answer)
+        factories.update(answer)
+    if not classes and not factories:
+        raise PluginError(
+            "the plugin provides no adapter and no observer: does it have a hookimpl named tokentrim_adapters or "
+            "tokentrim_observers?"
+        )
+    return classes, factories
 
 
 class _Spec:
     tokentrim_adapters = staticmethod(tokentrim_adapters)
+    tokentrim_observers = staticmethod(tokentrim_observers)
+
+
+def _check_factories(answer: Any) -> None:
+    if not isinstance(answer, Mapping):
+        raise PluginError(f"tokentrim_observers must return a mapping of names to factories, got {answer!r}")
+    for name, factory in answer.items():
+        if not (isinstance(name, str) and name) or not callable(factory):
+            raise PluginError(f"tokentrim_observers must name factories, got {name!r}: {factory!r}")
 
 
 def _check_class(cls: object) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import runpy
 import sys
 import warnings
@@ -22,10 +23,12 @@ import wrapt
 from tokentrim_hooks.api import patch
 from tokentrim_hooks.errors import AlreadyPatchedError, TokenTrimError, TokenTrimWarning, UnsupportedModelError
 from tokentrim_hooks.handle import PatchHandle
+from tokentrim_hooks.named import find_observer, make_observer
 from tokentrim_hooks.observers import JsonLines, Observer, ProgressLine
 from tokentrim_hooks.plugins import enabled
 from tokentrim_hooks.policy import DriftPolicy, Policy
 from tokentrim_hooks.rollout import Probe
+from tokentrim_hooks.thumbnails import Thumbnails
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Run:
     policy: Policy = field(default_factory=DriftPolicy)
     probe: Probe = "first-step"
     quiet: bool = False
+    observers: Sequence[str] = ()
+    thumbnails: bool = False
     handles: list[PatchHandle] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     _constructing: list[int] = field(default_factory=list)
@@ -69,9 +74,9 @@ class Run:
 
     def _patch(self, instance: Any) -> None:
         folder = self.folder if not self.handles else self.folder / f"model-{len(self.handles) + 1}"
-        observers: list[Observer] = [JsonLines(folder)] if self.quiet else [JsonLines(folder), ProgressLine()]
         try:
-            handle = patch(instance, self.policy, probe=self.probe, on_error="warn", observers=observers)
+            watching = self._observers(folder)
+            handle = patch(instance, self.policy, probe=self.probe, on_error="warn", observers=watching)
         except AlreadyPatchedError:
             return
         except UnsupportedModelError as refusal:
@@ -81,6 +86,26 @@ class Run:
             warnings.warn(f"not patched: {failure}", TokenTrimWarning, stacklevel=3)
         else:
             self.handles.append(handle)
+
+    def _observers(self, folder: Path) -> list[Observer]:
+        """The log, the progress line, those asked for by name; one that cannot be made costs no generation."""
+        watching: list[Observer] = [JsonLines(folder)] if self.quiet else [JsonLines(folder), ProgressLine()]
+        for picture in (folder / "thumbs").glob("v*-c*-s*.png"):
+            picture.unlink()  # an earlier run's: the report would show it with this run's drift
+        if self.thumbnails and "thumbnails" not in self.observers:
+            watching.append(Thumbnails(folder))
+        for name in self.observers:
+            try:
+                watching.append(make_observer(name, folder))
+            except TokenTrimError as failure:
+                warnings.warn(f"observer {name!r} is left out: {failure}", TokenTrimWarning, stacklevel=4)
+        return watching
+
+
+def folder_of_process(folder: Path) -> Path:
+    """``folder``; under ``torchrun`` with several processes a folder in it for each: they must not share a log."""
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    return folder if rank is None or size == "1" else folder / f"rank-{rank}"
 
 
 def constructors() -> list[str]:
@@ -92,6 +117,8 @@ def run_script(script: Path, arguments: Sequence[str], run: Run) -> None:
     """Run ``script`` as ``python script arguments...`` would, patched; the log is complete also when it crashes."""
     if not script.is_file():
         raise TokenTrimError(f"no such script: {script}")
+    for name in run.observers:
+        find_observer(name)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.watch(constructors())
     try:

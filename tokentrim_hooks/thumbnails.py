@@ -1,14 +1,16 @@
-"""Small pictures of latents, for heat maps where decoded frames are not at hand: an observer that the user adds."""
+"""Small pictures of latents, for heat maps where decoded frames are not at hand: an observer that the user asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
+from tokentrim_hooks.plugins import ObserverFactory, hookimpl
 from tokentrim_hooks.report import ChunkRecord
 
 
@@ -34,6 +36,19 @@ class Thumbnails:
         pictures = project(mean, self._basis).cpu().numpy()
         for record, picture in zip(records, pictures, strict=True):
             image.fromarray(picture).save(self.folder / thumbnail_name(record))
+
+
+def _thumbnails(folder: Path | None) -> Thumbnails:
+    if folder is None:
+        raise TokenTrimError("thumbnails need a folder: make_observer('thumbnails', folder), the folder of JsonLines")
+    require("PIL.Image", "report")
+    return Thumbnails(folder)
+
+
+@hookimpl
+def tokentrim_observers() -> Mapping[str, ObserverFactory]:
+    """The built-in observer, found as any other: pictures that :mod:`tokentrim_hooks.page` shows beside drift maps."""
+    return {"thumbnails": _thumbnails}
 
 
 def thumbnail_name(record: ChunkRecord) -> str:

@@ -29,7 +29,7 @@ def forget():
     """As a new process would: no module of the tutorial, no list of adapters."""
     sys.modules.pop("ribbon_tokentrim", None)
     importlib.invalidate_caches()
-    plugins.installed.cache_clear()
+    plugins.found.cache_clear()
 
 
 @pytest.fixture

@@ -115,6 +115,9 @@ def test_non_finite_numbers_become_null():
 
 
 def test_progress_line_says_what_happened(tmp_path, capsys):
+    generate(tmp_path, policy=tokentrim.DriftPolicy(), extra=[tokentrim.ProgressLine()])
+    lines = capsys.readouterr().err.splitlines()
+    assert "not judged" in lines[0] and "D=" in lines[1] and "no threshold" in lines[1] and "threshold=" in lines[2]
     generate(tmp_path, extra=[tokentrim.ProgressLine()])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6

@@ -1,5 +1,6 @@
 """``tokentrim run``: somebody's script, unmodified, with the model patched as it is constructed."""
 
+import os
 import subprocess
 import sys
 
@@ -40,9 +41,10 @@ def project(tmp_path):
     return tmp_path
 
 
-def tokentrim(project, *arguments):
+def tokentrim(project, *arguments, **environment):
     command = [sys.executable, "-m", "tokentrim_hooks", "run", *map(str, arguments)]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True, timeout=300)
 
 
 def test_script_runs_patched_and_leaves_a_report(project):
@@ -90,3 +92,29 @@ def test_mistakes_have_a_clear_message(project):
     for arguments, words in cases.items():
         done = tokentrim(project, *arguments)
         assert done.returncode != 0 and words in done.stderr, (arguments, done.stderr)
+
+
+def test_report_shows_latents_unless_they_are_not_wanted(project):
+    assert tokentrim(project, "--out", "log", "--quiet", "inference.py", "v").returncode == 0
+    assert len(list((project / "log" / "thumbs").glob("v0-c*-s0.png"))) == 8
+    assert tokentrim(project, "--out", "log", "--quiet", "--no-thumbnails", "inference.py", "v").returncode == 0
+    assert (project / "log" / "report.html").is_file()
+    assert not list((project / "log" / "thumbs").iterdir()), "pictures of the run before"
+
+
+def test_processes_of_torchrun_do_not_share_a_log(project):
+    options = ("--out", "log", "--quiet", "inference.py", "v")
+    assert tokentrim(project, *options, RANK="1", WORLD_SIZE="2").returncode == 0
+    assert len(read_report(project / "log" / "rank-1")) == 8
+    assert not (project / "log" / "chunks.jsonl").exists()
+    assert tokentrim(project, *options, RANK="0", WORLD_SIZE="1").returncode == 0
+    assert len(read_report(project / "log")) == 8
+
+
+def test_what_stands_behind_the_script_is_the_script_s(project):
+    """Also where it looks like an option of ours, in full or abbreviated."""
+    (project / "echo.py").write_text("import sys; print(sys.argv)")
+    given = ["--o", "1", "--out", "2", "--observe", "--p=3", "-h", "--", "x"]
+    done = tokentrim(project, "--out", "log", "echo.py", *given)
+    assert done.stdout == f"{['echo.py', *given]}\n"
+    assert (project / "log").is_dir() and not (project / "2").exists()

@@ -17,10 +17,10 @@ def installed(monkeypatch):
 
     def install(folder):
         monkeypatch.syspath_prepend(str(folder))
-        plugins.installed.cache_clear()
+        plugins.found.cache_clear()
 
     yield install
-    plugins.installed.cache_clear()
+    plugins.found.cache_clear()
 
 
 def test_built_in_adapters_come_from_this_distribution():
@@ -80,4 +80,4 @@ def test_a_plugin_that_breaks_the_contract(answer, words):
             return answer
 
     with pytest.raises(tokentrim.PluginError, match=words):
-        plugins._adapters_of(Plugin())
+        plugins._contents(Plugin())

@@ -1,0 +1,61 @@
+"""The example package of observers installs offline, is found, needs none of its libraries until one is asked for.
+
+What it writes is checked by its own tests (``make test-observers``), which need the libraries.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "observers"
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+NAMES = ("rerun", "tensorboard", "wandb")
+
+SCRIPT = """
+import sys
+
+for library in ("rerun", "tensorboard", "wandb"):
+    sys.modules[library] = None  # as if it were not installed
+
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.reference.pipeline import ReferencePipeline
+
+found = {info.name: info.distribution for info in tokentrim.installed_observers()}
+pipeline = ReferencePipeline.random(grid=(2, 2))
+for name in ("rerun", "tensorboard", "wandb"):
+    assert found[name] == "tokentrim-observers 0.1.0", found
+    try:
+        tokentrim.patch(pipeline, observers=[name])
+    except tokentrim.TokenTrimError as failure:
+        print(name, tokentrim.is_patched(pipeline), failure)
+"""
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """A folder into which the example was installed, from a copy so that no build folder stays in the checkout."""
+    copy, folder = tmp_path_factory.mktemp("source") / "observers", tmp_path_factory.mktemp("site")
+    subprocess.run(["cp", "-r", str(EXAMPLE), str(copy)], check=True)
+    command = [*PIP, "install", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(folder), str(copy)]
+    subprocess.run(command, check=True, timeout=300)
+    return folder
+
+
+def test_without_its_library_an_observer_says_what_to_install(target):
+    environment = {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, cwd=target, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(NAMES)
+    for name, line in zip(NAMES, lines, strict=True):
+        assert line.startswith(f"{name} False ") and line.endswith(f"pip install 'tokentrim-observers[{name}]'"), line
+
+
+def test_each_observer_is_short():
+    lengths = [len(path.read_text().splitlines()) for path in (EXAMPLE / "tokentrim_observers").glob("*.py")]
+    assert len(lengths) == 5 and max(lengths) < 80
