@@ -46,6 +46,7 @@ class StreamDiffusionV2(Adapter):
     name = "streamdiffusion-v2"
     models = ("StreamDiffusionV2 (one stream, without batched denoising)",)
     context_kind = "ring-buffer KV cache, K after RoPE"
+    constructors = ("models.wan.causal_stream_inference:CausalStreamInferencePipeline",)
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:

@@ -55,6 +55,8 @@ class Chunk:
     applied: set[Hashable] = field(default_factory=set)
     """Streams whose context has been pruned for this chunk."""
     dead: int = 0
+    anchors: int = 0
+    """Frames of the context that a prune for this chunk spared as sinks or anchors."""
     regenerations: int = 0
     extra_calls: int = 0
     history: list[Step] = field(default_factory=list)
@@ -184,5 +186,6 @@ def _judged(record: ChunkRecord, chunk: Chunk, reading: Reading, sample: int) ->
         tokens=tuple(reading.tokens[sample]),
         drift=tuple(float(f"{value:.4g}") for value in reading.drift[sample]),
         dead=chunk.dead // sum(reading.prune) if pruned else 0,
+        anchors=chunk.anchors if pruned else 0,
         regenerations=chunk.regenerations if pruned else 0,
     )

@@ -88,6 +88,13 @@ class CacheRows:
 Context = CacheRows | KeyLayout
 
 
+def anchor_frames(context: Context) -> int:
+    """Number of frames of a context that are sinks or anchors."""
+    if isinstance(context, CacheRows):
+        return context.anchors // context.tokens
+    return len({frame for segment in context.segments if segment.role is Role.ANCHOR for frame in segment.frames})
+
+
 def require_floating(values: Sequence[Tensor]) -> None:
     """Raise UnsupportedContextError unless every layer's V can hold a mark (inf, or NaN in fp8)."""
     for value in values:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -52,6 +54,7 @@ class PatchHandle:
             guarded = [Guarded(observer) for observer in observers]
             rollout = Rollout(adapter, match, policy, probe, report, patches.layers, guarded)
             handle = cls(adapter, patches, rollout, on_error)
+            patches.forgive = rollout.forgive = handle._forgive
             before, after = handle._guard(rollout.before), handle._guard(rollout.after)
             if isinstance(match.denoiser, Method):
                 patches.watch(match.denoiser, before, after, rollout.leave)
@@ -137,12 +140,17 @@ class PatchHandle:
             try:
                 return function(module, args, kwargs, *output)
             except Exception as failure:
-                if self._on_error == "raise":
+                if not self._forgive(failure):
                     raise
-                self._give_up(failure)
                 return None
 
         return eagerly(guarded)
+
+    def _forgive(self, failure: Exception) -> bool:
+        """Whether generation goes on after a failure of ours: with ``on_error="warn"``, unpatched."""
+        if self._on_error == "warn" and not self._gave_up:
+            self._give_up(failure)
+        return self._gave_up
 
     def _give_up(self, failure: Exception) -> None:
         self._gave_up = True
@@ -150,7 +158,7 @@ class PatchHandle:
         warnings.warn(
             f"tokentrim stepped aside, generation goes on unpatched: {type(failure).__name__}: {failure}",
             TokenTrimWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -184,4 +192,16 @@ def _settings(adapter: Adapter, match: Match, policy: Policy, probe: str) -> dic
         "patch": list(match.patch),
         "denoiser": _denoiser_name(match),
         "torch": torch.__version__,
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package, and of libraries for such models, as far as they are in use."""
+    from tokentrim_hooks import __version__
+
+    found = {"python": platform.python_version(), "tokentrim-hooks": __version__}
+    for name in ("diffusers", "transformers", "fastvideo"):
+        if name in sys.modules:
+            found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    return found

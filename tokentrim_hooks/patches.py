@@ -8,6 +8,7 @@ model carries inert remains only.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from tokentrim_hooks.adapter import Method
 from tokentrim_hooks.errors import AttachError
-from tokentrim_hooks.pruning import BUSY, current_tap
+from tokentrim_hooks.pruning import BUSY, current_tap, unforgiving
 from tokentrim_hooks.taps import MISSING, TapNames, TapSite, depth_hooks, eagerly, same
 
 
@@ -65,6 +66,27 @@ class Wrapper(wrapt.FunctionWrapper[Any, Any]):
         return self.__reduce__()
 
 
+class Answer:
+    """A wrapped function that remembers what came of its call: a value, or a failure of its own."""
+
+    def __init__(self, wrapped: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, wrapped)
+        self._wrapped = wrapped
+        self.given = False
+        self.value: Any = None
+        self.failure: Exception | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        try:
+            self.value = self._wrapped(*args, **kwargs)
+        except Exception as failure:
+            self.failure = failure
+            raise
+        self.given = True
+        return self.value
+
+
 class Patches:
     """Undo stack of one patched model. Adapters call :meth:`tap` and :meth:`wrap`; undoing is the core's business."""
 
@@ -72,6 +94,8 @@ class Patches:
         self.active = True
         self.taps = 0
         self.layers = 0
+        self.forgive: Callable[[Exception], bool] = unforgiving
+        """Told of a failure of an adapter's wrapper; True if generation goes on without us."""
         self._undo: list[Callable[[], None]] = []
 
     def hook(
@@ -139,10 +163,15 @@ class Patches:
 
         def through(attention: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             tap = current_tap()
-            if tap is None:
+            if tap is None or tap.off:
                 return attention(*args, **kwargs)
             before = tap.asked
-            output = attend(tap, attention, *args, **kwargs)
+            try:
+                output = attend(tap, attention, *args, **kwargs)
+            except Exception as failure:
+                if not tap.steps_aside(failure):
+                    raise
+                return attention(*args, **kwargs)
             tap.calls += tap.asked > before
             return output
 
@@ -151,13 +180,31 @@ class Patches:
         def tapped(attention: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return through(attention, args, kwargs) if BUSY.now else attention(*args, **kwargs)
 
-        self.wrap(owner, name, tapped)
+        self._wrap(owner, name, tapped)
         self.taps += 1
 
     def wrap(
         self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
     ) -> None:
-        """Wrap a method or function, wrapt style: ``wrapper(wrapped, instance, args, kwargs)``."""
+        """Wrap a method or function, wrapt style: ``wrapper(wrapped, instance, args, kwargs)``.
+
+        With ``on_error="warn"`` a failure of ``wrapper`` itself costs the call nothing: ``wrapped`` answers alone.
+        """
+
+        def guarded(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            original = Answer(wrapped)
+            try:
+                return wrapper(original, instance, args, kwargs)
+            except Exception as failure:
+                if failure is original.failure or not self.forgive(failure):
+                    raise
+                return original.value if original.given else wrapped(*args, **kwargs)
+
+        self._wrap(owner, name, guarded)
+
+    def _wrap(
+        self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> None:
         before = vars(owner).get(name, MISSING)
         wrapped = Wrapper(getattr(owner, name), wrapper, enabled=lambda: self.active)
         setattr(owner, name, wrapped)
@@ -191,7 +238,7 @@ class Patches:
             finally:
                 leave(wrapped, args, kwargs, output)
 
-        self.wrap(method.owner, method.name, watched)
+        self._wrap(method.owner, method.name, watched)
 
     def on_undo(self, action: Callable[[], None]) -> None:
         """Run ``action`` when the patch comes off."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from tokentrim_hooks.adapter import Adapter, Call
-from tokentrim_hooks.context import CacheRows
+from tokentrim_hooks.context import CacheRows, anchor_frames
 from tokentrim_hooks.drift import grid_of
 from tokentrim_hooks.ledger import Ledger
 from tokentrim_hooks.policy import Policy
@@ -23,6 +23,8 @@ class Pruner:
         self.enabled = True
         self.proven = False
         self.finding = ""
+        self.anchors = 0
+        """Frames of the context that the latest prune spared as sinks or anchors."""
         self._adapter = adapter
         self._patch = patch
         self._anchors = bool(getattr(policy, "prune_anchors", False))
@@ -54,6 +56,7 @@ class Pruner:
     def prune(self, call: Call, tokens: Sequence[Sequence[int]], chunk: int) -> int:
         """Kill ``tokens`` (one list a sample) in the context of ``call`` for ``chunk``; return rows newly dead."""
         context = self._adapter.context(call)
+        self.anchors = 0 if self._anchors else anchor_frames(context)
         if not isinstance(context, CacheRows):
             self._expected = context.attentions or self._expected
             return self._ledger.kill(context, tokens, chunk, grid_of(call.latents, self._patch))

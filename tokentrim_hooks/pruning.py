@@ -66,6 +66,11 @@ def keeps_of(groups: Sequence[QueryGroup], device: torch.device) -> tuple[Keep, 
     return tuple(keeps)
 
 
+def unforgiving(_failure: Exception) -> bool:
+    """The answer to a failure where it shall be raised."""
+    return False
+
+
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
@@ -115,6 +120,9 @@ class CallTap:
         self.layout = layout
         self.ledger = ledger
         self.gated = gated
+        self.forgive: Callable[[Exception], bool] = unforgiving
+        """Told of a failure of ours; True if generation goes on without us, and then this tap is ``off``."""
+        self.off = False
         self.calls = 0
         self.dropped = 0
         self.asked = 0
@@ -135,6 +143,11 @@ class CallTap:
         if dropped and is_block_mask(mask):
             return attend(q, k, v, self._hidden(mask, keeps, k))
         return attend_live(attend, q, k, v, mask, keeps) if dropped else attend(q, k, v, mask)
+
+    def steps_aside(self, failure: Exception) -> bool:
+        """Whether a failure of ours is forgiven: then nothing more is dropped in this call."""
+        self.off = self.off or self.forgive(failure)
+        return self.off
 
     def _hidden(self, mask: Any, keeps: Sequence[Keep], k: Tensor) -> Any:
         """The block mask without the dead keys, made once a call: all layers are given the same mask."""

@@ -109,6 +109,7 @@ class Regenerator:
         chunk.tokens = _merged(chunk.tokens, tokens)
         chunk.applied.add(call.stream)
         chunk.dead += dead
+        chunk.anchors = self.pruner.anchors
         return True
 
     def _regenerate(

@@ -26,6 +26,7 @@ class ChunkRecord:
         pruned: whether tokens were pruned for this sample. tokens: the unstable set (row-major over the patch grid).
         drift: drift of every token, to four digits.
         dead: context rows pruned for this chunk (a row of a KV cache that was dead before counts once more).
+        anchors: latent frames of the context that this prune spared as sinks or anchors.
         regenerations, extra_calls: second attempts and the calls that they cost.
         grid: (height, width) of the token grid. seconds: wall clock from the chunk's first call to its last.
         given: the chunk was handed in as clean context (an image or video prefix). notes: anything unusual.
@@ -46,6 +47,7 @@ class ChunkRecord:
     tokens: tuple[int, ...] = ()
     drift: tuple[float, ...] = ()
     dead: int = 0
+    anchors: int = 0
     regenerations: int = 0
     extra_calls: int = 0
     grid: tuple[int, int] = (0, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import Token
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from tokentrim_hooks.errors import LatentsError, UnsupportedProbeError
 from tokentrim_hooks.observers import Observer, tell
 from tokentrim_hooks.policy import Policy
 from tokentrim_hooks.pruner import Pruner
-from tokentrim_hooks.pruning import CallTap, enter_tap, leave_tap
+from tokentrim_hooks.pruning import CallTap, enter_tap, leave_tap, unforgiving
 from tokentrim_hooks.regeneration import Regenerator, clean_flag
 from tokentrim_hooks.report import ChunkRecord, Report
 
@@ -41,6 +41,8 @@ class Rollout:
         self.persist = bool(getattr(policy, "persist", True))
         self.observers = list(observers)
         self.unread_calls = 0
+        self.forgive: Callable[[Exception], bool] = unforgiving
+        """What a tap asks that fails outside of a replay, in the middle of the model's own call."""
         self._regenerator = Regenerator(adapter, match.patch, policy, self.pruner)
         self._video: Video | None = None
         self._videos = 0
@@ -66,7 +68,10 @@ class Rollout:
         self._phase = self._classify(call)
         if self._chunk is not None and self.persist:
             self._regenerator.prune_branch(call, self._chunk)
-        self._entered.append(enter_tap(self.pruner.tap(call)))
+        tap = self.pruner.tap(call)
+        if tap is not None:
+            tap.forgive = self.forgive
+        self._entered.append(enter_tap(tap))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Judge the chunk where the probe says so; return the output that the sampler goes on with."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokentrim_hooks.errors import UnsupportedContextError
-from tokentrim_hooks.pruning import BUSY, current_tap
+from tokentrim_hooks.pruning import BUSY, CallTap, current_tap
 
 MISSING = object()
 _inside: ContextVar[int] = ContextVar("tokentrim_inside_self_attention", default=0)
@@ -130,8 +130,23 @@ class TapSite:
 
     def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tap = current_tap()
-        if tap is None or not self.users or (tap.gated and not _inside.get()):
+        if tap is None or tap.off or not self.users or (tap.gated and not _inside.get()):
             return self.original(*args, **kwargs)
+        try:
+            return self._attend_live(tap, args, kwargs)
+        except Exception as failure:
+            if not tap.steps_aside(failure):
+                raise
+            return self._attend_unpruned(args, kwargs)
+
+    def _attend_unpruned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's own attention. Marks have left the cache by now; V may be a copy that was made before that."""
+        bound = self.signature.bind(*args, **kwargs)
+        values = bound.arguments[self.names.v]
+        bound.arguments[self.names.v] = torch.where(torch.isfinite(values), values, torch.zeros_like(values))
+        return self.original(*bound.args, **bound.kwargs)
+
+    def _attend_live(self, tap: CallTap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self.signature.bind(*args, **kwargs)
         given, names = bound.arguments, self.names
         for name in names.refuse:

@@ -5,6 +5,8 @@ import tiny_reference as tiny
 import torch
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks import pruning
+from tokentrim_hooks.patches import Patches
 from tokentrim_hooks.testing import ForcedPolicy
 
 
@@ -123,3 +125,78 @@ def test_max_regenerations_zero_prunes_nothing():
     pipeline, plain = tiny.make(), tiny.run(tiny.make())
     with tokentrim.patched(pipeline, ForcedPolicy({2: (1,)}, max_regenerations=0)):
         assert torch.equal(tiny.run(pipeline), plain)
+
+
+def break_the_tap(monkeypatch, after):
+    """The tap fails behind its call number ``after``: the first is the replay's, the others are the model's own."""
+    calls = []
+    choose = pruning.keeps_of
+
+    def keeps_of(groups, device):
+        calls.append(1)
+        if len(calls) > after:
+            raise tokentrim.UnsupportedContextError("a mask of a kind that nobody knew")
+        return choose(groups, device)
+
+    monkeypatch.setattr(pruning, "keeps_of", keeps_of)
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_tap_that_fails_in_the_model_s_own_call_raises_by_default(monkeypatch, after):
+    break_the_tap(monkeypatch, after)
+    pipeline = tiny.make()
+    with (
+        tokentrim.patched(pipeline, ForcedPolicy({2: (1,)})),
+        pytest.raises(tokentrim.UnsupportedContextError, match="nobody knew"),
+    ):
+        tiny.run(pipeline)
+    assert torch.equal(tiny.run(pipeline), tiny.run(tiny.make()))
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_tap_that_fails_in_the_model_s_own_call_loses_no_video(monkeypatch, after):
+    break_the_tap(monkeypatch, after)
+    pipeline = tiny.make()
+    with (
+        tokentrim.patched(pipeline, ForcedPolicy({2: (1,)}), on_error="warn") as handle,
+        pytest.warns(tokentrim.TokenTrimWarning, match="stepped aside.*nobody knew") as caught,
+    ):
+        video = tiny.run(pipeline)
+    assert torch.isfinite(video).all() and not handle.active
+    assert sum("stepped aside" in str(warning.message) for warning in caught) == 1
+    assert torch.equal(video[:, :4], tiny.run(tiny.make())[:, :4]), "chunks before the prune"
+    if after == 0:
+        assert torch.equal(video, tiny.run(tiny.make())), "the prune itself failed, so nothing was pruned"
+    assert torch.equal(tiny.run(pipeline), tiny.run(tiny.make()))
+
+
+class Doubler:
+    def double(self, x):
+        if x is None:
+            raise KeyError("the model's own failure")
+        return 2 * x
+
+
+def failing_wrapper(when):
+    def wrapper(wrapped, instance, args, kwargs):
+        if when == "before":
+            raise ZeroDivisionError("ours")
+        value = wrapped(*args, **kwargs)
+        raise ZeroDivisionError("ours", value)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_an_adapters_wrapper_that_fails_costs_the_call_nothing_where_that_is_forgiven(when):
+    model, patches, seen = Doubler(), Patches(), []
+    patches.wrap(model, "double", failing_wrapper(when))
+    with pytest.raises(ZeroDivisionError):
+        model.double(3)
+    patches.forgive = lambda failure: not seen.append(failure)
+    assert model.double(3) == 6 and isinstance(seen[0], ZeroDivisionError)
+    with pytest.raises(KeyError, match="own failure"):
+        model.double(None)
+    assert all(isinstance(failure, ZeroDivisionError) for failure in seen), "what the model itself raises is not ours"
+    patches.undo()
+    assert "double" not in vars(model)

@@ -137,6 +137,16 @@ def test_batched_streams_are_refused() -> None:
     assert "inference_stream" not in vars(pipe)
 
 
+def test_a_batched_stream_goes_on_unpatched_where_that_is_wished() -> None:
+    """As ``tokentrim run`` wishes: a script that streams in batches must not end because of us."""
+    pipe = tiny_stream.pipeline()
+    pipe.inference = lambda *_: "streamed"
+    with tokentrim.patch(pipe, on_error="warn") as handle:
+        with pytest.warns(tokentrim.TokenTrimWarning, match="batched streams"):
+            assert pipe.inference(torch.randn(1, 1, 16, 8, 12), 0, 0, None) == "streamed"
+        assert not handle.active and pipe.inference() == "streamed"
+
+
 def test_adaptive_sinks_are_refused_at_the_first_call() -> None:
     """They overwrite other rows in every layer; the message says what to set."""
     pipe = tiny_stream.pipeline(adaptive=0.2)
