@@ -114,7 +114,7 @@ def _say_what_happened(this: Run) -> None:
         print(f"tokentrim: no model was patched.\n{reasons}", file=sys.stderr)
     for log in sorted(this.folder.glob("**/chunks.jsonl")):
         try:
-            print(f"report: {_page(log.parent, None)}", file=sys.stderr)
+            print(f"report: {_page(log.parent)}", file=sys.stderr)
         except TokenTrimError as failure:
             print(f"no report page for {log.parent}: {failure}", file=sys.stderr)
 
@@ -126,25 +126,24 @@ def configure_report(parser: argparse.ArgumentParser) -> None:
     """Declare what ``tokentrim report`` takes."""
     parser.add_argument("folder", type=Path, help="a run's folder, with chunks.jsonl in it; a crashed run will do")
     parser.add_argument("--video", type=Path, help="the decoded video of the run, to draw drift maps over")
+    parser.add_argument("--unpatched", type=Path, metavar="VIDEO", help="of the same noise: shows a filmstrip of both")
 
 
 def report(options: argparse.Namespace) -> int:
     """Render a run's folder as one self-contained report.html."""
-    print(_page(options.folder, options.video))
+    if options.unpatched and not options.video:
+        raise TokenTrimError("--unpatched needs --video, the decoded video of the patched run")
+    print(_page(options.folder, options.video, options.unpatched))
     return 0
 
 
-def _page(folder: Path, video: Path | None) -> Path:
+def _page(folder: Path, video: Path | None = None, unpatched: Path | None = None) -> Path:
     from tokentrim_hooks.page import write_page
+    from tokentrim_hooks.video import read_video
 
     if not folder.is_dir():
         raise ReportError(f"no such folder: {folder}")
-    frames = None
-    if video is not None:
-        from tokentrim_hooks.video import read_video
-
-        frames, _ = read_video(video)
-    return write_page(folder, frames)
+    return write_page(folder, *(None if path is None else read_video(path)[0] for path in (video, unpatched)))
 
 
 # ---------------------------------------------------------------------------------------------- metrics

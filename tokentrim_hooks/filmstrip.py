@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tokentrim_hooks.errors import VideoError
+
 Frame = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in frame pixels, the last two exclusive."""
@@ -90,6 +92,37 @@ def contact_sheet(title: str, notes: Sequence[str], columns: Sequence[str], bloc
     return image
 
 
+def unpatched_and_patched(
+    unpatched: NDArray[Any], patched: NDArray[Any], regenerated: Sequence[float], columns: int = 7
+) -> Image.Image:
+    """A strip of two videos of the same noise: the same moments above one another, ticks where chunks were regenerated.
+
+    Args:
+        unpatched, patched: frames ``[F, H, W, 3]``, float in 0..1, of one size and number.
+        regenerated: shares in [0, 1] of the video's time.
+        columns: moments shown at most.
+
+    Raises:
+        VideoError: the videos differ in size or length.
+    """
+    if unpatched.shape != patched.shape:
+        sizes = " against ".join(f"{v.shape[2]}x{v.shape[1]}, {v.shape[0]} frames" for v in (unpatched, patched))
+        raise VideoError(f"the unpatched and the patched video differ: {sizes}; give two videos of the same noise")
+    last = len(patched) - 1
+    moments = sorted({round(last * i / max(columns - 1, 1)) for i in range(columns)})
+    arms = (("unpatched", unpatched, None), ("patched", patched, regenerated))
+    rows = [Row(name, [Tile(_small(video[m])) for m in moments], ticks) for name, video, ticks in arms]
+    heads = [f"frame {moment}" for moment in moments]
+    return contact_sheet("unpatched and patched", ["ticks: chunks that were regenerated"], heads, [Block("", rows)])
+
+
+def _small(frame: NDArray[Any], width: int = 160) -> Frame:
+    """A frame, float in 0..1, as uint8, no wider than ``width``."""
+    image = Image.fromarray((255 * frame).round().clip(0, 255).astype(np.uint8))
+    image.thumbnail((width, 10 * width))
+    return np.asarray(image)
+
+
 class _Sheet:
     """Measures of a contact sheet, in pixels."""
 
@@ -97,9 +130,9 @@ class _Sheet:
 
     def __init__(self, columns: Sequence[str], blocks: Sequence[Block]) -> None:
         self.columns, self.blocks = columns, blocks
-        side = blocks[0].rows[0].tiles[0].frame.shape[1]
-        self.scale = max(1, 96 // int(side))
-        self.side = int(side) * self.scale
+        height, width = blocks[0].rows[0].tiles[0].frame.shape[:2]
+        self.scale = max(1, 96 // int(width))
+        self.side, self.tall = int(width) * self.scale, int(height) * self.scale
 
     @property
     def width(self) -> int:
@@ -113,7 +146,7 @@ class _Sheet:
 
     def _row(self, row: Row) -> int:
         caption = self.CAPTION if any(tile.caption for tile in row.tiles) else 0
-        return self.side + GAP + caption + (self.LINE if row.ticks is not None else 0)
+        return self.tall + GAP + caption + (self.LINE if row.ticks is not None else 0)
 
     def draw_block(self, image: Image.Image, draw: ImageDraw.ImageDraw, block: Block, y: int) -> int:
         if block.title:
@@ -131,11 +164,11 @@ class _Sheet:
         return self.LABEL + column * (self.side + GAP)
 
     def _draw_row(self, image: Image.Image, draw: ImageDraw.ImageDraw, row: Row, y: int) -> None:
-        draw.multiline_text((GAP * 2, y + self.side / 2), row.label, INK, font(14), anchor="lm", spacing=3)
+        draw.multiline_text((GAP * 2, y + self.tall / 2), row.label, INK, font(14), anchor="lm", spacing=3)
         for i, tile in enumerate(row.tiles):
             image.paste(enlarge(tile, self.scale), (self._x(i), y))
             if tile.caption:
-                draw.text((self._x(i) + self.side / 2, y + self.side + 2), tile.caption, INK, font(12), anchor="ma")
+                draw.text((self._x(i) + self.side / 2, y + self.tall + 2), tile.caption, INK, font(12), anchor="ma")
         if row.ticks is not None:
             self._draw_ticks(draw, row.ticks, y + self._row(row) - self.LINE)
 

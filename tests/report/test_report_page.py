@@ -6,12 +6,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.cli import main
-from tokentrim_hooks.errors import ReportError
-from tokentrim_hooks.page import render, write_page
-from tokentrim_hooks.pictures import cache_cells
+from tokentrim_hooks.errors import ReportError, VideoError
+from tokentrim_hooks.filmstrip import save_video, unpatched_and_patched
+from tokentrim_hooks.page import MAPS, render, verdict, worth_a_map, write_page
+from tokentrim_hooks.pictures import border, cache_cells
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.report import ChunkRecord, Report, read_report
 from tokentrim_hooks.testing import ForcedPolicy
@@ -79,14 +81,41 @@ def test_page_draws_over_decoded_frames(tmp_path):
     generate(tmp_path)
     plain = write_page(tmp_path).read_text()
     frames = np.random.default_rng(0).random((72, 16, 24, 3)).astype(np.float32)
-    assert len(write_page(tmp_path, frames).read_text()) != len(plain)
+    drawn = write_page(tmp_path, frames).read_text()
+    assert "over the decoded frame" in drawn and "over the" not in plain and len(drawn) != len(plain)
+
+
+def test_page_shows_the_unpatched_video_above_the_patched_one(tmp_path, capsys):
+    generate(tmp_path)
+    videos = np.random.default_rng(0).random((2, 72, 16, 24, 3)).astype(np.float32)
+    for name, video in zip(("patched", "unpatched"), videos, strict=True):
+        save_video([Image.fromarray((255 * frame).astype(np.uint8)) for frame in video], tmp_path / f"{name}.mp4")
+    patched, unpatched = (str(tmp_path / f"{name}.mp4") for name in ("patched", "unpatched"))
+    assert main(["report", str(tmp_path), "--video", patched, "--unpatched", unpatched]) == 0
+    assert 'class="strip"' in (tmp_path / "report.html").read_text()
+    strip = np.asarray(unpatched_and_patched(videos[1], videos[0], [0.5], columns=3))
+    above = strip[40:].reshape(-1, 3)
+    for video in videos[::-1]:
+        wanted = (255 * video[0, 0, 0]).round().astype(np.uint8)
+        assert (above == wanted).all(axis=1).sum() >= 16, "each first frame's corner pixel, enlarged four times"
+    assert main(["report", str(tmp_path), "--unpatched", unpatched]) == 2
+    assert "needs --video" in capsys.readouterr().err
+    with pytest.raises(VideoError, match="24x16, 72 frames against 24x16, 70 frames"):
+        write_page(tmp_path, videos[0, :70], videos[1])
+
+
+def test_settings_say_what_versions_were_used(tmp_path):
+    settings = generate(tmp_path).settings
+    assert settings["versions"]["tokentrim-hooks"] == tokentrim.__version__ and settings["versions"]["python"]
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 1)])
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_small_runs_make_a_sensible_page(tmp_path, grid, chunks):
     generate(tmp_path, chunks=chunks, grid=grid, policy=tokentrim.DriftPolicy(fraction=1.0))
-    assert "control chart" in write_page(tmp_path).read_text()
+    html = write_page(tmp_path).read_text()
+    assert ("No control chart: the first chunk has no predecessor" in html) == (chunks == 1)
+    assert html.count("<img") == (1 if chunks == 1 else 3)
 
 
 def test_empty_and_missing_runs_have_a_clear_message(tmp_path, capsys):
@@ -107,6 +136,34 @@ def test_cache_cells_by_hand():
 
     cells = cache_cells([record(0), record(1), record(2, pruned=True, tokens=(1,), dead=3), record(3)])
     assert cells.tolist() == [[1, 1, 1, 1], [1, 2, 1, 1]], "three dead rows of one token: the one chunk before"
+    spared = cache_cells([record(0), record(1), record(2, pruned=True, tokens=(1,), dead=3, anchors=3)])
+    assert spared.tolist() == [[3, 1, 1], [3, 2, 1]], "the three anchor frames are the first chunk's"
+
+
+def judged(chunk, severity, **more):
+    return ChunkRecord(0, chunk, 0, 3 * chunk, 3, {}, severity=severity, threshold=2.0, grid=(1, 2), **more)
+
+
+def test_verdict_says_which_chunks_and_whether_it_helped():
+    calm = [judged(1, 1.0), judged(2, 1.5)]
+    assert verdict(calm) == "None of 2 judged chunks was regenerated."
+    assert verdict([ChunkRecord(0, 0, 0, 0, 3, {})]) == "No chunk was judged."
+    pruned = [judged(3, 3.0, pruned=True, accepted_severity=1.0), judged(5, 4.0, pruned=True, accepted_severity=2.5)]
+    assert verdict(calm + pruned).startswith("2 of 4 judged chunks regenerated: 3, 5. 1 of these stayed above")
+    assert verdict(calm + pruned[:1]).endswith("None of these stayed above the threshold after it.")
+
+
+def test_maps_are_of_the_most_severe_chunks_in_order():
+    calm = [judged(i, 1.0 + i / 10) for i in range(5)]
+    assert [r.chunk for r in worth_a_map(calm)] == [2, 3, 4]
+    pruned = [judged(i, 50.0 - i, pruned=True) for i in range(5, 35)]
+    assert [r.chunk for r in worth_a_map(calm + pruned)] == list(range(5, 5 + MAPS))
+
+
+def test_border_of_a_set_by_hand():
+    row = border([0, 1], 3)
+    assert len(row) == 6 and ((0.5, -0.5), (0.5, 0.5)) not in row, "no line between two tokens of the set"
+    assert ((-0.5, -0.5), (-0.5, 0.5)) in row and ((0.5, -0.5), (1.5, -0.5)) in row
 
 
 def test_non_finite_numbers_become_null():

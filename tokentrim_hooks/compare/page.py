@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,34 +15,65 @@ from tokentrim_hooks.compare.trials import Column
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.4 system-ui, sans-serif; margin: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 100rem; }
+p, h1 { overflow-wrap: break-word; } h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+h1 small { display: block; font-weight: normal; font-size: 1rem; opacity: .75; }
+p { max-width: 50rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
 th, td { padding: .35em .6em; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }
-th, td { white-space: nowrap; }
-td small { display: block; opacity: .75; }
+td { white-space: nowrap; } thead th { min-width: 4em; } thead small { font-weight: normal; }
+th:first-child { position: sticky; left: 0; background: Canvas; min-width: 7em; }
+small { display: block; opacity: .75; }
 .better { background: #2a72; } .WORSE { background: #d432; }
 svg { display: block; width: 110px; height: 10px; overflow: visible; }
-pre { white-space: pre-wrap; }
+summary { cursor: pointer; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }
 """
+INTRODUCTION = (
+    "Every setting against the unpatched model, on the same seeds with the same noise. The bar is the interval, the "
+    "dot the mean, the grey line zero; one scale a column. Green: the interval excludes zero on the better side, red: "
+    "on the worse one. On a narrow screen the tables scroll sideways."
+)
 
 
 def render(rows: Sequence[Row], columns: Sequence[Column], made_with: Mapping[str, Any], watch: int | None) -> str:
-    """The page as a string; it loads nothing."""
+    """The page as a string; it loads nothing. ``made_with["settings"]`` says what each setting changes."""
     tables = "".join(_table(rows, some, window, watch) for window, some in by_window(columns).items())
+    title = escape(", ".join(_about(rows, made_with)))
+    rest = {key: value for key, value in made_with.items() if key != "settings"}
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>tokentrim compare</title>'
-        f"<style>{STYLE}</style></head><body><h1>tokentrim compare</h1>{tables}"
-        f"<pre>{escape(NOTES)}</pre><h2>Made with</h2>"
-        f"<pre>{escape(json.dumps(made_with, indent=2))}</pre></body></html>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>tokentrim compare {title}</title><style>{STYLE}</style></head>"
+        f"<body><h1>tokentrim compare <small>{title}</small></h1><p>{INTRODUCTION}</p>{tables}"
+        f"<h2>How to read it</h2><p>{escape(NOTES)}</p>{_settings(made_with.get('settings', {}))}"
+        f"<details><summary>Made with</summary><pre>{escape(json.dumps(rest, indent=2))}</pre></details>"
+        "</body></html>\n"
     )
 
 
+def _about(rows: Sequence[Row], made_with: Mapping[str, Any]) -> list[str]:
+    """What was compared: the target, its chunks and fault if it has such, and how many pairs."""
+    trial = made_with.get("trial", {})
+    facts = [f"{trial[key]} {word}" for key, word in (("chunks", "chunks"), ("fault", "fault")) if trial.get(key)]
+    return [str(made_with.get("target", "")), *facts, f"{max((row.pairs for row in rows), default=0)} pairs"]
+
+
+def _settings(changes: Mapping[str, str]) -> str:
+    """What each setting changes of the paper's constants."""
+    if not changes:
+        return ""
+    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in changes.items())
+    head = "<tr><th>setting</th><th>differs from the paper's constants in</th></tr>"
+    return f'<h2>Settings</h2><div class="scroll"><table id="settings"><thead>{head}</thead>{body}</table></div>'
+
+
 def _table(rows: Sequence[Row], columns: Sequence[Column], window: str, watch: int | None) -> str:
-    aspects = "".join(f"<th>{escape(c.aspect)}</th>" for c in columns)
-    names = "".join(f"<th>{escape(text)}</th>" for text in ["setting", *share_heads(watch), *(c.name for c in columns)])
-    lead = f'<th colspan="{1 + len(share_heads(watch))}"></th>'
+    groups = [(aspect, len(list(some))) for aspect, some in itertools.groupby(columns, key=lambda c: c.aspect)]
+    aspects = "".join(f'<th colspan="{count}">{escape(aspect)}</th>' for aspect, count in groups)
+    names = "".join(f"<th>{escape(text)}</th>" for text in ["setting", *share_heads(watch)])
+    names += "".join(f"<th>{escape(c.name)}<small>{_direction(c)}</small></th>" for c in columns)
+    lead = f'<th></th><th colspan="{len(share_heads(watch))}"></th>'
     scales = {c.key: _scale(rows, c) for c in columns}
     body = "".join(
         f"<tr><th>{escape(row.setting)}</th>"
@@ -52,7 +84,11 @@ def _table(rows: Sequence[Row], columns: Sequence[Column], window: str, watch: i
     )
     title = f"<h2>{escape(window)}</h2>" if window else ""
     head = f"<thead><tr>{lead}{aspects}</tr><tr>{names}</tr></thead>"
-    return f'{title}<div class="scroll"><table>{head}{body}</table></div>'
+    return f'{title}<div class="scroll" tabindex="0"><table>{head}{body}</table></div>'
+
+
+def _direction(column: Column) -> str:
+    return f"{escape(column.better)} is better" if column.better else "neither side is better"
 
 
 def _cell(row: Row, column: Column, scale: float) -> str:

@@ -99,19 +99,24 @@ def write(runs: Runs, results: Results, folder: Path, made_with: dict[str, Any])
     table, figures = folder / "table.txt", folder / "results.json"
     table.write_text(as_text(results), encoding="utf-8")
     figures.write_text(json.dumps(as_json(results, made_with), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    reports = {"report": runs.drift["tokentrim"], "report-fault": runs.fault["context"]}
-    saved = [save_report(arm.report, arm.video[0], folder / name) for name, arm in reports.items() if arm.report]
+    shown = {"report": (runs.drift, "tokentrim"), "report-fault": (runs.fault, "context")}
+    pairs = [(folder / place, arms[name], arms["unpatched"]) for place, (arms, name) in shown.items()]
+    saved = [save_report(arm.report, arm.video[0], place, base.video[0]) for place, arm, base in pairs if arm.report]
     return [table, figures, *draw_all(runs, folder), *saved]
 
 
-def save_report(report: Report, video: Tensor, folder: Path) -> Path:
-    """Save a report; with the ``report`` extra also as a page, with drift maps over ``video`` ``[F, 3, H, W]``."""
+def save_report(report: Report, video: Tensor, folder: Path, unpatched: Tensor | None = None) -> Path:
+    """Save a report; with the ``report`` extra also as a page, with drift maps over ``video`` ``[F, 3, H, W]``.
+
+    ``unpatched`` is the video of the same noise without the patch, to be shown beside it.
+    """
     from tokentrim_hooks.metrics import as_frames
     from tokentrim_hooks.page import write_page
 
     report.save(folder)
+    frames = [None if v is None else as_frames(v * 0.5 + 0.5) for v in (video, unpatched)]
     try:
-        return write_page(folder, as_frames(video * 0.5 + 0.5))
+        return write_page(folder, *frames)
     except MissingExtraError:
         return folder
 

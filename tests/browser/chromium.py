@@ -1,0 +1,99 @@
+"""Headless Chromium without a network: opens a page from a file, and says what it shows, logs and asks for."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+NOT_CHECKED = "not checked: no chromium"
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage"),
+    *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--hide-scrollbars", "--force-device-scale-factor=1", "--host-resolver-rules=MAP * ~NOTFOUND"),
+)
+LOGS = {"browser": "ALL", "performance": "ALL"}
+
+
+def missing(found: Any = shutil.which, environment: Any = os.environ) -> str:
+    """Nothing if Chromium and its driver are there; else why not, as a failure in CI, which must not skip this."""
+    names = [name for name in ("chromium", "chromedriver") if not found(name)]
+    if not names:
+        return ""
+    words = f"{NOT_CHECKED} ({', '.join(names)} not on PATH; Debian: chromium, chromium-driver)"
+    if environment.get("CI") == "true":
+        pytest.fail(words)
+    return words
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Browser]:
+    """A browser with an empty profile in ``profile``; the programs are Debian's, nothing is downloaded."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", LOGS)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(shutil.which("chromedriver"))))
+    try:
+        yield Browser(driver)
+    finally:
+        driver.quit()
+
+
+class Browser:
+    """A driver with the few questions that the tests ask."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self.console: list[str] = []
+        self.asked: list[str] = []
+
+    def open(self, page: Path, width: int, height: int = 844, dark: bool = False) -> None:
+        """Show a file at that many CSS pixels; what it logs and asks for begins anew."""
+        self.logs()
+        self.console, self.asked = [], []
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.driver.get(page.resolve().as_uri())
+        self.logs()
+
+    def logs(self) -> None:
+        """Collect the console's lines and the addresses of all requests so far."""
+        self.console += [f"{line['level']}: {line['message']}" for line in self.driver.get_log("browser")]
+        for line in self.driver.get_log("performance"):
+            message = json.loads(line["message"])["message"]
+            if message["method"] == "Network.requestWillBeSent":
+                self.asked.append(message["params"]["request"]["url"])
+
+    def ask(self, script: str, *arguments: Any) -> Any:
+        """The value of a JavaScript function's body."""
+        return self.driver.execute_script(script, *arguments)
+
+    def picture(self) -> np.ndarray[Any, Any]:
+        """The whole page, not only the window, ``[H, W, 3]`` uint8."""
+        shot = self.driver.execute_cdp_cmd(
+            "Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True, "fromSurface": True}
+        )
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB"))
+
+    def boxes(self, selector: str) -> list[tuple[int, int, int, int]]:
+        """Left, top, right, bottom of all elements that match, in pixels of :meth:`picture`."""
+        script = """return [...document.querySelectorAll(arguments[0])].map(e => {
+            const b = e.getBoundingClientRect();
+            return [b.left + scrollX, b.top + scrollY, b.right + scrollX, b.bottom + scrollY].map(Math.round)})"""
+        return [tuple(box) for box in self.ask(script, selector)]

@@ -1,0 +1,167 @@
+"""The pages as people see them: opened from a file in headless Chromium, desktop and phone, without a network."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from chromium import NOT_CHECKED, chromium, missing
+
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.cli import main
+from tokentrim_hooks.page import write_page
+from tokentrim_hooks.reference.pipeline import ReferencePipeline
+from tokentrim_hooks.testing import ForcedPolicy
+from tokentrim_hooks.thumbnails import Thumbnails
+
+WIDTHS = {"desktop": 1280, "phone": 390}
+RED = np.array([0xD6, 0x28, 0x39])
+"""Colour of what was pruned, in control chart and cache map."""
+PARTS = [".chart img", ".cache img", ".maps img", ".strip img", "#summary", "#settings", "figcaption"]
+COMPARE = Path(__file__).parents[1] / "compare"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    with chromium(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+def run(folder, policy, batch=1):
+    pipeline = ReferencePipeline.random(grid=(4, 6), sink_size=3)
+    torch.manual_seed(1)
+    observers = [tokentrim.JsonLines(folder), Thumbnails(folder)]
+    with torch.no_grad(), tokentrim.patched(pipeline, policy, observers=observers):
+        pipeline.inference(torch.randn(batch, 30, 3, 16, 24))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A run with two prunes and a sink, decoded frames, and the unpatched video."""
+    folder = run(tmp_path_factory.mktemp("run"), ForcedPolicy({4: (1, 8, 9), 7: (20,)}), batch=2)
+    videos = np.random.default_rng(0).random((2, 60, 32, 48, 3)).astype(np.float32)
+    return write_page(folder, videos[0], videos[1])
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    sys.path.insert(0, str(COMPARE))
+    try:
+        arguments = ["--seeds", "3", "--batch", "3", "--only", "prune always,control: random always"]
+        assert main(["compare", "toy_trial:make", "--out", str(folder), *arguments]) == 0
+    finally:
+        sys.path.remove(str(COMPARE))
+    return folder / "compare.html"
+
+
+def part(picture, box):
+    left, top, right, bottom = box
+    return picture[top:bottom, left : min(right, picture.shape[1])]
+
+
+def has(pixels, colour, within=30):
+    return (np.abs(pixels.astype(int) - colour).max(axis=2) <= within).sum()
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_every_part_of_the_report_is_there_and_not_blank(browser, report, width):
+    browser.open(report, width)
+    picture = browser.picture()
+    for selector in PARTS:
+        boxes = browser.boxes(selector)
+        assert boxes, f"no {selector}"
+        for box in boxes:
+            assert part(picture, box).std() > 3, f"{selector} is blank"
+    sizes = browser.ask("return [...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])")
+    assert len(sizes) == 2 * 2 + 2 * 2 + 1 and all(done and real > 50 and shown > 50 for done, real, shown in sizes)
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_prunes_and_anchors_are_marked(browser, report, width):
+    browser.open(report, width)
+    picture = browser.picture()
+    for selector in (".chart img", ".cache img"):
+        for box in browser.boxes(selector):
+            assert has(part(picture, box), RED) > 20, f"{selector} shows no prune"
+    for box in browser.boxes(".cache img"):
+        assert has(part(picture, box), np.array([0xE0, 0xA0, 0x30])) > 200, "the cache map shows no anchor"
+
+
+def test_charts_of_a_phone_have_letters_that_can_be_read(browser, report):
+    shrunk = "return [...document.querySelectorAll('.chart img, .cache img')].map(i => i.clientWidth / i.naturalWidth)"
+    for width in WIDTHS.values():
+        browser.open(report, width)
+        assert all(scale > 0.75 for scale in browser.ask(shrunk)), "9 points, 12 pixels, become less than 9"
+
+
+def test_a_run_without_a_prune_has_no_mark(browser, tmp_path):
+    browser.open(write_page(run(tmp_path, tokentrim.ObservePolicy())), WIDTHS["desktop"])
+    picture = browser.picture()
+    boxes = browser.boxes(".chart img, .cache img")
+    assert len(boxes) == 2 and not any(has(part(picture, box), RED, 12) for box in boxes)
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("page", ["report", "comparison"])
+def test_nothing_runs_over_the_edge_or_asks_for_anything(browser, request, page, width):
+    file = request.getfixturevalue(page)
+    browser.open(file, width)
+    assert browser.ask("return document.documentElement.scrollWidth") <= width
+    browser.logs()
+    assert not browser.console
+    assert file.resolve().as_uri() in browser.asked
+    here = ("data:", "chrome:", file.resolve().as_uri())  # chrome: the empty tab that a browser begins with
+    assert not [address for address in browser.asked if not address.startswith(here)]
+
+
+def test_the_table_of_all_chunks_opens_and_fits_a_phone(browser, report):
+    browser.open(report, WIDTHS["phone"])
+    visible = "return [...document.querySelectorAll('tr.pruned')].filter(row => row.checkVisibility()).length"
+    assert browser.ask(visible) == 0
+    browser.ask("document.querySelectorAll('details').forEach(details => details.querySelector('summary').click())")
+    assert browser.ask(visible) == 4
+    assert browser.ask("return document.documentElement.scrollWidth") <= WIDTHS["phone"]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_comparison_draws_every_interval(browser, comparison, dark):
+    browser.open(comparison, WIDTHS["desktop"], dark=dark)
+    picture, boxes = browser.picture(), browser.boxes("td svg")
+    columns = browser.ask("return document.querySelector('thead tr:last-child').children.length")
+    assert len(boxes) == 2 * (columns - 4), "two settings, a picture for each measure"
+    assert all(part(picture, box).std() > 3 for box in boxes)
+    background = picture[2, 2].mean()
+    assert background < 60 if dark else background > 200
+
+
+def test_a_broken_picture_would_be_noticed(browser, report, tmp_path):
+    broken = tmp_path / "broken.html"
+    nothing = r'\1data:image/png;base64,AAAA"'
+    broken.write_text(re.sub(r'(<img alt="control chart[^>]*src=")[^"]+"', nothing, report.read_text()))
+    browser.open(broken, WIDTHS["desktop"])
+    assert 0 in browser.ask("return [...document.images].map(i => i.naturalWidth)")
+
+
+def test_without_chromium_it_is_not_checked_and_in_ci_that_fails():
+    assert missing(lambda name: None, {}).startswith(NOT_CHECKED)
+    assert missing(lambda name: name, {"CI": "true"}) == ""
+    with pytest.raises(pytest.fail.Exception, match="chromedriver"):
+        missing(lambda name: None, {"CI": "true"})
+
+
+def test_a_browser_of_that_name_answers():
+    """So that a failure above is known to be the page's and not the browser's."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    version = subprocess.run([str(shutil.which("chromedriver")), "--version"], capture_output=True, text=True)
+    assert version.stdout.startswith("ChromeDriver")
