@@ -23,22 +23,11 @@ if len(sys.argv) > 2:
     raise RuntimeError("crash at the end")
 """
 
-MODEL = """
-from tokentrim_hooks.reference.pipeline import ReferencePipeline
-
-class CausalInferencePipeline(ReferencePipeline):
-    def __init__(self):
-        super().__init__(ReferencePipeline.random(grid=(2, 2)).generator)
-"""
-
 
 @pytest.fixture
-def project(tmp_path):
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "__init__.py").write_text("")
-    (tmp_path / "pipeline" / "causal_inference.py").write_text(MODEL)
-    (tmp_path / "inference.py").write_text(SCRIPT)
-    return tmp_path
+def project(project):
+    (project / "inference.py").write_text(SCRIPT)
+    return project
 
 
 def tokentrim(project, *arguments, **environment):
