@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from tokentrim_hooks.compare import command as compare
 from tokentrim_hooks.console import show_table
 from tokentrim_hooks.demo import command as demo
 from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.imports import imported
 from tokentrim_hooks.named import installed_observers
 from tokentrim_hooks.support import support_table
 
@@ -97,17 +97,7 @@ def make_model(target: str) -> Any:
     Raises:
         TokenTrimError: the target is not of that form, or not to be imported.
     """
-    module, _, name = target.partition(":")
-    if not module or not name:
-        raise TokenTrimError(f"{target!r} must read package.module:factory")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as failure:
-        raise TokenTrimError(f"cannot import {target}: {failure}") from failure
+    found = imported(target)
     return found() if inspect.isroutine(found) or inspect.isclass(found) else found
 
 

@@ -14,6 +14,7 @@ from tokentrim_hooks.compare.settings import STANDARD, choose
 from tokentrim_hooks.console import progress, show_table
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
+from tokentrim_hooks.imports import imported
 
 COLUMNS = ("name", "aspect", "better", "window")
 
@@ -85,23 +86,7 @@ def make_of(options: argparse.Namespace) -> Any:
         return ReferenceMaker.load(
             options.chunks, options.fault, options.sink, trained=not options.untrained, device=options.device
         )
-    return _imported(options.target)
-
-
-def _imported(target: str) -> Any:
-    """Import ``module:function``, which is not called yet."""
-    import importlib
-    import sys
-
-    module, _, name = target.partition(":")
-    if not module or not name:
-        raise TokenTrimError(f"{target!r} must read package.module:function")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as failure:
-        raise TokenTrimError(f"cannot import {target}: {failure}") from failure
+    return imported(options.target)
 
 
 def made_with(options: argparse.Namespace, trial: Any) -> dict[str, Any]:
