@@ -49,9 +49,9 @@ def run(options: argparse.Namespace) -> int:
     """Run a script with every known model patched as it is constructed; write the report also when it crashes."""
     config = read_config(options.config) if options.config else {}
     folder = folder_of_process(options.out)
-    this = Run(folder, policy_of(options, config), probe_of(options, config), options.quiet)
-    this.observers = observers_of(options, config)
-    this.thumbnails = options.thumbnails and importlib.util.find_spec("PIL") is not None
+    thumbnails = options.thumbnails and importlib.util.find_spec("PIL") is not None
+    policy, probe, observers = policy_of(options, config), probe_of(options, config), observers_of(options, config)
+    this = Run(folder, policy, probe, options.quiet, observers, thumbnails)
     try:
         run_script(options.script, options.arguments, this)
     finally:

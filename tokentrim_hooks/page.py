@@ -78,7 +78,7 @@ def _title(report: Report, folder: Path | None) -> str:
 def _strip(records: Sequence[ChunkRecord], frames: Frames, unpatched: Frames) -> str:
     from tokentrim_hooks.filmstrip import unpatched_and_patched
 
-    first = [r for r in records if r.video == 0 and r.sample == 0]
+    first = [r for r in records if _is_first(r)]
     latents = max(r.start + r.frames for r in first)
     ticks = [(r.start + r.frames / 2) / latents for r in first if r.pruned]
     buffer = io.BytesIO()
@@ -98,7 +98,8 @@ def _run(records: list[ChunkRecord], report: Report, folder: Path | None, frames
     warmup = int(report.settings.get("policy.warmup", 0) or 0)
     mapped = worth_a_map(records)
     pictures = [_picture(r, records, folder, frames) for r in mapped]
-    below = "the decoded frame" if _decoded(records[0], frames) else "the latent's first principal components"
+    decoded = frames is not None and _is_first(records[0])
+    below = "the decoded frame" if decoded else "the latent's first principal components"
     maps = zip(mapped, pictures, strict=True)
     judged = any(r.severity is not None for r in records)
     return {
@@ -143,9 +144,9 @@ def _shown(records: Sequence[ChunkRecord], maps: int) -> str:
     return "the pruned chunks" if pruned <= maps else f"the {maps} most severe of {pruned} pruned chunks"
 
 
-def _decoded(record: ChunkRecord, frames: Frames | None) -> bool:
-    """Whether the decoded frames are those of the record's video."""
-    return frames is not None and record.video == 0 and record.sample == 0
+def _is_first(record: ChunkRecord) -> bool:
+    """Whether the record is of the first video's first sample: the one that decoded frames are of."""
+    return record.video == 0 and record.sample == 0
 
 
 def _picture(
@@ -153,7 +154,7 @@ def _picture(
 ) -> Any | None:
     """A frame of the chunk: decoded if ``frames`` cover the video, else the latent's thumbnail, else None."""
     latents = max(r.start + r.frames for r in records)
-    if frames is not None and _decoded(record, frames):
+    if frames is not None and _is_first(record):
         middle = (record.start + record.frames / 2) / latents
         return (255 * frames[min(int(middle * len(frames)), len(frames) - 1)]).astype(np.uint8)
     path = None if folder is None else folder / "thumbs" / thumbnail_name(record)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.pruning import BUSY, CallTap, current_tap
+from tokentrim_hooks.tombstones import clear_marks
 
 MISSING = object()
 _inside: ContextVar[int] = ContextVar("tokentrim_inside_self_attention", default=0)
@@ -137,14 +138,22 @@ class TapSite:
         except Exception as failure:
             if not tap.steps_aside(failure):
                 raise
-            return self._attend_unpruned(args, kwargs)
+            return self._attend_unpruned(tap, args, kwargs)
 
-    def _attend_unpruned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's own attention. Marks have left the cache by now; V may be a copy that was made before that."""
+    def _attend_unpruned(self, tap: CallTap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's own attention. Marks have left the cache by now, but V may be a copy made before that."""
+        if tap.layout is not None:
+            return self.original(*args, **kwargs)  # key selection leaves no mark in V
         bound = self.signature.bind(*args, **kwargs)
-        values = bound.arguments[self.names.v]
-        bound.arguments[self.names.v] = torch.where(torch.isfinite(values), values, torch.zeros_like(values))
+        values = self._turn(bound.arguments[self.names.v]).clone()
+        clear_marks([values])
+        bound.arguments[self.names.v] = self._turn(values)
         return self.original(*bound.args, **bound.kwargs)
+
+    @property
+    def _turn(self) -> Callable[[Any], Any]:
+        """Swaps heads and length where the function wants heads first; its own inverse."""
+        return _swap_heads if self.names.heads_first else same
 
     def _attend_live(self, tap: CallTap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self.signature.bind(*args, **kwargs)
@@ -167,7 +176,7 @@ class TapSite:
             rest = tuple(others)
             return cast(Tensor, first)
 
-        turn = _swap_heads if names.heads_first else same
+        turn = self._turn
         mask = given.get(names.mask) if names.mask else None
         output = tap.attend(attend, turn(given[names.q]), turn(given[names.k]), turn(given[names.v]), mask)
         return (output, *rest) if rest else output

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "observers"
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 NAMES = ("rerun", "tensorboard", "wandb")
 
 SCRIPT = """
@@ -35,13 +34,8 @@ for name in ("rerun", "tensorboard", "wandb"):
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    """A folder into which the example was installed, from a copy so that no build folder stays in the checkout."""
-    copy, folder = tmp_path_factory.mktemp("source") / "observers", tmp_path_factory.mktemp("site")
-    subprocess.run(["cp", "-r", str(EXAMPLE), str(copy)], check=True)
-    command = [*PIP, "install", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(folder), str(copy)]
-    subprocess.run(command, check=True, timeout=300)
-    return folder
+def target(install):
+    return install(EXAMPLE)
 
 
 def test_without_its_library_an_observer_says_what_to_install(target):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "third_party_adapter"
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 SCRIPT = """
 import torch
@@ -27,13 +26,8 @@ print(handle.report.triggers, sum(r.dead for r in handle.report), bool(torch.isf
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    """A folder into which the example was installed, from a copy so that no build folder stays in the checkout."""
-    copy, folder = tmp_path_factory.mktemp("source") / "ribbon", tmp_path_factory.mktemp("site")
-    subprocess.run(["cp", "-r", str(EXAMPLE), str(copy)], check=True)
-    command = [*PIP, "install", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(folder), str(copy)]
-    subprocess.run(command, check=True, timeout=300)
-    return folder
+def target(install):
+    return install(EXAMPLE)
 
 
 def python(target, *arguments):

@@ -200,3 +200,24 @@ def test_an_adapters_wrapper_that_fails_costs_the_call_nothing_where_that_is_for
     assert all(isinstance(failure, ZeroDivisionError) for failure in seen), "what the model itself raises is not ours"
     patches.undo()
     assert "double" not in vars(model)
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_stepping_aside_takes_our_marks_out_of_v_and_leaves_the_model_s_own_nan(monkeypatch, heads_first):
+    """V may be a copy made before the marks left the cache; what else is not finite is the model's own business."""
+    values = torch.ones(1, 3, 2, 4)
+    values[0, 1, 0, 0], values[0, 2, 1, 3] = float("inf"), float("nan")
+    given = values.transpose(1, 2) if heads_first else values
+    namespace, patches, tap = {"attend": lambda q, k, v: v}, Patches(), pruning.CallTap(None, None)
+    patches.tap(namespace, "attend", heads_first=heads_first)
+    tap.forgive = lambda failure: True
+    monkeypatch.setattr(tap, "attend", lambda *_: 1 / 0)
+    token = pruning.enter_tap(tap)
+    try:
+        found = namespace["attend"](given, given, given)
+    finally:
+        pruning.leave_tap(token)
+        patches.undo()
+    found = found.transpose(1, 2) if heads_first else found
+    assert found[0, 1, 0, 0] == 0 and found[0, 2, 1, 3].isnan() and found.nansum() == 22
+    assert values[0, 1, 0, 0] == float("inf"), "the caller's tensor is not written to"
