@@ -4,11 +4,12 @@
 >>> handle = tokentrim.patch(pipeline)  # doctest: +SKIP
 """
 
+from importlib.metadata import version
+
 from tokentrim_hooks.adapter import (
     Adapter,
     Call,
     Match,
-    Method,
     NoMatch,
     Phase,
     Seen,
@@ -16,7 +17,6 @@ from tokentrim_hooks.adapter import (
     shares_storage,
 )
 from tokentrim_hooks.api import Detection, adapters, detect, is_patched, patch, patched, unpatch
-from tokentrim_hooks.context import CacheRows, Context, KeyLayout, Role, Segment
 from tokentrim_hooks.errors import (
     AlreadyPatchedError,
     AmbiguousModelError,
@@ -33,15 +33,17 @@ from tokentrim_hooks.errors import (
     UnsupportedProbeError,
 )
 from tokentrim_hooks.handle import PatchHandle
-from tokentrim_hooks.named import installed_observers, make_observer
-from tokentrim_hooks.observers import JsonLines, Observer, ProgressLine
-from tokentrim_hooks.patches import Patches
-from tokentrim_hooks.plugins import AdapterInfo, ObserverInfo, hookimpl
-from tokentrim_hooks.policy import DriftPolicy, History, ObservePolicy, Policy, Verdict
-from tokentrim_hooks.pruning import CallTap
-from tokentrim_hooks.report import ChunkRecord, Report
+from tokentrim_hooks.markers import hookimpl
+from tokentrim_hooks.patching.patches import Method, Patches
+from tokentrim_hooks.plugins import AdapterInfo, ObserverInfo, installed_observers, make_observer
+from tokentrim_hooks.policy.base import History, Policy, Verdict
+from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
+from tokentrim_hooks.pruning.context import CacheRows, Context, KeyLayout, Role, Segment
+from tokentrim_hooks.pruning.tap import CallTap
+from tokentrim_hooks.report.observers import JsonLines, Observer, ProgressLine
+from tokentrim_hooks.report.record import ChunkRecord, Report
 
-__version__ = "0.1.0"
+__version__ = version("tokentrim-hooks")
 
 __all__ = [
     "Adapter",

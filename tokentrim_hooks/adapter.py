@@ -12,15 +12,13 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tokentrim_hooks.context import Context
 from tokentrim_hooks.errors import UnsupportedProbeError
-
-if TYPE_CHECKING:
-    from tokentrim_hooks.patches import Patches
+from tokentrim_hooks.patching.patches import Method, Patches
+from tokentrim_hooks.pruning.context import Context
 
 
 class Phase(enum.Enum):
@@ -34,14 +32,6 @@ class Phase(enum.Enum):
     """Writes the finished chunk into the context (a clean-context call)."""
     RECACHE = "recache"
     """Rebuilds the context of earlier chunks, for example after a prompt switch."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A denoiser that is no module call: method ``name`` of an object, or of a class for all its instances."""
-
-    owner: Any
-    name: str
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tokentrim_hooks.adapter import Adapter, Match, Method
+from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.errors import (
     AlreadyPatchedError,
     AmbiguousModelError,
@@ -20,11 +20,12 @@ from tokentrim_hooks.errors import (
     UnsupportedProbeError,
 )
 from tokentrim_hooks.handle import PatchHandle, handle_of, owners_of
-from tokentrim_hooks.named import all_made
-from tokentrim_hooks.observers import Observer
-from tokentrim_hooks.plugins import AdapterInfo, enabled, everything
-from tokentrim_hooks.policy import DriftPolicy, Policy
-from tokentrim_hooks.rollout import Probe
+from tokentrim_hooks.patching.patches import Method
+from tokentrim_hooks.plugins import AdapterInfo, all_made, enabled, everything
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.token_trim import DriftPolicy
+from tokentrim_hooks.report.observers import Observer
+from tokentrim_hooks.rollout.rollout import Probe
 
 OnError = Literal["raise", "warn"]
 

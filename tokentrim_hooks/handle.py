@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -12,14 +10,15 @@ from typing import Any
 
 import torch
 
-from tokentrim_hooks.adapter import Adapter, Match, Method
+from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.errors import TokenTrimWarning
-from tokentrim_hooks.observers import Guarded, Observer, tell
-from tokentrim_hooks.patches import Patches
-from tokentrim_hooks.policy import Policy
-from tokentrim_hooks.report import Report
-from tokentrim_hooks.rollout import Probe, Rollout
-from tokentrim_hooks.taps import eagerly
+from tokentrim_hooks.patching.patches import Method, Patches
+from tokentrim_hooks.patching.tap_site import eagerly
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.report.observers import Guarded, Observer, tell
+from tokentrim_hooks.report.provenance import versions
+from tokentrim_hooks.report.record import Report
+from tokentrim_hooks.rollout.rollout import Probe, Rollout
 
 ATTRIBUTE = "_tokentrim_handle"
 
@@ -194,14 +193,3 @@ def _settings(adapter: Adapter, match: Match, policy: Policy, probe: str) -> dic
         "torch": torch.__version__,
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of this package, and of libraries for such models, as far as they are in use."""
-    from tokentrim_hooks import __version__
-
-    found = {"python": platform.python_version(), "tokentrim-hooks": __version__}
-    for name in ("diffusers", "transformers", "fastvideo"):
-        if name in sys.modules:
-            found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
-    return found

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch
-from tokentrim_hooks.patches import Patches
+from tokentrim_hooks.patching.patches import Patches
 from tokentrim_hooks.testing.policies import ForcedPolicy
 
 torch.set_num_threads(1)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from tiny_reference import make, run
 
-from tokentrim_hooks.bench import command, measure, targets
-from tokentrim_hooks.bench.measure import PAIRS, _ratio, arms, forced_chunks, rollouts
-from tokentrim_hooks.bench.memory import Alive, peak_bytes
-from tokentrim_hooks.bench.profile import MODEL, SECTIONS, Clock, profile
-from tokentrim_hooks.bench.targets import Size, Target
-from tokentrim_hooks.cli import main
+from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.experiments.bench import command, measure, targets
+from tokentrim_hooks.experiments.bench.measure import PAIRS, _ratio, arms, forced_chunks, rollouts
+from tokentrim_hooks.experiments.bench.memory import Alive, peak_bytes
+from tokentrim_hooks.experiments.bench.profile import MODEL, SECTIONS, Clock, profile
+from tokentrim_hooks.experiments.bench.targets import Size, Target
 
 CHUNKS = 5
 

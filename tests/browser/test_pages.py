@@ -12,11 +12,11 @@ import torch
 from chromium import NOT_CHECKED, chromium, missing
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.cli import main
-from tokentrim_hooks.page import write_page
+from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
+from tokentrim_hooks.report.page import write_page
+from tokentrim_hooks.report.thumbnails import Thumbnails
 from tokentrim_hooks.testing import ForcedPolicy
-from tokentrim_hooks.thumbnails import Thumbnails
 
 WIDTHS = {"desktop": 1280, "phone": 390}
 RED = np.array([0xD6, 0x28, 0x39])

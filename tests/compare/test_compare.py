@@ -7,15 +7,15 @@ import pytest
 import torch
 import toy_trial
 
-from tokentrim_hooks.cli import main
-from tokentrim_hooks.compare.rollouts import batches, compare, outcome_of
-from tokentrim_hooks.compare.settings import BASE, STANDARD, Setting, choose, parse_setting
-from tokentrim_hooks.compare.store import Outcome, Store
-from tokentrim_hooks.compare.table import markdown, summarise, terminal
-from tokentrim_hooks.compare.trials import Column, ReferenceMaker
-from tokentrim_hooks.controls import AlwaysPolicy, ChooseTokens, FreshNoise
+from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import ReportError, TokenTrimError
-from tokentrim_hooks.policy import DriftPolicy
+from tokentrim_hooks.experiments.compare.rollouts import batches, compare, outcome_of
+from tokentrim_hooks.experiments.compare.settings import BASE, STANDARD, Setting, choose, parse_setting
+from tokentrim_hooks.experiments.compare.store import Outcome, Store
+from tokentrim_hooks.experiments.compare.table import markdown, summarise, terminal
+from tokentrim_hooks.experiments.compare.trials import Column, ReferenceMaker
+from tokentrim_hooks.policy.controls import AlwaysPolicy, ChooseTokens, FreshNoise
+from tokentrim_hooks.policy.token_trim import DriftPolicy
 
 OFF, ALWAYS = Setting(BASE, off=True), Setting("always", always=True)
 AGAIN = Setting("again", always=True, tokens="none")

@@ -2,7 +2,7 @@
 
 import torch
 
-from tokentrim_hooks.compare import Column
+from tokentrim_hooks.experiments.compare import Column
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 
 MADE = []

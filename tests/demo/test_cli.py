@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tokentrim_hooks.cli import COMMANDS, main
-from tokentrim_hooks.demo.runs import Size, roll_out_all
+from tokentrim_hooks.cli.main import COMMANDS, main
+from tokentrim_hooks.experiments.demo.runs import Size, roll_out_all
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 
 CHUNKS, SEEDS = 4, 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.demo.fault import TOKENS, Blotch, Planter
+from tokentrim_hooks.reference.fault import TOKENS, Blotch, Planter
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.reference.scenes import scenes
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tokentrim_hooks.demo.command import save_report
-from tokentrim_hooks.filmstrip import Block, Row, Tile, contact_sheet, enlarge, frames_of, save_video
-from tokentrim_hooks.report import ChunkRecord, Report
+from tokentrim_hooks.experiments.demo.command import save_report
+from tokentrim_hooks.report.filmstrip import Block, Row, Tile, contact_sheet, enlarge, frames_of, save_video
+from tokentrim_hooks.report.record import ChunkRecord, Report
 
 RECORD = ChunkRecord(0, 1, 0, 3, 3, {"first": 1}, severity=1.0, mean=1.0, std=0.1, threshold=2.0, grid=(8, 8))
 

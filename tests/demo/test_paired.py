@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tokentrim_hooks.paired import Difference, interval, paired_difference
+from tokentrim_hooks.metrics.intervals import Difference, interval, paired_difference
 
 
 def test_two_values_have_three_possible_means():

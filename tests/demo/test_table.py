@@ -7,10 +7,10 @@ import math
 import pytest
 
 from tokentrim_hooks.console import WIDTH, has_rich, plain_table, progress, show_table
-from tokentrim_hooks.demo.measures import Cost, Fault, Line, Results, windows
-from tokentrim_hooks.demo.runs import Size
-from tokentrim_hooks.demo.table import as_json, as_text, number, remarks, rows_of
-from tokentrim_hooks.paired import Difference
+from tokentrim_hooks.experiments.demo.measures import Cost, Fault, Line, Results, windows
+from tokentrim_hooks.experiments.demo.runs import Size
+from tokentrim_hooks.experiments.demo.table import as_json, as_text, number, remarks, rows_of
+from tokentrim_hooks.metrics.intervals import Difference
 
 GOOD = Line("chunks 1-4", "saturation error", "lower", Difference(0.4, 0.3, -0.1, -0.2, -0.05, 8))
 BAD = Line("chunks 1-4", "sprites alive", "higher", Difference(0.6, 0.5, -0.1, -0.2, -0.05, 8))

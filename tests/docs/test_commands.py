@@ -5,7 +5,7 @@ import shlex
 import pytest
 from pages import PAGES, blocks
 
-from tokentrim_hooks import cli
+from tokentrim_hooks.cli import main as cli
 
 SHOWN = [
     (page.name, line.removeprefix("$ "))

@@ -9,7 +9,8 @@ import pytest
 from pages import PAGES, ROOT
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import cli, errors, plugins, testing
+from tokentrim_hooks import errors, plugins, testing
+from tokentrim_hooks.cli import main as cli
 
 DOCS = "\n".join(page.read_text() for page in PAGES if page.parent.name == "docs")
 CODE = set(re.findall(r"\w+(?:-\w+)*", " ".join(re.findall(r"```.*?```|`[^`\n]+`", DOCS, re.DOTALL))))

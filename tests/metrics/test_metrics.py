@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokentrim_hooks import metrics as m
 from tokentrim_hooks.errors import VideoError
+from tokentrim_hooks.metrics import metrics as m
 
 
 def flat(colour, frames=4, size=8):

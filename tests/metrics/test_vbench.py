@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tokentrim_hooks.errors import VideoError
-from tokentrim_hooks.vbench import QUALITY, SEMANTIC, read_results, scores
+from tokentrim_hooks.metrics.vbench import QUALITY, SEMANTIC, read_results, scores
 
 
 def test_all_best_is_one_and_all_worst_is_zero():

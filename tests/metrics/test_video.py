@@ -6,9 +6,9 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
-from tokentrim_hooks.cli import main
+from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import VideoError
-from tokentrim_hooks.video import read_video
+from tokentrim_hooks.metrics.video import read_video
 
 
 @pytest.fixture

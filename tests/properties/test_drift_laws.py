@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tokentrim_hooks import DriftPolicy, History, LatentsError
-from tokentrim_hooks.drift import (
+from tokentrim_hooks.policy.drift import (
     RunningStatistics,
     latent_summary,
     severity_of,

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokentrim_hooks import CacheRows, KeyLayout, Role, Segment, UnsupportedContextError
-from tokentrim_hooks.ledger import Ledger, QueryGroup
-from tokentrim_hooks.pruning import CallTap, attend_live, keeps_of
+from tokentrim_hooks.pruning.key_selection import Ledger, QueryGroup
+from tokentrim_hooks.pruning.tap import CallTap, attend_live, keeps_of
+from tokentrim_hooks.pruning.tombstones import Tombstones, alive_rows, clear_marks
 from tokentrim_hooks.testing import strategies as some
-from tokentrim_hooks.tombstones import Tombstones, alive_rows, clear_marks
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tokentrim_hooks.cli import main
-from tokentrim_hooks.report import read_report
+from tokentrim_hooks.cli.main import main
+from tokentrim_hooks.report.record import read_report
 
 ENDLESS = """
 import torch

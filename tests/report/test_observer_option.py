@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tokentrim_hooks.report import read_report
+from tokentrim_hooks.report.record import read_report
 
 WATCHERS = Path(__file__).parents[1] / "fixtures" / "watchers"
 

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.cli import main
+from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import ReportError, VideoError
-from tokentrim_hooks.filmstrip import save_video, unpatched_and_patched
-from tokentrim_hooks.page import MAPS, render, verdict, worth_a_map, write_page
-from tokentrim_hooks.pictures import border, cache_cells
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
-from tokentrim_hooks.report import ChunkRecord, Report, read_report
+from tokentrim_hooks.report.charts import border, cache_cells
+from tokentrim_hooks.report.filmstrip import save_video, unpatched_and_patched
+from tokentrim_hooks.report.page import MAPS, render, verdict, worth_a_map, write_page
+from tokentrim_hooks.report.record import ChunkRecord, Report, read_report
+from tokentrim_hooks.report.thumbnails import Thumbnails
 from tokentrim_hooks.testing import ForcedPolicy
-from tokentrim_hooks.thumbnails import Thumbnails
 
 
 def generate(folder, chunks=6, batch=1, grid=(2, 3), policy=None, extra=()):

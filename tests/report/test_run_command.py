@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tokentrim_hooks.report import read_report
+from tokentrim_hooks.report.record import read_report
 
 SCRIPT = """
 import sys

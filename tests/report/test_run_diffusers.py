@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tests.adapters import skyreels_tiny as tiny
-from tokentrim_hooks.report import read_report
-from tokentrim_hooks.video import read_video
+from tokentrim_hooks.metrics.video import read_video
+from tokentrim_hooks.report.record import read_report
 
 SCRIPT = """
 import argparse

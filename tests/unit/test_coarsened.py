@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokentrim_hooks import KeyLayout, Role, Segment
-from tokentrim_hooks.ledger import Ledger, coarsened
+from tokentrim_hooks.pruning.key_selection import Ledger, coarsened
 
 
 @pytest.mark.parametrize("rule", ["any", "all"])

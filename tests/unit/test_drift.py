@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokentrim_hooks import LatentsError
-from tokentrim_hooks.drift import (
+from tokentrim_hooks.policy.drift import (
     RunningStatistics,
     latent_summary,
     severity_of,

@@ -7,6 +7,7 @@ import tiny_reference as tiny
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import plugins
+from tokentrim_hooks.markers import hookimpl
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -127,7 +128,7 @@ def test_the_built_in_observer_writes_a_picture_a_chunk(tmp_path):
 )
 def test_a_plugin_that_breaks_the_contract(answer, words):
     class Plugin:
-        @plugins.hookimpl
+        @hookimpl
         def tokentrim_observers(self):
             return answer
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tokentrim_hooks import Patches, UnsupportedContextError
-from tokentrim_hooks.ledger import Ledger
-from tokentrim_hooks.pruning import CallTap, enter_tap, leave_tap
+from tokentrim_hooks.pruning.key_selection import Ledger
+from tokentrim_hooks.pruning.tap import CallTap, enter_tap, leave_tap
 
 
 class Thing:

@@ -7,6 +7,7 @@ import tiny_reference as tiny
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import plugins
+from tokentrim_hooks.markers import hookimpl
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -75,7 +76,7 @@ class Nameless(tokentrim.Adapter):
 )
 def test_a_plugin_that_breaks_the_contract(answer, words):
     class Plugin:
-        @plugins.hookimpl
+        @hookimpl
         def tokentrim_adapters(self):
             return answer
 

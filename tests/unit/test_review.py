@@ -8,12 +8,12 @@ import tiny_reference as tiny
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.ledger import Ledger
-from tokentrim_hooks.pruning import BUSY, CallTap, current_tap, enter_tap, leave_tap
-from tokentrim_hooks.report import read_report
-from tokentrim_hooks.taps import depth_hooks
+from tokentrim_hooks.patching.tap_site import depth_hooks
+from tokentrim_hooks.pruning.key_selection import Ledger
+from tokentrim_hooks.pruning.tap import BUSY, CallTap, current_tap, enter_tap, leave_tap
+from tokentrim_hooks.pruning.tombstones import Tombstones
+from tokentrim_hooks.report.record import read_report
 from tokentrim_hooks.testing import ForcedPolicy
-from tokentrim_hooks.tombstones import Tombstones
 
 
 @pytest.mark.parametrize("persist", [True, False])
@@ -41,7 +41,7 @@ def test_marks_are_found_again_through_views(inference):
     """An adapter may hand out a view of V that nobody keeps (transformers' heads-first layers)."""
     with torch.inference_mode(inference):
         cache = torch.zeros(1, 2, 4, 3)
-        from tokentrim_hooks.tombstones import Traces
+        from tokentrim_hooks.pruning.tombstones import Traces
 
         traces = Traces.of([cache.transpose(1, 2)])
         cache[0, 0, 1, 0] = float("inf")
@@ -127,7 +127,7 @@ def test_a_users_hook_that_changes_the_arguments_is_applied_once_to_a_replay():
 
 def test_depth_is_not_counted_while_only_another_thread_has_dead_tokens():
     """BUSY tells of the whole process and may change between the two hooks; the depth belongs to one thread."""
-    from tokentrim_hooks.taps import _inside
+    from tokentrim_hooks.patching.tap_site import _inside
 
     go_inside, go_outside = depth_hooks()
     BUSY.change(1)
@@ -166,7 +166,7 @@ def test_a_new_video_after_a_failure_in_the_very_first_chunk():
 def test_a_tap_that_somebody_wrapped_and_everybody_left_stays_inert_under_a_new_one():
     import types
 
-    from tokentrim_hooks.patches import Patches
+    from tokentrim_hooks.patching.patches import Patches
 
     home = types.ModuleType("home")
     home.attention = lambda q, k, v: v

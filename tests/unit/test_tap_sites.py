@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tokentrim_hooks import CacheRows
-from tokentrim_hooks.ledger import Ledger
-from tokentrim_hooks.patches import Patches
-from tokentrim_hooks.pruning import CallTap, enter_tap, leave_tap
-from tokentrim_hooks.tombstones import Tombstones
+from tokentrim_hooks.patching.patches import Patches
+from tokentrim_hooks.pruning.key_selection import Ledger
+from tokentrim_hooks.pruning.tap import CallTap, enter_tap, leave_tap
+from tokentrim_hooks.pruning.tombstones import Tombstones
 
 Q, K, V = (torch.randn(1, n, 2, 4, generator=torch.Generator().manual_seed(n)) for n in (3, 6, 7))
 V = V[:, :6].clone()

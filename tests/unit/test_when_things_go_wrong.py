@@ -5,8 +5,8 @@ import tiny_reference as tiny
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import pruning
-from tokentrim_hooks.patches import Patches
+from tokentrim_hooks.patching.patches import Patches
+from tokentrim_hooks.pruning import tap as pruning
 from tokentrim_hooks.testing import ForcedPolicy
 
 
@@ -85,7 +85,7 @@ def test_infinite_latents_raise():
 
 def test_a_missed_attention_path_turns_pruning_off_and_warns(monkeypatch):
     """The self-check of the first prune: V with marks reached a kernel, so the prune is undone."""
-    from tokentrim_hooks.pruning import CallTap
+    from tokentrim_hooks.pruning.tap import CallTap
 
     def blind(self, attend, q, k, v, mask):
         return attend(q, k, v, mask)

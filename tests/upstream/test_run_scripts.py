@@ -20,7 +20,7 @@ import pytest
 import torch
 from harness import NOT_CHECKED, checkout, folder_of
 
-from tokentrim_hooks.report import Report, read_report
+from tokentrim_hooks.report.record import Report, read_report
 
 pytestmark = [pytest.mark.upstream, pytest.mark.slow]
 HERE = Path(__file__).parent

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokentrim_hooks.adapter import Method
+from tokentrim_hooks.patching.patches import Method
 
 Denoiser = nn.Module | Method
 """What an adapter's match may call a denoiser."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokentrim_hooks.adapter import Adapter, bind
-from tokentrim_hooks.context import CacheRows
-from tokentrim_hooks.report import Report
+from tokentrim_hooks.pruning.context import CacheRows
+from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.testing.attention import Attention, Denoiser, KeyTracker, watch_attention
 
 

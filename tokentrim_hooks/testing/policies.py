@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.drift import severity_of, unstable_tokens
-from tokentrim_hooks.policy import History, Verdict
+from tokentrim_hooks.policy.base import History, Verdict
+from tokentrim_hooks.policy.drift import severity_of, unstable_tokens
 
 Tokens = float | Sequence[int] | Sequence[Sequence[int]]
 """A fraction of the tokens (the most drifting ones), the same tokens for all samples, or one list a sample."""

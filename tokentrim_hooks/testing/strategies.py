@@ -14,8 +14,8 @@ from hypothesis import register_random
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokentrim_hooks.context import KeyLayout, Role, Segment
-from tokentrim_hooks.policy import DriftPolicy
+from tokentrim_hooks.policy.token_trim import DriftPolicy
+from tokentrim_hooks.pruning.context import KeyLayout, Role, Segment
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

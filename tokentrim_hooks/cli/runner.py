@@ -1,0 +1,139 @@
+"""``tokentrim run``: run somebody's unmodified script with every known model patched as it is constructed.
+
+Adapters name classes (``constructors``, as ``module:Class``). Nothing is imported early: a post-import hook wraps the
+class's ``__init__`` when the script itself imports the module. A constructed object is patched only if an adapter
+recognises its structure; the names merely say where to look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import runpy
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import wrapt
+
+from tokentrim_hooks.api import patch
+from tokentrim_hooks.errors import AlreadyPatchedError, TokenTrimError, TokenTrimWarning, UnsupportedModelError
+from tokentrim_hooks.handle import PatchHandle
+from tokentrim_hooks.plugins import enabled, find_observer, make_observer
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.token_trim import DriftPolicy
+from tokentrim_hooks.report.observers import JsonLines, Observer, ProgressLine
+from tokentrim_hooks.report.thumbnails import Thumbnails
+from tokentrim_hooks.rollout.rollout import Probe
+
+
+@dataclass
+class Run:
+    """One run of a script: its settings, and the handles of all models that were patched in it."""
+
+    folder: Path
+    policy: Policy = field(default_factory=DriftPolicy)
+    probe: Probe = "first-step"
+    quiet: bool = False
+    observers: Sequence[str] = ()
+    thumbnails: bool = False
+    handles: list[PatchHandle] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    _constructing: list[int] = field(default_factory=list)
+    _active: bool = True
+
+    def watch(self, constructors: Sequence[str]) -> None:
+        """Wrap the named classes (``module:Class``) when, and only if, their modules are imported."""
+        for place in constructors:
+            module, _, name = place.partition(":")
+            wrapt.register_post_import_hook(functools.partial(self._wrap_class, name), module)
+
+    def stop(self) -> None:
+        """Patch nothing more, take all patches off; the logs are complete."""
+        self._active = False
+        for handle in self.handles:
+            handle.unpatch()
+
+    def _wrap_class(self, name: str, module: Any) -> None:
+        if self._active and isinstance(getattr(module, name, None), type):
+            wrapt.wrap_function_wrapper(getattr(module, name), "__init__", self._init)
+
+    def _init(self, wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> None:
+        """Patch an object when its outermost ``__init__`` returns: a subclass calls its base's half built."""
+        self._constructing.append(id(instance))
+        try:
+            wrapped(*args, **kwargs)
+        finally:
+            self._constructing.pop()
+        if self._active and id(instance) not in self._constructing:
+            self._patch(instance)
+
+    def _patch(self, instance: Any) -> None:
+        folder = self.folder if not self.handles else self.folder / f"model-{len(self.handles) + 1}"
+        try:
+            watching = self._observers(folder)
+            handle = patch(instance, self.policy, probe=self.probe, on_error="warn", observers=watching)
+        except AlreadyPatchedError:
+            return
+        except UnsupportedModelError as refusal:
+            self.refusals.append(str(refusal))
+        except TokenTrimError as failure:
+            self.refusals.append(str(failure))
+            warnings.warn(f"not patched: {failure}", TokenTrimWarning, stacklevel=3)
+        else:
+            self.handles.append(handle)
+
+    def _observers(self, folder: Path) -> list[Observer]:
+        """The log, the progress line, those asked for by name; one that cannot be made costs no generation."""
+        watching: list[Observer] = [JsonLines(folder)] if self.quiet else [JsonLines(folder), ProgressLine()]
+        for picture in (folder / "thumbs").glob("v*-c*-s*.png"):
+            picture.unlink()  # an earlier run's: the report would show it with this run's drift
+        if self.thumbnails and "thumbnails" not in self.observers:
+            watching.append(Thumbnails(folder))
+        for name in self.observers:
+            try:
+                watching.append(make_observer(name, folder))
+            except TokenTrimError as failure:
+                warnings.warn(f"observer {name!r} is left out: {failure}", TokenTrimWarning, stacklevel=4)
+        return watching
+
+
+def folder_of_process(folder: Path) -> Path:
+    """``folder``; under ``torchrun`` with several processes a folder in it for each: they must not share a log."""
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    return folder if rank is None or size == "1" else folder / f"rank-{rank}"
+
+
+def constructors() -> list[str]:
+    """All class names (``module:Class``) that enabled adapters ask to look at."""
+    return sorted({place for info in enabled() if info.adapter for place in info.adapter.constructors})
+
+
+def run_script(script: Path, arguments: Sequence[str], run: Run) -> None:
+    """Run ``script`` as ``python script arguments...`` would, patched; the log is complete also when it crashes."""
+    if not script.is_file():
+        raise TokenTrimError(f"no such script: {script}")
+    for name in run.observers:
+        find_observer(name)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.watch(constructors())
+    try:
+        with _as_main(script, arguments):
+            runpy.run_path(str(script), run_name="__main__")
+    finally:
+        run.stop()
+
+
+@contextlib.contextmanager
+def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[None]:
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = argv, path

@@ -1,0 +1,1 @@
+"""Demo, comparison and benchmark: evidence, built in."""

@@ -1,0 +1,136 @@
+"""``tokentrim bench``: what being patched costs on this machine, as ratios with intervals."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokentrim_hooks.console import progress, show_table
+from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.extras import require
+from tokentrim_hooks.report.provenance import versions
+
+if TYPE_CHECKING:
+    from tokentrim_hooks.experiments.bench.measure import Results
+
+NAMES = ("reference", "skyreels", "fastvideo")
+GOALS = {"observing / unpatched": 1.002, "forced trigger / unpatched": 1.03}
+"""What the project aims for, at full size on an H100-class GPU; shown beside the figures, never asserted."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare what ``tokentrim bench`` takes."""
+    parser.add_argument("--target", choices=NAMES, default="reference", help="random weights (default: reference)")
+    parser.add_argument("--full", action="store_true", help="the real model's size; wants a GPU")
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    parser.add_argument("--chunks", type=int, default=20, metavar="N", help="chunks of a rollout (default: 20)")
+    parser.add_argument("--rounds", type=int, default=8, metavar="N", help="rounds of all arms (default: 8)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print the tables, write the JSON file.
+
+    Raises:
+        TokenTrimError: too few chunks, or a target that is not installed.
+    """
+    if options.chunks < 3 or options.rounds < 1:
+        raise TokenTrimError("--chunks must be at least 3 (one of them is pruned), --rounds at least 1")
+    require("scipy", "demo")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    from tokentrim_hooks.experiments.bench.measure import measure, rollouts
+    from tokentrim_hooks.experiments.bench.targets import TARGETS, Size
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    size = Size(device, options.chunks, options.full)
+    target = TARGETS[options.target](size)
+    made_with = {**settings(device, options), "model": {**target.words, "dtype": str(size.dtype)}}
+    with progress(f"{options.target}, {rollouts(options.rounds)} rollouts", rollouts(options.rounds)) as advance:
+        results = measure(target, options.chunks, options.rounds, device, advance)
+    show(results, made_with)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(as_json(results, made_with), indent=2, allow_nan=False)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def settings(device: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    gpu = torch.device(device).type == "cuda"
+    return {
+        "command": shlex.join(["tokentrim", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name(device) if gpu else processor(),
+        "kind": "cuda" if gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "target": options.target,
+        "full": options.full,
+        "chunks": options.chunks,
+        "rounds": options.rounds,
+        **versions(),
+    }
+
+
+def processor() -> str:
+    """The CPU's name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def show(results: Results, made_with: dict[str, Any]) -> None:
+    """Print what was measured, and on what."""
+    from tokentrim_hooks.experiments.bench.memory import WORDS
+
+    base = results.seconds["unpatched"]
+    clock = "wall clock" if made_with["kind"] == "cuda" else "CPU time"
+    print(json.dumps(made_with, indent=1))
+    print(f"One rollout, unpatched: {base:.3f} s, {base / made_with['chunks']:.4f} s a chunk ({clock})")
+    added = {arm: 1000 * (seconds - base) / made_with["chunks"] for arm, seconds in results.seconds.items()}
+    print(f"Added a chunk: observing {added['observing']:+.2f} ms, forced trigger {added['forced trigger']:+.2f} ms "
+          f"(unpatched again {added['unpatched again']:+.2f} ms)")  # fmt: skip
+    print(f"Forced trigger: {results.triggers} of {results.chunks} chunks, {results.extra_calls} further denoiser "
+          f"calls beside {results.calls}, {results.dead} context rows dead")  # fmt: skip
+    rows = [
+        [r.name, f"{r.median:.4f}", f"[{r.low:.4f}, {r.high:.4f}]", str(r.rounds), _goal(r.name)]
+        for r in results.ratios
+    ]
+    show_table([clock, "median ratio", "95 % interval", "rounds", "aim (H100, full size)"], rows)
+    arms = list(results.shares)
+    sections = list(results.shares[arms[0]])
+    show_table(["share of time", *arms],
+               [[s, *(f"{100 * results.shares[arm][s]:.2f} %" for arm in arms)] for s in sections])  # fmt: skip
+    show_table(["host syncs a chunk", *arms],
+               [["tokentrim's", *(f"{results.syncs[a]:.2f}" for a in arms)],
+                ["the model's and its sampler's", *(f"{results.theirs[a]:.2f}" for a in arms)]])  # fmt: skip
+    light = results.memory["unpatched"]
+    rows = [[arm, f"{peak / 2**20:.2f} MiB", f"x {peak / light:.4f}"] for arm, peak in results.memory.items()]
+    show_table(["peak memory", "bytes", "to unpatched (aim: x 1.02)"], rows)
+    print(f"Peak memory: {WORDS[made_with['kind']]}.")
+
+
+def as_json(results: Results, made_with: dict[str, Any]) -> dict[str, Any]:
+    """Everything; an unbounded interval end is null."""
+    values = dataclasses.asdict(results)
+    for ratio in values["ratios"]:
+        for end in ("low", "high"):
+            ratio[end] = ratio[end] if math.isfinite(ratio[end]) else None
+    return {"settings": made_with, **values}
+
+
+def _goal(name: str) -> str:
+    return f"{GOALS[name]}" if name in GOALS else "1" if "again" in name else ""

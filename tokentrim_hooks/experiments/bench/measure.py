@@ -1,0 +1,190 @@
+"""Interleaved timing of a model unpatched, observed, and pruned; every figure comes from one process in one run."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokentrim_hooks.api import patch
+from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.experiments.bench.memory import peak_bytes
+from tokentrim_hooks.experiments.bench.profile import profile
+from tokentrim_hooks.experiments.bench.targets import Target
+from tokentrim_hooks.metrics.intervals import RESAMPLES, SEED
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.token_trim import ObservePolicy
+from tokentrim_hooks.testing.policies import ForcedPolicy
+from tokentrim_hooks.testing.syncs import count_syncs
+
+FRACTION = 0.1
+"""Share of the tokens that a forced trigger prunes: the paper's p."""
+EVERY = 20
+"""A forced trigger at each 20th chunk: the paper's rate of about 5 %."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median over rounds of one arm's time (see :func:`clock_of`) over another's, with a 95 % bootstrap interval."""
+
+    name: str
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that one run measured.
+
+    Attributes:
+        seconds: median time of a rollout by arm, see :func:`clock_of`.
+        ratios: of arms within rounds. ``unpatched again`` over ``unpatched`` is what no difference looks like here.
+        triggers: chunks that were pruned in the forced arm, and ``chunks`` of how many.
+        dead: context rows that died in the forced arm.
+        extra_calls, calls: of the denoiser in the forced arm.
+        shares: by arm, share of each section of the time.
+        syncs: by arm, tokentrim's own host synchronisations per chunk. theirs: the model's and its sampler's.
+        memory: by arm, peak bytes.
+    """
+
+    seconds: dict[str, float]
+    ratios: list[Ratio]
+    triggers: int
+    chunks: int
+    dead: int
+    extra_calls: int
+    calls: int
+    shares: dict[str, dict[str, float]]
+    syncs: dict[str, float]
+    theirs: dict[str, float]
+    memory: dict[str, int]
+
+
+def arms(chunks: int) -> dict[str, Policy | None]:
+    """Arms by name, in the order of a round; None is unpatched."""
+    forced = ForcedPolicy({chunk: FRACTION for chunk in forced_chunks(chunks)})
+    return {"unpatched": None, "unpatched again": None, "observing": ObservePolicy(), "forced trigger": forced}
+
+
+PAIRS = (
+    ("unpatched again", "unpatched"),
+    ("observing", "unpatched"),
+    ("forced trigger", "observing"),
+    ("forced trigger", "unpatched"),
+)
+"""Which arm is divided by which."""
+
+
+def forced_chunks(chunks: int) -> list[int]:
+    """One chunk of each EVERY, early enough that the pruned rows are read for a while; chunk 0 is never judged."""
+    return list(range(max(1, 2 * min(chunks, EVERY) // 5), chunks, EVERY))
+
+
+def measure(target: Target, chunks: int, rounds: int, device: str, advance: Callable[[], None]) -> Results:
+    """Time, profile, count and weigh; ``advance`` is called after every rollout (:func:`rollouts` in number).
+
+    Raises:
+        TokenTrimError: the model was patched but no chunk was judged, or the forced trigger pruned nothing.
+    """
+    policies = arms(chunks)
+    report = [_once(target, policy, advance)[1] for policy in policies.values()][-1]
+    records = list(report)
+    if not any(r.severity is not None for r in records) or not report.triggers:
+        raise TokenTrimError(f"this run cannot be measured: {report.summary()}")
+    times: dict[str, list[float]] = {name: [] for name in policies}
+    names = list(policies)
+    for turn in range(rounds):
+        # Each arm takes each place equally often, so that a drifting clock or a warming chip favours none.
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            times[name].append(_once(target, policies[name], advance, device)[0])
+    patched = {name: policy for name, policy in policies.items() if policy is not None}
+    counted = {name: _syncs(target, policy, device, advance) for name, policy in patched.items()}
+    weighed = {name: policy for name, policy in policies.items() if name != "unpatched again"}
+    return Results(
+        seconds={name: statistics.median(column) for name, column in times.items()},
+        ratios=[_ratio(f"{over} / {under}", times[over], times[under]) for over, under in PAIRS],
+        triggers=report.triggers,
+        chunks=len(records),
+        dead=sum(r.dead for r in records),
+        extra_calls=sum(r.extra_calls for r in records),
+        calls=sum(sum(r.phases.values()) for r in records),
+        shares={name: _profile(target, policy, device, advance) for name, policy in patched.items()},
+        syncs={name: ours / len(records) for name, (ours, _) in counted.items()},
+        theirs={name: theirs / len(records) for name, (_, theirs) in counted.items()},
+        memory={name: _peak(target, policy, device, advance) for name, policy in weighed.items()},
+    )
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Wall clock on a GPU; on a CPU this process's own time: there a wall clock measures the neighbours too."""
+    return time.perf_counter if torch.device(device).type == "cuda" else time.process_time
+
+
+def rollouts(rounds: int) -> int:
+    """Rollouts that :func:`measure` makes."""
+    return 4 + 4 * rounds + 2 + 2 + 3
+
+
+def _once(target: Target, policy: Policy | None, advance: Callable[[], None], device: str = "cpu") -> tuple[float, Any]:
+    """Seconds of one rollout, and the report of a patched one. Patching itself is outside the clock."""
+    with patch(target.model, policy) if policy else nullcontext() as handle:
+        clock = clock_of(device)
+        _wait(device)
+        began = clock()
+        target.run()
+        _wait(device)
+        seconds = clock() - began
+        report = handle.report if handle is not None else None
+    advance()
+    return seconds, report
+
+
+def _syncs(target: Target, policy: Policy, device: str, advance: Callable[[], None]) -> tuple[int, int]:
+    with patch(target.model, policy), count_syncs(emulate=torch.device(device).type == "cpu") as log:
+        target.run()
+    advance()
+    return len(log.ours), len(log.theirs)
+
+
+def _profile(target: Target, policy: Policy, device: str, advance: Callable[[], None]) -> dict[str, float]:
+    def run() -> None:
+        with patch(target.model, policy):
+            target.run()
+
+    shares = profile(run, device)
+    advance()
+    return shares
+
+
+def _peak(target: Target, policy: Policy | None, device: str, advance: Callable[[], None]) -> int:
+    with patch(target.model, policy) if policy else nullcontext():
+        peak = peak_bytes(target.run, device)
+    advance()
+    return peak
+
+
+def _wait(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _ratio(name: str, over: Sequence[float], under: Sequence[float]) -> Ratio:
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    ratios = np.asarray([a / b for a, b in zip(over, under, strict=True)])
+    low, high = -math.inf, math.inf
+    if len(ratios) > 1:
+        found = bootstrap(
+            (ratios,), np.median, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(SEED)
+        ).confidence_interval
+        low, high = float(found.low), float(found.high)
+    return Ratio(name, float(np.median(ratios)), low, high, len(ratios))

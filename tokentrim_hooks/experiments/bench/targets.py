@@ -1,0 +1,103 @@
+"""What ``tokentrim bench`` measures: models with random weights, at the sizes that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tokentrim_hooks.extras import require
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a target is; each reads what it knows.
+
+    Attributes:
+        device: a torch device.
+        chunks: chunks of one rollout.
+        full: the real model's size instead of one for a CPU.
+    """
+
+    device: str = "cpu"
+    chunks: int = 20
+    full: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 on a GPU, float32 on a CPU."""
+        return torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model and one rollout of it. ``run`` seeds itself; ``words`` say what the model is."""
+
+    model: Any
+    run: Callable[[], Any]
+    words: dict[str, Any] = field(default_factory=dict)
+
+
+def reference(size: Size) -> Target:
+    """The reference model at the trained size; ``full``: with 12 layers of 6 x 64 on a 16 x 16 grid."""
+    from tokentrim_hooks.reference.pipeline import ReferencePipeline
+
+    shape = {"layers": 12, "dim": 384, "heads": 6} if size.full else {"layers": 6, "dim": 128, "heads": 4}
+    side = 16 if size.full else 8
+    pipeline = ReferencePipeline.random(grid=(side, side), device=size.device, dtype=size.dtype, **shape)
+
+    def run() -> Any:
+        torch.manual_seed(0)
+        noise = torch.randn(1, 3 * size.chunks, 3, 4 * side, 4 * side).to(size.device, size.dtype)
+        return pipeline.inference(noise)
+
+    return Target(pipeline, run, {**shape, "tokens a frame": side * side, "window": "21 frames", "calls a chunk": 5})
+
+
+def skyreels(size: Size) -> Target:
+    """diffusers' SkyReels-V2 diffusion forcing: windows with a prefix, no cache. ``full`` is its 1.3 B transformer."""
+    diffusers = require("diffusers", "demo")
+    heads, width, layers = (12, 128, 30) if size.full else (2, 24, 2)
+    pixels = (480, 832) if size.full else (128, 128)
+    torch.manual_seed(0)
+    channels, text = 16, 64
+    with torch.device(size.device):
+        transformer = diffusers.SkyReelsV2Transformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=width, in_channels=channels,
+            out_channels=channels, text_dim=text, freq_dim=256 if size.full else 32, ffn_dim=heads * width * 6,
+            num_layers=layers, cross_attn_norm=True,
+        )  # fmt: skip
+    transformer = transformer.to(size.device, size.dtype).eval().requires_grad_(False)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+    )
+    pipeline = diffusers.SkyReelsV2DiffusionForcingPipeline(None, None, transformer, None, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = torch.randn(1, 16, text).to(size.device, size.dtype)
+    # A window of 4 latent frames of which 2 are the previous window's: each later window brings 2, one chunk.
+    frames = 13 + 8 * (size.chunks - 1)
+
+    def run() -> Any:
+        torch.manual_seed(0)
+        return pipeline(
+            prompt=None, prompt_embeds=embeds, negative_prompt_embeds=embeds, height=pixels[0], width=pixels[1],
+            num_frames=frames, base_num_frames=13, overlap_history=5, num_inference_steps=5, guidance_scale=1.0,
+            output_type="latent", generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+
+    tokens = pixels[0] * pixels[1] // 256
+    words = {"layers": layers, "heads": f"{heads} x {width}", "tokens a frame": tokens, "calls a chunk": 5,
+             "window": "4 latent frames, 2 of them history"}  # fmt: skip
+    return Target(pipeline, run, words)
+
+
+def fastvideo(size: Size) -> Target:
+    """FastVideo's CausalWan; see :mod:`tokentrim_hooks.experiments.bench.fastvideo_target`."""
+    from tokentrim_hooks.experiments.bench.fastvideo_target import make
+
+    return make(size)
+
+
+TARGETS: dict[str, Callable[[Size], Target]] = {"reference": reference, "skyreels": skyreels, "fastvideo": fastvideo}

@@ -1,0 +1,85 @@
+"""Runs every setting over every batch of seeds with the same noise, skipping what the store has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.api import patch
+from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.experiments.compare.settings import Setting
+from tokentrim_hooks.experiments.compare.store import Outcome, Store
+from tokentrim_hooks.experiments.compare.trials import Trial
+from tokentrim_hooks.report.record import ChunkRecord
+
+Make = Callable[[Sequence[int]], Trial]
+
+
+def batches(seeds: Sequence[int], size: int) -> list[list[int]]:
+    """Seeds in runs of ``size``; the last may be shorter."""
+    return [list(seeds[i : i + size]) for i in range(0, len(seeds), size)]
+
+
+def compare(
+    make: Make,
+    settings: Sequence[Setting],
+    groups: Sequence[Sequence[int]],
+    store: Store,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Fill the store, batch by batch, so that an interrupted run holds whole comparisons of fewer seeds."""
+    for seeds in groups:
+        missing = [setting for setting in settings if not store.has(setting.name, seeds)]
+        trial = make(seeds) if missing else None
+        for setting in settings:
+            if trial is not None and setting in missing:
+                store.add(outcome_of(trial, setting, seeds))
+            advance()
+
+
+def outcome_of(trial: Trial, setting: Setting, seeds: Sequence[int]) -> Outcome:
+    """Roll out one batch under one setting and measure it.
+
+    Raises:
+        TokenTrimError: a measure does not give one value a seed.
+    """
+    records: list[ChunkRecord] = []
+    with ExitStack() as stack, torch.no_grad():
+        handle = None
+        if not setting.off:
+            handle = stack.enter_context(patch(trial.model, setting.policy(seeds[0]), probe=setting.probe))
+        devices = list(range(torch.cuda.device_count()))
+        stack.enter_context(torch.random.fork_rng(devices))
+        torch.manual_seed(seeds[0])
+        began = time.perf_counter()
+        video = trial.run()
+        seconds = time.perf_counter() - began
+        if handle is not None:
+            records = list(handle.report)
+    values = {name: _column(name, column, seeds) for name, column in trial.measure(video).items()}
+    first = [r for r in records if r.sample == 0]
+    mine = [[r for r in records if r.sample == sample] for sample in range(len(seeds))]
+    return Outcome(
+        setting=setting.name,
+        description=setting.as_dict(),
+        seeds=list(seeds),
+        values=values,
+        judged=[sum(r.severity is not None for r in own) for own in mine],
+        pruned=[[r.chunk for r in own if r.pruned] for own in mine],
+        chunks=len(first),
+        calls=sum(sum(r.phases.values()) for r in first),
+        extra=sum(r.extra_calls for r in first),
+        alone=[sum(r.extra_calls for r in own if r.pruned) for own in mine],
+        seconds=round(seconds, 3),
+    )
+
+
+def _column(name: str, values: Tensor, seeds: Sequence[int]) -> list[float]:
+    column = [float(value) for value in torch.as_tensor(values).flatten()]
+    if len(column) != len(seeds):
+        raise TokenTrimError(f"measure() gave {len(column)} values of {name!r} for {len(seeds)} seeds")
+    return column

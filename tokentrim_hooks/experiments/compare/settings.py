@@ -1,0 +1,136 @@
+"""What is compared: an unpatched run, policies, probes and controls, each under a name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_type_hints
+
+from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.controls import AlwaysPolicy, ChooseTokens, FreshNoise
+from tokentrim_hooks.policy.token_trim import DriftPolicy
+from tokentrim_hooks.rollout.rollout import Probe
+
+Tokens = Literal["unstable", "random", "least", "none"]
+BASE = "off"
+"""Name of the unpatched setting, with which all others are compared."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One arm of a comparison; the defaults are the paper's method with the cheap probe.
+
+    Attributes:
+        name: as it stands in tables.
+        off: the model is not patched at all.
+        probe: which prediction is judged.
+        tokens: which tokens die: the unstable ones, or as a control as many random or the least drifting ones, or none.
+        always: regenerate every chunk after the warm-up, whatever its severity.
+        fresh_noise: regenerate from new noise.
+        fraction, sensitivity, warmup, max_regenerations, persist, prune_anchors: as in
+            :class:`tokentrim_hooks.DriftPolicy`.
+    """
+
+    name: str
+    off: bool = False
+    probe: Probe = "first-step"
+    tokens: Tokens = "unstable"
+    always: bool = False
+    fresh_noise: bool = False
+    fraction: float = 0.1
+    sensitivity: float = 2.0
+    warmup: int = 2
+    max_regenerations: int = 1
+    persist: bool = True
+    prune_anchors: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.off:
+            self.policy(0)
+
+    def policy(self, seed: int) -> Policy:
+        """The policy; ``seed`` is of what a control draws."""
+        kind = AlwaysPolicy if self.always else DriftPolicy
+        policy: Policy = kind(
+            self.fraction, self.sensitivity, self.warmup, self.max_regenerations, self.persist, self.prune_anchors
+        )
+        if self.tokens != "unstable":
+            policy = ChooseTokens(policy, self.tokens, seed)
+        return FreshNoise(policy, seed) if self.fresh_noise else policy
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the name: what makes results of two runs comparable."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
+
+
+STANDARD: tuple[Setting, ...] = (
+    Setting(BASE, off=True),
+    Setting("paper first-step"),
+    Setting("paper candidate", probe="candidate"),
+    Setting("p 0.05", fraction=0.05),
+    Setting("p 0.2", fraction=0.2),
+    Setting("lambda 1", sensitivity=1.0),
+    Setting("lambda 3", sensitivity=3.0),
+    Setting("not persistent", persist=False),
+    Setting("anchors pruned", prune_anchors=True),
+    Setting("prune always", always=True),
+    Setting("control: random tokens", tokens="random"),
+    Setting("control: least drifting", tokens="least"),
+    Setting("control: same again", tokens="none"),
+    Setting("control: new noise only", tokens="none", fresh_noise=True),
+    Setting("control: random always", tokens="random", always=True),
+)
+"""The settings that ``tokentrim compare`` runs if it is told nothing else."""
+
+TYPES = {name: kind for name, kind in get_type_hints(Setting).items() if name != "name"}
+
+
+def parse_setting(text: str) -> Setting:
+    """Read ``NAME: key=value, key=value`` with the attributes of :class:`Setting`.
+
+    Raises:
+        TokenTrimError: an unknown key, or a value of the wrong kind.
+    """
+    name, _, rest = text.partition(":")
+    pairs = [item.partition("=") for item in rest.split(",") if item.strip()]
+    try:
+        values = {key.strip(): _value(key.strip(), value.strip()) for key, _, value in pairs}
+        return Setting(name.strip(), **values)
+    except ValueError as failure:
+        raise TokenTrimError(f"setting {text!r}: {failure}") from failure
+
+
+def choose(names: Iterable[str] | None, more: Iterable[str], anchors: bool) -> list[Setting]:
+    """The base, then the standard settings (or those of them named), then ``more`` in the words of parse_setting.
+
+    Without anchors in the model "anchors pruned" is the paper's setting, so it is left out unless it is named.
+
+    Raises:
+        TokenTrimError: a name that is no standard setting, or a name given twice.
+    """
+    known = {setting.name: setting for setting in STANDARD}
+    wanted = [n for n in known if anchors or n != "anchors pruned"] if names is None else list(names)
+    strange = [name for name in wanted if name not in known]
+    if strange:
+        raise TokenTrimError(f"no such setting: {', '.join(strange)}; there are: {', '.join(known)}")
+    chosen = [known[name] for name in dict.fromkeys([BASE, *wanted])] + [parse_setting(text) for text in more]
+    if len({setting.name for setting in chosen}) < len(chosen):
+        raise TokenTrimError("two settings have one name")
+    return chosen
+
+
+def _value(key: str, text: str) -> Any:
+    kind = TYPES.get(key)
+    if kind is None:
+        raise ValueError(f"{key!r} is not an option; known: {', '.join(TYPES)}")
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(f"{key} must be true or false, got {text!r}")
+        return text == "true"
+    if kind in (int, float):
+        return kind(text)
+    if text not in kind.__args__:
+        raise ValueError(f"{key} must be one of {', '.join(kind.__args__)}, got {text!r}")
+    return text

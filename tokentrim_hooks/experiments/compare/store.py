@@ -1,0 +1,111 @@
+"""Results on disk, one JSON line a (setting, batch of seeds), written as they come: an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tokentrim_hooks.errors import ReportError, TokenTrimError
+from tokentrim_hooks.experiments.compare.settings import Setting
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One batch of seeds under one setting.
+
+    Attributes:
+        setting, description: name and meaning of the setting (:meth:`Setting.as_dict`).
+        seeds: one a sample; all lists below go with them.
+        values: per column key a value for each sample; NaN where there was nothing to measure.
+        judged: chunks that got a verdict, for each sample. pruned: ordinals of the chunks that were regenerated.
+        chunks, calls, extra: chunks, denoiser calls of the sampler and further ones, of the batch.
+        alone: further calls for each sample, had it been rolled out alone.
+        seconds: wall clock of the rollout.
+    """
+
+    setting: str
+    description: dict[str, Any]
+    seeds: list[int]
+    values: dict[str, list[float]]
+    judged: list[int]
+    pruned: list[list[int]]
+    chunks: int
+    calls: int
+    extra: int
+    alone: list[int]
+    seconds: float
+
+
+class Store:
+    """The folder of a comparison: ``settings.json`` says of what, ``results.jsonl`` holds the outcomes.
+
+    Raises:
+        TokenTrimError: the folder holds a comparison made with other settings, or a setting of this name but another
+            meaning.
+        ReportError: a line that is no outcome (the last one, if a crash cut it off, is dropped).
+    """
+
+    def __init__(self, folder: Path, made_with: Mapping[str, Any], settings: Sequence[Setting] = ()) -> None:
+        self.folder, self.log = folder, folder / "results.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._guard(made_with)
+        self.outcomes = read_outcomes(self.log)
+        for outcome in self.outcomes:
+            for setting in settings:
+                if setting.name == outcome.setting and setting.as_dict() != outcome.description:
+                    raise TokenTrimError(f"{folder} holds results of another setting named {setting.name!r}")
+
+    def _guard(self, made_with: Mapping[str, Any]) -> None:
+        file = self.folder / "settings.json"
+        now = json.loads(json.dumps(made_with))
+        if not file.is_file():
+            if self.log.is_file() and self.log.stat().st_size:
+                raise TokenTrimError(f"{self.log} has no settings.json beside it: of what are these results?")
+            file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
+        if changed:
+            words = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+            raise TokenTrimError(f"{self.folder} holds another comparison ({words}); give another --out")
+
+    def has(self, setting: str, seeds: Sequence[int]) -> bool:
+        """Whether this batch is done."""
+        return any(o.setting == setting and o.seeds == list(seeds) for o in self.outcomes)
+
+    def add(self, outcome: Outcome) -> None:
+        """Append one outcome and see it on disk."""
+        values = {key: [_or_null(v) for v in column] for key, column in outcome.values.items()}
+        line = json.dumps({**asdict(outcome), "values": values}, allow_nan=False)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.outcomes.append(outcome)
+
+
+def read_outcomes(log: Path) -> list[Outcome]:
+    """All whole lines of a log; what a crash left of a last one is removed from the file."""
+    if not log.is_file():
+        return []
+    text = log.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        # Else the next outcome would be appended to half a line.
+        log.write_bytes(whole)
+    return [_outcome(line, f"{log}:{n}") for n, line in enumerate(whole.decode().splitlines(), 1) if line.strip()]
+
+
+def _outcome(line: str, place: str) -> Outcome:
+    try:
+        found: dict[str, Any] = json.loads(line)
+        values = {k: [math.nan if v is None else v for v in column] for k, column in found["values"].items()}
+        return Outcome(**{**found, "values": values})
+    except (ValueError, TypeError, KeyError, AttributeError) as failure:
+        raise ReportError(f"{place} is not an outcome of a comparison: {failure}") from failure
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,160 @@
+"""A comparison as figures and as rows of text: every setting against the unpatched model, pair by pair."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tokentrim_hooks.errors import ReportError
+from tokentrim_hooks.experiments.compare.settings import BASE
+from tokentrim_hooks.experiments.compare.store import Outcome
+from tokentrim_hooks.experiments.compare.trials import Column
+from tokentrim_hooks.experiments.demo.table import number, percent
+from tokentrim_hooks.metrics.intervals import Difference, paired_difference
+
+CELL = 16
+"""Columns of one cell in the terminal."""
+BOLD = "A bold word: the interval excludes zero. Without one it does not."
+NOTES = """\
+Cells: mean difference to the unpatched model over pairs (same seed, same noise), its 95 % percentile bootstrap
+interval, and whether that excludes zero; in the row of the unpatched model, the mean itself. Intervals are not
+corrected for the number of comparisons: with many cells, about one in twenty excludes zero by luck alone.
+Pruned: share of judged chunks that were regenerated. Extra calls: of the denoiser, had every video been rolled out
+alone. Read stability, identity and motion together: who prunes what moves looks stable and loses the scene."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting against the base; ``differences`` by column key.
+
+    ``pruned``, ``extra`` and ``watched`` (pruned at the watched chunk) are shares, NaN for an unpatched model.
+    """
+
+    setting: str
+    pairs: int
+    pruned: float
+    extra: float
+    watched: float
+    differences: dict[str, Difference]
+
+
+def summarise(outcomes: Sequence[Outcome], columns: Sequence[Column], watch: int | None = None) -> list[Row]:
+    """One row a setting, the base first, over the seeds that both have.
+
+    Raises:
+        ReportError: no outcome of the unpatched model.
+    """
+    if not any(outcome.setting == BASE for outcome in outcomes):
+        raise ReportError(f"there is no result of the setting {BASE!r} to compare with")
+    names = dict.fromkeys([BASE, *(outcome.setting for outcome in outcomes)])
+    return [_row(name, outcomes, columns, watch) for name in names]
+
+
+def _row(name: str, outcomes: Sequence[Outcome], columns: Sequence[Column], watch: int | None) -> Row:
+    mine = [o for o in outcomes if o.setting == name]
+    theirs, ours = _by_seed([o for o in outcomes if o.setting == BASE]), _by_seed(mine)
+    seeds = sorted(theirs.keys() & ours.keys())
+    differences = {
+        c.key: paired_difference(*([arm[s].get(c.key, math.nan) for s in seeds] for arm in (theirs, ours)))
+        for c in columns
+    }
+    judged = sum(sum(o.judged) for o in mine)
+    pruned = sum(len(chunks) for o in mine for chunks in o.pruned)
+    calls = sum(o.calls * len(o.seeds) for o in mine)
+    caught = [watch in chunks for o in mine for chunks in o.pruned]
+    return Row(
+        setting=name,
+        pairs=len(seeds),
+        pruned=pruned / judged if judged else math.nan,
+        extra=sum(sum(o.alone) for o in mine) / calls if calls else math.nan,
+        watched=sum(caught) / len(caught) if watch is not None and calls else math.nan,
+        differences=differences,
+    )
+
+
+def _by_seed(outcomes: Sequence[Outcome]) -> dict[int, Mapping[str, float]]:
+    """Values by seed and column; a seed that was run twice counts once."""
+    return {
+        seed: {key: column[i] for key, column in outcome.values.items()}
+        for outcome in outcomes
+        for i, seed in enumerate(outcome.seeds)
+    }
+
+
+def by_window(columns: Sequence[Column]) -> dict[str, list[Column]]:
+    """Columns of each window, stability before identity before motion, as they were declared within these."""
+    order = {"stability": 0, "identity": 1, "motion": 2}
+    groups: dict[str, list[Column]] = {}
+    for column in sorted(columns, key=lambda c: order.get(c.aspect, 3)):
+        groups.setdefault(column.window, []).append(column)
+    return {window: groups[window] for window in dict.fromkeys(c.window for c in columns)}
+
+
+def cell(row: Row, column: Column) -> list[str]:
+    """Mean (base) or difference, interval and words."""
+    d = row.differences[column.key]
+    if row.setting == BASE:
+        return [number(d.base)]
+    if not d.pairs:
+        return ["-"]
+    interval = f"[{number(d.low, sign=True)}, {number(d.high, sign=True)}]"
+    return [number(d.mean, sign=True), interval, d.words(column.better)]
+
+
+def shares(row: Row, watch: int | None) -> list[str]:
+    """Pairs, chunks pruned, extra calls and, where a chunk is watched, how often that one was pruned."""
+    values = [row.pruned, row.extra, *([row.watched] if watch is not None else [])]
+    return [str(row.pairs), *("-" if math.isnan(v) else percent(v) for v in values)]
+
+
+def share_heads(watch: int | None) -> list[str]:
+    """Headings of :func:`shares`."""
+    return ["pairs", "pruned", "extra calls", *([f"chunk {watch} pruned"] if watch is not None else [])]
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[Column], watch: int | None = None) -> str:
+    """One table a window, its name above it; a bold word says that an interval excludes zero."""
+    tables = []
+    for window, some in by_window(columns).items():
+        heads = [f"{c.aspect}: {c.name}" if c.aspect else c.name for c in some]
+        lines = [["setting", *share_heads(watch), *heads]]
+        lines.append(["---"] * len(lines[0]))
+        lines += [[r.setting, *shares(r, watch), *(_short(cell(r, c)) for c in some)] for r in rows]
+        table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        tables.append(f"**{window}**\n\n{table}" if window else table)
+    return "\n".join(tables)
+
+
+def _short(texts: Sequence[str]) -> str:
+    """A cell in one line: the verdict only where the interval excludes zero, and in one word where there is one."""
+    *numbers, verdict = texts if len(texts) > 1 else [*texts, ""]
+    verdict = verdict.removeprefix("excludes zero: ")
+    return " ".join(numbers) + (f" **{verdict}**" if verdict and not verdict.startswith("does not") else "")
+
+
+def terminal(
+    rows: Sequence[Row], columns: Sequence[Column], watch: int | None = None
+) -> list[tuple[list[str], list[list[str]]]]:
+    """A table a window for the terminal, headings and rows: short lines, measures without a direction left out."""
+    tables = []
+    for window, some in by_window(columns).items():
+        shown = [c for c in some if c.better] or some
+        lines = _stacked([[window or "all"], *(textwrap.wrap(c.name, CELL) for c in shown)])
+        for row in rows:
+            numbers = zip(share_heads(watch), shares(row, watch), strict=True)
+            about = [row.setting, *(f"{head} {text}" for head, text in numbers)]
+            lines += _stacked([_narrow(about), *(_narrow(cell(row, c)) for c in shown)])
+        tables.append((["", *(c.aspect or "measure" for c in shown)], lines))
+    return tables
+
+
+def _narrow(texts: Sequence[str]) -> list[str]:
+    return [line for text in texts for line in textwrap.wrap(text, CELL)]
+
+
+def _stacked(cells: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Cells of several lines as several rows, and an empty row after them."""
+    height = max(map(len, cells)) + 1
+    return [[cell[i] if i < len(cell) else "" for cell in cells] for i in range(height)]

@@ -1,0 +1,206 @@
+"""What ``tokentrim compare`` asks of a model: a function of seeds that returns a :class:`Trial`.
+
+::
+
+    def make(seeds):  # one batch: a sample for each seed
+        pipeline = ...  # may be kept between calls
+        noise = ...
+
+        class MyTrial:
+            model = pipeline  # what tokentrim.patch takes
+            columns = (Column("saturation", "stability"), Column("motion", "motion"))
+            settings = {"steps": 4}
+
+            def run(self):  # -> video [B, F, C, H, W]; must give the same for the same seeds
+                return pipeline.inference(noise)
+
+            def measure(self, video):  # -> {column name: one value for each sample}
+                return {"saturation": ..., "motion": ...}
+
+        return MyTrial()
+
+Random numbers that ``run`` draws from torch's global stream are seeded before every run, so that all settings see the
+same noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.reference.fault import Blotch, Planter, Where
+from tokentrim_hooks.reference.pipeline import WEIGHTS, ReferencePipeline
+from tokentrim_hooks.reference.quality import METRICS, window
+from tokentrim_hooks.reference.scenes import Scene, scenes
+
+FRAMES = 3
+"""Frames of a chunk of the reference model."""
+ASPECTS = {
+    "colour histogram error": "stability",
+    "saturation error": "stability",
+    "sprites alive (identity)": "identity",
+    "error to ground truth": "stability",
+    "motion error": "motion",
+    "motion / true motion": "motion",
+}
+HEALTHY = 6
+"""Chunks made true before the corrupted one, so that the policy has severities to compare with."""
+OFFSETS = (1, 4, 8, 12)
+"""Chunks after the fault at which the error around it is measured."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measure: its name, what it is about ("stability", "identity", "motion"), "lower"/"higher" if one is better.
+
+    Columns of different ``window`` (a part of the video) stand under one another in the table.
+    """
+
+    name: str
+    aspect: str = ""
+    better: str = ""
+    window: str = ""
+
+    @property
+    def key(self) -> str:
+        """Name under which :meth:`Trial.measure` returns it: ``name``, or ``name @ window``."""
+        return f"{self.name} @ {self.window}" if self.window else self.name
+
+
+class Trial(Protocol):
+    """One batch of seeds, ready to be rolled out. ``settings`` is whatever makes results comparable.
+
+    An optional attribute ``watch`` is the ordinal of a chunk of which the table shall say how often it was pruned.
+    """
+
+    model: Any
+    columns: Sequence[Column]
+    settings: Mapping[str, Any]
+
+    def run(self) -> Tensor:
+        """Roll out; returns the video ``[B, F, C, H, W]``."""
+        ...
+
+    def measure(self, video: Tensor) -> Mapping[str, Tensor]:
+        """Measure a video: ``[B]`` for each column's key, NaN where there is nothing to measure."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReferenceMaker:
+    """Makes trials of the reference model.
+
+    Attributes:
+        pipeline: used by all trials, one after the other.
+        chunks: generated after the given first one.
+        fault: where a blotch is planted in chunk HEALTHY + 1, or None for the natural drift.
+        weights: what the model is, for the settings.
+        sink: frames of the sink (anchor).
+    """
+
+    pipeline: ReferencePipeline
+    chunks: int
+    fault: Where | None = None
+    weights: str = "untrained"
+    sink: int = 0
+
+    @classmethod
+    def load(cls, chunks: int, fault: Where | None, sink: int, trained: bool, device: str) -> ReferenceMaker:
+        """The trained model, or a tiny random one on the same frames."""
+        if trained:
+            pipeline = ReferencePipeline.pretrained(device=device, sink_size=sink)
+            return cls(pipeline, chunks, fault, hashlib.sha256(Path(WEIGHTS).read_bytes()).hexdigest()[:12], sink)
+        return cls(ReferencePipeline.random(grid=(8, 8), sink_size=sink, device=device), chunks, fault, sink=sink)
+
+    def __call__(self, seeds: Sequence[int]) -> Trial:
+        """A batch: for each seed its scene, its first noise and, for a fault, its blotch."""
+        return ReferenceTrial(self, seeds)
+
+
+class ReferenceTrial:
+    """The reference model over drawn scenes; see :class:`Trial`."""
+
+    def __init__(self, maker: ReferenceMaker, seeds: Sequence[int]) -> None:
+        self.maker, self.model, self.seeds = maker, maker.pipeline, seeds
+        self.scene = joined([scenes(seed, 1, FRAMES * (1 + maker.chunks)) for seed in seeds])
+        blotches = [Blotch.draw(1, self.model.generator.model.grid, (4, 4), seed) for seed in seeds]
+        corner, color = (torch.cat([getattr(b, name) for b in blotches]) for name in ("corner", "color"))
+        self.blotch = Blotch(corner, color, (4, 4))
+        self.columns: Sequence[Column] = fault_columns(maker.chunks) if maker.fault else drift_columns(maker.chunks)
+        self.watch = HEALTHY + 2 if maker.fault else None
+        self.settings: Mapping[str, Any] = {"model": "reference", "weights": maker.weights, "chunks": maker.chunks,
+                         "sink": maker.sink,
+                         "fault": maker.fault, "device": str(self._like.device)}  # fmt: skip
+
+    @property
+    def _like(self) -> Tensor:
+        return next(self.model.parameters())
+
+    def run(self) -> Tensor:
+        """Generate after the given true chunk; returns pixels in about [-1, 1], on the CPU."""
+        truth = self.scene.video.to(self._like)
+        shape = (FRAMES * self.maker.chunks, *truth.shape[2:])
+        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
+        with ExitStack() as stack:
+            if self.maker.fault:
+                stack.enter_context(self._planter(truth, self.maker.fault))
+            noise = torch.stack(draws).to(truth)
+            video = self.model.inference(noise, initial_latent=truth[:, :FRAMES].clone(), return_latents=True)[1]
+        return video.float().cpu()
+
+    def measure(self, video: Tensor) -> dict[str, Tensor]:
+        """Measures of :mod:`tokentrim_hooks.reference.quality`, or the error around the planted fault."""
+        found = self._fault_errors(video) if self.maker.fault else {}
+        for low, high in windows(self.maker.chunks, HEALTHY + 2 if self.maker.fault else 1):
+            frames = slice(low * FRAMES, (high + 1) * FRAMES)
+            part = window(self.scene, frames)
+            for metric in METRICS:
+                found[f"{metric.name} @ {_name(low, high)}"] = metric.measure(video[:, frames], part)
+        return found
+
+    def _fault_errors(self, video: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for column, offset in zip(self.columns, OFFSETS, strict=False):
+            first = (HEALTHY + 1 + offset) * FRAMES
+            here = slice(first, first + FRAMES)
+            found[column.key] = self.blotch.error(video[:, here], self.scene.video[:, here])
+        return found
+
+    def _planter(self, truth: Tensor, where: Where) -> Planter:
+        tokens = self.model.frame_seq_length
+        return Planter(self.model.generator, truth, self.blotch, HEALTHY + 1, tokens, where)
+
+
+def joined(parts: Sequence[Scene]) -> Scene:
+    """Scenes of one video each as one batch: so that a scene depends on its own seed only."""
+    return Scene(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+
+def windows(chunks: int, first: int = 1) -> list[tuple[int, int]]:
+    """First and second half of the chunks from ``first`` on, both ends inclusive; one window where that is too few."""
+    half = (first - 1 + chunks) // 2
+    return [(first, chunks)] if half < first else [(first, half), (half + 1, chunks)]
+
+
+def drift_columns(chunks: int, first: int = 1) -> list[Column]:
+    """Columns of a rollout from chunk ``first`` on, in two halves."""
+    names = [_name(low, high) for low, high in windows(chunks, first)]
+    return [Column(m.name, ASPECTS.get(m.name, ""), m.better, name) for name in names for m in METRICS]
+
+
+def fault_columns(chunks: int) -> list[Column]:
+    """Columns of a rollout with a planted fault: the error around it, and what the whole picture does after it."""
+    offsets = [o for o in OFFSETS if HEALTHY + 1 + o <= chunks]
+    errors = [Column(f"error around the fault, +{o}", "stability", "lower") for o in offsets]
+    return [*errors, *drift_columns(chunks, HEALTHY + 2)]
+
+
+def _name(low: int, high: int) -> str:
+    return f"chunks {low}-{high}"

@@ -1,0 +1,1 @@
+"""Measures of real videos, and intervals of paired differences."""

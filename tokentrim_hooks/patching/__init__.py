@@ -1,0 +1,1 @@
+"""What hangs on a model, and how it comes off."""

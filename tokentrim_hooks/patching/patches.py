@@ -1,0 +1,270 @@
+"""All that hangs on one model, and how it comes off: an undo stack and a dead-man's switch.
+
+Modules get forward hooks (they survive offloading and keep signatures); methods and module-level functions get wrapt
+wrappers. Everything is inert as soon as ``active`` is False, also a copy that somebody else kept. A copied or pickled
+model carries inert remains only.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import wrapt
+from torch import nn
+
+from tokentrim_hooks.errors import AttachError
+from tokentrim_hooks.patching.tap_site import MISSING, TapNames, TapSite, depth_hooks, eagerly, same
+from tokentrim_hooks.pruning.tap import BUSY, current_tap, unforgiving
+
+
+@dataclass(frozen=True)
+class Method:
+    """A denoiser that is no module call: method ``name`` of an object, or of a class for all its instances."""
+
+    owner: Any
+    name: str
+
+
+def _inert(*_args: Any, **_kwargs: Any) -> None:
+    """What remains of a hook in a copied or unpickled model: nothing."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert
+
+
+class Hook:
+    """A forward hook bound to one module; copies and pickles of it do nothing."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], patches: Patches) -> None:
+        self._module = module
+        self._function = function
+        self._patches = patches
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run, but only for the module that was hooked (a shallow copy shares its hooks) and while the patch is on."""
+        if not self._patches.active or module is not self._module:
+            return None
+        return self._function(module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _make_inert, ()
+
+
+class Wrapper(wrapt.FunctionWrapper[Any, Any]):
+    """A wrapt wrapper whose copies and pickles are the original."""
+
+    def __copy__(self) -> Any:
+        return self.__wrapped__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.__wrapped__, memo)
+
+    def __reduce__(self) -> Any:
+        return same, (self.__wrapped__,)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+
+class Answer:
+    """A wrapped function that remembers what came of its call: a value, or a failure of its own."""
+
+    def __init__(self, wrapped: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, wrapped)
+        self._wrapped = wrapped
+        self.given = False
+        self.value: Any = None
+        self.failure: Exception | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        try:
+            self.value = self._wrapped(*args, **kwargs)
+        except Exception as failure:
+            self.failure = failure
+            raise
+        self.given = True
+        return self.value
+
+
+class Patches:
+    """Undo stack of one patched model. Adapters call :meth:`tap` and :meth:`wrap`; undoing is the core's business."""
+
+    def __init__(self) -> None:
+        self.active = True
+        self.taps = 0
+        self.layers = 0
+        self.forgive: Callable[[Exception], bool] = unforgiving
+        """Told of a failure of an adapter's wrapper; True if generation goes on without us."""
+        self._undo: list[Callable[[], None]] = []
+
+    def hook(
+        self,
+        module: nn.Module,
+        before: Callable[..., Any] | None = None,
+        after: Callable[..., Any] | None = None,
+        leave: Callable[..., Any] | None = None,
+    ) -> None:
+        """Watch the calls of a module: ``before(module, args, kwargs)``, ``after(module, args, kwargs, output)``.
+
+        ``leave`` has ``after``'s signature and runs also when the call raises.
+        """
+        handles = []
+        if before is not None:
+            handles.append(
+                module.register_forward_pre_hook(Hook(module, before, self), prepend=True, with_kwargs=True)
+            )
+        if after is not None:
+            handles.append(module.register_forward_hook(Hook(module, after, self), with_kwargs=True))
+        if leave is not None:
+            handles.append(
+                module.register_forward_hook(Hook(module, leave, self), with_kwargs=True, always_call=True)
+            )
+        for handle in handles:
+            self._undo.append(handle.remove)
+
+    def tap(
+        self,
+        namespace: Any,
+        name: str,
+        *,
+        q: str = "q",
+        k: str = "k",
+        v: str = "v",
+        mask: str | None = None,
+        refuse: tuple[str, ...] = (),
+        heads_first: bool = False,
+        lengths: str | None = None,
+        within: Iterable[nn.Module] = (),
+    ) -> None:
+        """Let only live keys reach the attention function ``namespace.name``.
+
+        ``namespace`` is a module of Python, a dict, or an attention module of the model (``name`` is ``"forward"``).
+        The names say which parameters hold q, k, v: ``[B, length, heads, head_dim]``, or with ``heads_first``
+        ``[B, heads, length, head_dim]``. The result is ``[B, length, ...]``, or a tuple that begins with it.
+        Where the same function also serves cross attention, ``within`` lists the self-attention modules in whose
+        calls it counts. A call that sets a parameter named in ``refuse`` raises instead of going wrong. ``lengths``
+        names the parameter with the number of keys of each sample, where all given keys are valid.
+        """
+        site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse, heads_first, lengths))
+        self._undo.append(site.release)
+        self.taps += 1
+        for module in within:
+            self.layers += 1
+            self.hook(module, before=depth_hooks()[0], leave=depth_hooks()[1])
+
+    def tap_packed(self, owner: Any, name: str, attend: Callable[..., Any]) -> None:
+        """Tap an attention method that packs queries of several chunks, each with a range of keys of its own.
+
+        While something is dead ``attend(tap, attention, *args, **kwargs)`` stands in for the calls of
+        ``owner.name``: it asks ``tap.live_range(...)`` for each range and calls ``attention``, the original, on what
+        is left. Calls in which it asks nothing count as no attention over the context.
+        """
+
+        def through(attention: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            tap = current_tap()
+            if tap is None or tap.off:
+                return attention(*args, **kwargs)
+            before = tap.asked
+            try:
+                output = attend(tap, attention, *args, **kwargs)
+            except Exception as failure:
+                if not tap.steps_aside(failure):
+                    raise
+                return attention(*args, **kwargs)
+            tap.calls += tap.asked > before
+            return output
+
+        through = eagerly(through)
+
+        def tapped(attention: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return through(attention, args, kwargs) if BUSY.now else attention(*args, **kwargs)
+
+        self._wrap(owner, name, tapped)
+        self.taps += 1
+
+    def wrap(
+        self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> None:
+        """Wrap a method or function, wrapt style: ``wrapper(wrapped, instance, args, kwargs)``.
+
+        With ``on_error="warn"`` a failure of ``wrapper`` itself costs the call nothing: ``wrapped`` answers alone.
+        """
+
+        def guarded(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            original = Answer(wrapped)
+            try:
+                return wrapper(original, instance, args, kwargs)
+            except Exception as failure:
+                if failure is original.failure or not self.forgive(failure):
+                    raise
+                return original.value if original.given else wrapped(*args, **kwargs)
+
+        self._wrap(owner, name, guarded)
+
+    def _wrap(
+        self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> None:
+        before = vars(owner).get(name, MISSING)
+        wrapped = Wrapper(getattr(owner, name), wrapper, enabled=lambda: self.active)
+        setattr(owner, name, wrapped)
+
+        def undo() -> None:
+            if vars(owner).get(name) is not wrapped:
+                return
+            if before is MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        self._undo.append(undo)
+
+    def watch(
+        self,
+        method: Method,
+        before: Callable[..., Any],
+        after: Callable[..., Any],
+        leave: Callable[..., Any],
+    ) -> None:
+        """Watch the calls of a method as :meth:`hook` watches a module's; the wrapped method stands for the module."""
+
+        def watched(wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = None
+            try:
+                before(wrapped, args, kwargs)
+                output = wrapped(*args, **kwargs)
+                replaced = after(wrapped, args, kwargs, output)
+                return output if replaced is None else replaced
+            finally:
+                leave(wrapped, args, kwargs, output)
+
+        self._wrap(method.owner, method.name, watched)
+
+    def on_undo(self, action: Callable[[], None]) -> None:
+        """Run ``action`` when the patch comes off."""
+        self._undo.append(action)
+
+    def require_tap(self, adapter: str) -> None:
+        """Raise AttachError if the adapter attached nothing that could prune."""
+        if not self.taps:
+            raise AttachError(f"adapter {adapter!r} found no attention function to tap; nothing was patched")
+
+    def undo(self) -> None:
+        """Take everything off, last first; runs to the end even if a step fails, then raises the first failure."""
+        self.active = False
+        failures: list[Exception] = []
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except Exception as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]

@@ -1,0 +1,204 @@
+"""Where a tap sits: an attention function in a namespace, or the forward of an attention module.
+
+While nothing is dead a tapped function is the original behind one plain test, which compiled code can guard on.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.pruning.tap import BUSY, CallTap, current_tap
+from tokentrim_hooks.pruning.tombstones import clear_marks
+
+MISSING = object()
+_inside: ContextVar[int] = ContextVar("tokentrim_inside_self_attention", default=0)
+
+
+def same(value: Any) -> Any:
+    """Return ``value``: what a pickled wrapper is made from."""
+    return value
+
+
+def _swap_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep ``function`` out of compiled graphs: our bookkeeping is not the model's."""
+    return cast(Callable[..., Any], torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class TapNames:
+    """Names under which an attention function takes query, key, value and mask; it refuses what ``refuse`` names."""
+
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    mask: str | None = None
+    refuse: tuple[str, ...] = ()
+    heads_first: bool = False
+    lengths: str | None = None
+
+
+class TappedForward:
+    """Stands in for the forward of one attention module; a copied or pickled module gets its own forward back."""
+
+    def __init__(self, original: Callable[..., Any], attend: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._original, self._attend = original, attend
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, unless something is dead."""
+        return self._attend(args, kwargs) if BUSY.now else self._original(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._original, memo)
+
+    def __reduce__(self) -> Any:
+        return same, (self._original,)
+
+
+def _place_of(namespace: Any) -> Mapping[str, Any]:
+    """Where a namespace keeps its names: a dict is its own place."""
+    return namespace if isinstance(namespace, dict) else vars(namespace)
+
+
+def _put(namespace: Any, name: str, value: Any) -> None:
+    if isinstance(namespace, dict):
+        namespace[name] = value
+    else:
+        setattr(namespace, name, value)
+
+
+class TapSite:
+    """One tapped function in a namespace, shared by all patched models whose code lives there."""
+
+    _sites: dict[tuple[int, str], TapSite] = {}  # noqa: RUF012 - a registry of the process
+
+    def __init__(self, namespace: Any, name: str, names: TapNames) -> None:
+        self.namespace, self.name, self.names = namespace, name, names
+        self.users = 0
+        self.before = _place_of(namespace).get(name, MISSING)
+        self.original = namespace[name] if isinstance(namespace, dict) else getattr(namespace, name)
+        self.signature = inspect.signature(self.original)
+        self.tapped = self._make_tapped()
+
+    @classmethod
+    def use(cls, namespace: Any, name: str, names: TapNames) -> TapSite:
+        """Install the tap, or share the one that is there."""
+        key = (id(namespace), name)
+        site = cls._sites.get(key)
+        if site is None:
+            site = cls._sites[key] = cls(namespace, name, names)
+            _put(namespace, name, site.tapped)
+        site.users += 1
+        return site
+
+    def release(self) -> None:
+        """Take the tap out with its last user, unless somebody has wrapped it since (then it stays, inert)."""
+        self.users -= 1
+        if self.users == 0:
+            del self._sites[(id(self.namespace), self.name)]
+            if _place_of(self.namespace).get(self.name) is not self.tapped:
+                return
+            if self.before is MISSING:
+                delattr(self.namespace, self.name)
+            else:
+                _put(self.namespace, self.name, self.before)
+
+    def _make_tapped(self) -> Callable[..., Any]:
+        """A plain function, no wrapt proxy, and no context variable while nothing is dead: neither can be compiled."""
+        original, attend = self.original, eagerly(self._attend)
+        if isinstance(self.namespace, nn.Module):
+            return TappedForward(original, attend)
+
+        @functools.wraps(original)
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            return attend(args, kwargs) if BUSY.now else original(*args, **kwargs)
+
+        return tapped
+
+    def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tap = current_tap()
+        if tap is None or tap.off or not self.users or (tap.gated and not _inside.get()):
+            return self.original(*args, **kwargs)
+        try:
+            return self._attend_live(tap, args, kwargs)
+        except Exception as failure:
+            if not tap.steps_aside(failure):
+                raise
+            return self._attend_unpruned(tap, args, kwargs)
+
+    def _attend_unpruned(self, tap: CallTap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's own attention. Marks have left the cache by now, but V may be a copy made before that."""
+        if tap.layout is not None:
+            return self.original(*args, **kwargs)  # key selection leaves no mark in V
+        bound = self.signature.bind(*args, **kwargs)
+        values = self._turn(bound.arguments[self.names.v]).clone()
+        clear_marks([values])
+        bound.arguments[self.names.v] = self._turn(values)
+        return self.original(*bound.args, **bound.kwargs)
+
+    @property
+    def _turn(self) -> Callable[[Any], Any]:
+        """Swaps heads and length where the function wants heads first; its own inverse."""
+        return _swap_heads if self.names.heads_first else same
+
+    def _attend_live(self, tap: CallTap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        given, names = bound.arguments, self.names
+        for name in names.refuse:
+            if given.get(name) is not None:
+                raise UnsupportedContextError(f"cannot prune while {self.name}() is called with {name}")
+
+        rest: tuple[Any, ...] = ()
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            nonlocal rest
+            given.update({names.q: turn(q), names.k: turn(k), names.v: turn(v)})
+            if names.mask is not None:
+                given[names.mask] = mask
+            if names.lengths is not None:
+                given[names.lengths] = torch.full_like(given[names.lengths][: q.shape[0]], k.shape[1])
+            result = self.original(*bound.args, **bound.kwargs)
+            first, *others = result if isinstance(result, tuple) else (result,)
+            rest = tuple(others)
+            return cast(Tensor, first)
+
+        turn = self._turn
+        mask = given.get(names.mask) if names.mask else None
+        output = tap.attend(attend, turn(given[names.q]), turn(given[names.k]), turn(given[names.v]), mask)
+        return (output, *rest) if rest else output
+
+
+def _count_inside(by: int) -> None:
+    # Not BUSY: another thread's model may change it between the two hooks.
+    if current_tap() is not None:
+        _inside.set(_inside.get() + by)
+
+
+@functools.cache
+def depth_hooks() -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks that count entries into self attention; made at the first tap, for torch's compiler is slow to import."""
+    count = eagerly(_count_inside)
+
+    def go_inside(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
+        if BUSY.now:
+            count(1)
+
+    def go_outside(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
+        if BUSY.now:
+            count(-1)
+
+    return go_inside, go_outside

@@ -1,0 +1,1 @@
+"""When to prune, and which tokens: tensors in, answers out. Knows no model."""

@@ -1,0 +1,1 @@
+"""How tokens die exactly: contexts, tombstones, key selection, the attention tap. Knows no adapter."""

@@ -1,0 +1,218 @@
+"""The attention tap: dead tokens never reach the attention kernel.
+
+Caches carry tombstones (tombstones.py), contexts in the sequence have a ledger (ledger.py). Either way the tap computes
+once per denoiser call which rows of K and V are live, and hands only those to the kernel.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.pruning.block_mask import is_block_mask, without_dead
+from tokentrim_hooks.pruning.context import KeyLayout
+from tokentrim_hooks.pruning.key_selection import Ledger, QueryGroup
+from tokentrim_hooks.pruning.tombstones import alive_rows
+
+_current: ContextVar[CallTap | None] = ContextVar("tokentrim_call", default=None)
+
+
+class Busy:
+    """Whether any tap of the process is at work: a plain attribute, which compiled code can guard on.
+
+    While it is False, tapped functions run as if they were not tapped, without a graph break.
+    """
+
+    def __init__(self) -> None:
+        self.taps = 0
+        self.now = False
+        self._lock = threading.Lock()
+
+    def change(self, by: int) -> None:
+        """Count taps in and out."""
+        with self._lock:
+            self.taps += by
+            self.now = self.taps > 0
+
+
+BUSY = Busy()
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A query group ready for the kernel: one index for all samples, or one a sample."""
+
+    start: int
+    stop: int | None
+    index: tuple[Tensor, ...]
+
+
+def keeps_of(groups: Sequence[QueryGroup], device: torch.device) -> tuple[Keep, ...]:
+    """Turn masks into key indices on the device; a single index where all samples keep the same keys."""
+    keeps = []
+    for group in groups:
+        rows = group.alive[:1] if bool((group.alive == group.alive[:1]).all()) else group.alive
+        if not bool(rows.any(dim=1).all()):
+            raise UnsupportedContextError("pruning would leave a sample with no key at all")
+        index = tuple(row.nonzero().squeeze(1).to(device, non_blocking=True) for row in rows)
+        keeps.append(Keep(group.start, group.stop, index))
+    return tuple(keeps)
+
+
+def unforgiving(_failure: Exception) -> bool:
+    """The answer to a failure where it shall be raised."""
+    return False
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def attend_live(attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keeps: Sequence[Keep]) -> Tensor:
+    """Run ``attend`` on live keys only.
+
+    q, k, v are ``[B, length, heads, head_dim]``; ``mask`` broadcasts over ``[B, heads, queries, keys]``. Queries of
+    different groups, and samples that keep different keys, run one after the other.
+    """
+    outputs = []
+    for keep in keeps:
+        some_q, some_mask = q, mask
+        if len(keeps) > 1:
+            some_q = q[:, keep.start : keep.stop]
+            some_mask = _rows(mask, keep.start, keep.stop)
+        outputs.append(_attend_group(attend, some_q, k, v, some_mask, keep.index))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _attend_group(
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Sequence[Tensor]
+) -> Tensor:
+    if len(index) == 1:
+        return attend(q, k.index_select(1, index[0]), v.index_select(1, index[0]), _columns(mask, index[0]))
+    samples = []
+    for b, keys in enumerate(index):
+        one = slice(b, b + 1)
+        own = mask[one] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask
+        samples.append(
+            attend(q[one], k[one].index_select(1, keys), v[one].index_select(1, keys), _columns(own, keys))
+        )
+    return torch.cat(samples, dim=0)
+
+
+def _columns(mask: Tensor | None, keys: Tensor) -> Tensor | None:
+    return mask if mask is None or mask.shape[-1] == 1 else mask.index_select(-1, keys)
+
+
+def _rows(mask: Tensor | None, start: int, stop: int | None) -> Tensor | None:
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., start:stop, :]
+
+
+class CallTap:
+    """What the attention tap knows during one denoiser call: live keys, computed once and shared by all layers."""
+
+    def __init__(self, layout: KeyLayout | None, ledger: Ledger, gated: bool = False) -> None:
+        self.layout = layout
+        self.ledger = ledger
+        self.gated = gated
+        self.forgive: Callable[[Exception], bool] = unforgiving
+        """Told of a failure of ours; True if generation goes on without us, and then this tap is ``off``."""
+        self.off = False
+        self.calls = 0
+        self.dropped = 0
+        self.asked = 0
+        self._keeps: dict[tuple[int, torch.device], tuple[Keep, ...]] = {}
+        self._ranges: dict[tuple[int, int, int], Tensor | None] = {}
+        self._masks: dict[int, tuple[Any, Any]] = {}
+
+    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend with the live keys only, counting what was dropped."""
+        # By device too: the layers of one model may lie on several.
+        place = k.shape[1], k.device
+        keeps = self._keeps.get(place)
+        if keeps is None:
+            keeps = self._keeps[place] = keeps_of(self._groups(k, v), k.device)
+        self.calls += 1
+        dropped = max(k.shape[1] - index.numel() for keep in keeps for index in keep.index)
+        self.dropped = max(self.dropped, dropped)
+        if dropped and is_block_mask(mask):
+            return attend(q, k, v, self._hidden(mask, keeps, k))
+        return attend_live(attend, q, k, v, mask, keeps) if dropped else attend(q, k, v, mask)
+
+    def steps_aside(self, failure: Exception) -> bool:
+        """Whether a failure of ours is forgiven: then nothing more is dropped in this call."""
+        self.off = self.off or self.forgive(failure)
+        return self.off
+
+    def _hidden(self, mask: Any, keeps: Sequence[Keep], k: Tensor) -> Any:
+        """The block mask without the dead keys, made once a call: all layers are given the same mask."""
+        if len(keeps) > 1:
+            raise UnsupportedContextError("cannot prune chunks in flight apart in a block mask of flex attention")
+        if id(mask) not in self._masks:
+            self._masks[id(mask)] = (mask, without_dead(mask, keeps[0].index, k.shape[0], k.shape[1]))
+        return self._masks[id(mask)][1]
+
+    def live_range(self, start: int, first: int, stop: int, keys: Tensor) -> Tensor | None:
+        """Live keys for one range of packed queries, for :meth:`Patches.tap_packed`.
+
+        Args:
+            start: latent frame at which the queries' chunk starts; what was pruned for later chunks is alive to it.
+            first: first key that these queries see.
+            stop: key behind the last one that they see.
+            keys: all keys of the call, one sample: ``[length, ...]``.
+
+        Returns:
+            LongTensor, positions counted from ``first``, on the keys' device; None if all keys of the range live.
+        """
+        layout = self._layout_of(keys.shape[0])
+        self.asked += 1
+        place = (start, first, stop)
+        if place not in self._ranges:
+            self._ranges[place] = self._live_range(layout, start, first, stop, keys.device)
+        live = self._ranges[place]
+        self.dropped = max(self.dropped, 0 if live is None else stop - first - live.numel())
+        return live
+
+    def _live_range(
+        self, layout: KeyLayout, start: int, first: int, stop: int, device: torch.device
+    ) -> Tensor | None:
+        alive = self.ledger.live_for(layout, 1, start)[0, first:stop]
+        if bool(alive.all()):
+            return None
+        if not bool(alive.any()):
+            raise UnsupportedContextError("pruning would leave a range of queries with no key at all")
+        return alive.nonzero().squeeze(1).to(device, non_blocking=True)
+
+    def _groups(self, k: Tensor, v: Tensor) -> list[QueryGroup]:
+        if self.layout is None:
+            return [QueryGroup(0, None, alive_rows(v).cpu())]
+        return self.ledger.live(self._layout_of(k.shape[1]), k.shape[0])
+
+    def _layout_of(self, keys: int) -> KeyLayout:
+        """The key layout; raises unless it describes as many keys as self attention sees."""
+        if self.layout is None or keys != self.layout.length:
+            known = "has no key layout" if self.layout is None else f"says {self.layout.length}"
+            raise UnsupportedContextError(f"self attention sees {keys} keys, the adapter's key layout {known}")
+        return self.layout
+
+
+def current_tap() -> CallTap | None:
+    """The tap of the denoiser call that is running in this thread or task, if something in its context is dead."""
+    return _current.get()
+
+
+def enter_tap(tap: CallTap | None) -> Token[CallTap | None]:
+    """Make ``tap`` the current one; give the token back to :func:`leave_tap`."""
+    BUSY.change(tap is not None)
+    return _current.set(tap)
+
+
+def leave_tap(token: Token[CallTap | None]) -> None:
+    """Undo :func:`enter_tap`."""
+    BUSY.change(-(_current.get() is not None))
+    _current.reset(token)

@@ -1,0 +1,112 @@
+"""Marks for dead rows of a KV cache: one infinite element in the V row of a dead token.
+
+The mark travels with the row through native rolls, sinks and copies, dies when the row is overwritten, and poisons the
+output loudly if an attention path was missed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.pruning.context import CacheRows, require_floating
+
+
+def mark_of(dtype: torch.dtype) -> float:
+    """Value of a tombstone: +inf, or NaN where the type has no infinity (fp8 ``*fn`` types)."""
+    return float("nan") if "float8" in str(dtype) and "fn" in str(dtype) else float("inf")
+
+
+def alive_rows(values: Tensor) -> Tensor:
+    """Rows of V ``[B, rows, heads, head_dim]`` that carry no tombstone: BoolTensor ``[B, rows]`` on the device."""
+    return torch.isfinite(values[:, :, 0, 0].float())
+
+
+@dataclass
+class Tombstones:
+    """Marks in the V rows of one or more KV caches, and what they replaced, for as long as rows have not moved."""
+
+    replaced: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def mark(self, rows: CacheRows, tokens: Sequence[Sequence[int]], prune_anchors: bool = False) -> int:
+        """Mark all cached positions of ``tokens`` (one list a sample; empty = spare it); return rows marked."""
+        require_floating(rows.values)
+        first = rows.start if prune_anchors else rows.start + rows.anchors
+        sample, row = _positions(tokens, first, rows.stop, rows.tokens, range(*rows.current))
+        if not sample:
+            return 0
+        places = torch.tensor([sample, row])
+        on_device = {device: places.to(device) for device in {values.device for values in rows.values}}
+        for values in rows.values:
+            index = on_device[values.device]
+            self.replaced.append((values, index, values[index[0], index[1], 0, 0].clone()))
+            values[index[0], index[1], 0, 0] = mark_of(values.dtype)
+        return len(sample)
+
+    def revive(self) -> None:
+        """Put back what the marks replaced. Only valid while no row has moved since."""
+        for values, index, old in reversed(self.replaced):
+            with torch.inference_mode(values.is_inference()), torch.no_grad():
+                values[index[0], index[1], 0, 0] = old
+        self.replaced.clear()
+
+    def settle(self) -> None:
+        """Forget what the marks replaced: they are final."""
+        self.replaced.clear()
+
+
+def _positions(
+    tokens: Sequence[Sequence[int]], first: int, stop: int, per_frame: int, spared: range
+) -> tuple[list[int], list[int]]:
+    """(sample, row) of every cached copy of the tokens in rows ``first..stop`` but not in ``spared``."""
+    if first % per_frame:
+        raise UnsupportedContextError(f"history starts at row {first}, not at a frame of {per_frame} rows")
+    pairs = [
+        (sample, frame + token)
+        for sample, chosen in enumerate(tokens)
+        for frame in range(first, stop, per_frame)
+        for token in chosen
+        if frame + token < stop and frame + token not in spared
+    ]
+    return [sample for sample, _ in pairs], [row for _, row in pairs]
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Where marks lie, without keeping the memory alive: weak references to the storages, for tensors may be views."""
+
+    places: tuple[tuple[weakref.ref[torch.UntypedStorage], torch.dtype, int, torch.Size, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, values: Iterable[Tensor]) -> Traces:
+        """Remember the V tensors of a cache."""
+        return cls(
+            tuple(
+                (weakref.ref(v.untyped_storage()), v.dtype, int(v.storage_offset()), v.size(), v.stride())
+                for v in values
+            )
+        )
+
+    @property
+    def lost(self) -> bool:
+        """Whether some of the memory is gone: a cache that makes its tensors anew has taken its marks elsewhere."""
+        return any(storage() is None for storage, *_ in self.places)
+
+    def clear(self) -> None:
+        """Make what is left finite again. Tensors are made anew: those of inference mode could not be written."""
+        for storage, dtype, offset, size, stride in self.places:
+            memory = storage()
+            if memory is not None:
+                clear_marks([torch.empty(0, dtype=dtype, device=memory.device).set_(memory, offset, size, stride)])
+
+
+def clear_marks(values: Iterable[Tensor]) -> None:
+    """Make rows whose mark cannot be undone finite again (0 in the marked element), so that nothing is poisoned."""
+    for value in values:
+        element = value[:, :, 0, 0]
+        element.copy_(torch.where(torch.isfinite(element.float()), element, torch.zeros_like(element)))

@@ -1,0 +1,1 @@
+"""What happened: records, observers, pages. Drawing a page imports no patching code."""

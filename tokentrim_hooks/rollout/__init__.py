@@ -1,0 +1,1 @@
+"""Algorithm 1 over denoiser calls: sessions, chunks, phases, regeneration."""

@@ -1,0 +1,147 @@
+"""The tables of supported models: made from the installed adapters and the check records, never written by hand.
+
+What an adapter says of itself (name, models, context) comes from the adapter; what was run on which version comes from
+``docs/checks.json`` in the checkout. A model without a record is printed as *not checked*.
+
+``python tools/support_tables.py --write`` writes both tables to where they belong, README.md and docs/models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokentrim_hooks.api import adapters
+from tokentrim_hooks.errors import ReportError
+
+ROOT = Path(__file__).parents[1]
+"""The checkout; an installed wheel has no check records beside it."""
+NOT_CHECKED = "not checked"
+OWN = "tokentrim-hooks "
+"""How the name of our own distribution begins: tables in our README list our adapters only."""
+
+Row = tuple[str, str, str, Mapping[str, Any]]
+"""Model, adapter, where the context lies, the check record (empty if there is none)."""
+
+
+def read_checks(root: Path = ROOT) -> dict[str, Any]:
+    """Read ``docs/checks.json``.
+
+    Raises:
+        ReportError: there is none, as in an installed package.
+    """
+    path = root / "docs" / "checks.json"
+    try:
+        checks: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as failure:
+        raise ReportError(f"no check records here: {path.name} lies in a checkout, in docs/") from failure
+    return checks
+
+
+def rows(checks: Mapping[str, Any]) -> list[Row]:
+    """One row a model of our own adapters, sorted by adapter, then the base classes.
+
+    Raises:
+        ReportError: a record names a model that no adapter of ours has.
+    """
+    by_model = {model: record for record in checks["checks"] for model in record["models"]}
+    found: list[Row] = []
+    for info in adapters():
+        if info.adapter is not None and info.distribution.startswith(OWN):
+            kind = info.adapter.context_kind
+            found += [(model, info.name, kind, by_model.pop(model, {})) for model in info.adapter.models]
+    if by_model:
+        raise ReportError(f"check records of models that no adapter has: {', '.join(sorted(by_model))}")
+    for base in checks.get("base_classes", ()):
+        found += [(model, base["adapter"], base["context_kind"], base) for model in base["models"]]
+    return found
+
+
+def support_table(checks: Mapping[str, Any] | None = None) -> str:
+    """The short table, in Markdown: model, adapter, where the context lies, what it was checked on."""
+    checks = checks or read_checks()
+    lines = [
+        [model, f"`{adapter}`" if "(" not in adapter else adapter, kind, record.get("version", NOT_CHECKED)]
+        for model, adapter, kind, record in rows(checks)
+    ]
+    table = _table(["Model", "Adapter", "Where its context lies", "Checked on"], lines)
+    note = f"Checked with the real code on {checks['device']}: see [docs/models.md](docs/models.md)."
+    return f"{table}\n\n{note}"
+
+
+def support_details(checks: Mapping[str, Any] | None = None) -> str:
+    """The long version, in Markdown: one section a model with what was run, figures and refusals."""
+    checks = checks or read_checks()
+    sections = [_section(*row, checks["device"]) for row in rows(checks)]
+    refused = _table(["Refused", "Why"], [[item["model"], item["why"]] for item in checks["refused"]])
+    return "\n\n".join([*sections, "## Refused, each with a reason", refused])
+
+
+def write(root: Path = ROOT) -> list[Path]:
+    """Write the short table into README.md and the long one into docs/models.md; return what changed."""
+    checks = read_checks(root)
+    blocks = {root / "README.md": support_table(checks), root / "docs" / "models.md": support_details(checks)}
+    changed = []
+    for place, block in blocks.items():
+        old = place.read_text(encoding="utf-8")
+        new = filled(old, block)
+        if new != old:
+            place.write_text(new, encoding="utf-8")
+            changed.append(place)
+    return changed
+
+
+def filled(text: str, block: str) -> str:
+    """``text`` with ``block`` between its two ``support-table`` comments.
+
+    Raises:
+        ReportError: the comments are not there, once each.
+    """
+    pattern = re.compile(r"(<!-- support-table\b.*?-->\n).*?(<!-- end support-table -->)", re.DOTALL)
+    new, count = pattern.subn(lambda found: f"{found[1]}\n{block}\n\n{found[2]}", text)
+    if count != 1:
+        raise ReportError(f"expected one pair of support-table comments, found {count}")
+    return new
+
+
+def _section(model: str, adapter: str, kind: str, record: Mapping[str, Any], device: str) -> str:
+    """Heading and list of one model."""
+    lines = [f"- Adapter: {adapter}. Context: {kind}."]
+    if not record:
+        return "\n".join([f"## {model}", "", *lines, f"- **{NOT_CHECKED}**"])
+    licence = f" Licence: {record['licence']}." if "licence" in record else " Licence: not recorded."
+    lines += [f"- Checked on: {record['version']}, on {device}.{licence}", f"- Ran: {record['ran']}."]
+    figures = record.get("figures", {})
+    lines += [f"- {word}: {figures[key]}." for key, word in FIGURES.items() if key in figures]
+    lines += [f"- Note: {record['note']}."] if "note" in record else []
+    lines += [f"- Refused: {'; '.join(record['refused'])}."] if "refused" in record else []
+    return "\n".join([f"## {model}", "", *lines, f"- Again: `{record['command']}`"])
+
+
+FIGURES = {"effect": "Largest change by a prune", "error": "Largest difference to the -inf reference", "other": "Also"}
+
+
+def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a bar in a cell is escaped."""
+    body = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in body)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the short table, or with ``--write`` put both tables in their places."""
+    parser = argparse.ArgumentParser(prog="python tools/support_tables.py", description=main.__doc__)
+    parser.add_argument("--write", action="store_true", help="write README.md and docs/models.md of this checkout")
+    if not parser.parse_args(arguments).write:
+        print(support_table())
+        return 0
+    for place in write():
+        print(f"written: {place.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
