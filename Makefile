@@ -2,7 +2,7 @@
 # make test   the whole test suite
 # make test-models   adapters against foreign packages, each in a folder of its own (their pins never resolved)
 # make test-observers   the example observers with their libraries: TensorBoard, W&B, rerun (260 MB to download)
-# make check  ruff and mypy
+# make check  ruff, mypy, and the contracts on who may import whom
 # make docs   the documentation as a site, in site/; a broken link fails
 PYTHON ?= python3
 VENV ?= .venv
@@ -45,6 +45,7 @@ test-observers: $(VENV)/.observers
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 $(VENV)/.docs: $(VENV)/.demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
