@@ -188,8 +188,8 @@ class PackedHistory(Adapter):
         return KeyLayout((*segments, Segment(Role.OTHER, (0,), others, 1)) if others else tuple(segments))
 
     def _grid(self, call: Call) -> tuple[int, int]:
-        patch = self.transformer.config.patch_size
-        down, across = (patch, patch) if isinstance(patch, int) else (patch[1], patch[2])
+        patch_size = self.transformer.config.patch_size
+        down, across = (patch_size, patch_size) if isinstance(patch_size, int) else (patch_size[1], patch_size[2])
         return call.latents.shape[-2] // down, call.latents.shape[-1] // across
 
     def _history_frames(self, call: PackedCall) -> list[range]:

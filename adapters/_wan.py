@@ -60,15 +60,15 @@ class CausalWan(Adapter):
 
     @classmethod
     def _probe_layers(cls, generator: nn.Module) -> Match | NoMatch:
-        patch = getattr(getattr(generator, "model", None), "patch_size", None)
+        patch_size = getattr(getattr(generator, "model", None), "patch_size", None)
         layers = self_attentions(generator)
-        if not layers or patch is None:
+        if not layers or patch_size is None:
             return NoMatch("generator.model has no blocks[i].self_attn or no patch_size")
         if not all(hasattr(layer, name) for layer in layers for name in cls.layer_attributes):
             return NoMatch(f"self_attn has no {' and '.join(cls.layer_attributes)}")
         if not callable(getattr(home_of(layers[0]), "attention", None)):
             return NoMatch("the module of self_attn has no global function attention(q, k, v)")
-        return Match(generator, (int(patch[1]), int(patch[2])))
+        return Match(generator, (int(patch_size[1]), int(patch_size[2])))
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Tap the module-global ``attention``, which only self attention calls."""
@@ -108,8 +108,8 @@ class CausalWan(Adapter):
 
     def tokens(self, latents: Tensor) -> int:
         """Spatial tokens, and so cache rows, of a latent frame of ``latents`` ``[..., H, W]``."""
-        patch: Sequence[int] = self.generator.model.patch_size  # type: ignore[union-attr, assignment]
-        return math.prod(latents.shape[-2:]) // (int(patch[1]) * int(patch[2]))
+        patch_size: Sequence[int] = self.generator.model.patch_size  # type: ignore[union-attr, assignment]
+        return math.prod(latents.shape[-2:]) // (int(patch_size[1]) * int(patch_size[2]))
 
 
 def history_rows(arguments: Mapping[str, Any], new: int, tokens: int, anchors: int) -> CacheRows:

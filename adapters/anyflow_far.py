@@ -126,12 +126,13 @@ class AnyFlowFAR(Adapter):
         padding = math.ceil(queries / BLOCK) * BLOCK - queries
         return KeyLayout((*segments, Segment(Role.OTHER, (0,), padding, 1)))
 
-    def _segment(self, call: Call, frames: range, patch: Sequence[int]) -> Segment:
+    def _segment(self, call: Call, frames: range, patch_size: Sequence[int]) -> Segment:
         """Frames at one patch size: the chunk's own, or context."""
         fine = self.pipeline.transformer.config.patch_size
-        height, width = (int(call.latents.shape[-2 + axis]) // int(patch[1 + axis]) for axis in (0, 1))
+        height, width = (int(call.latents.shape[-2 + axis]) // int(patch_size[1 + axis]) for axis in (0, 1))
         role = Role.CURRENT if frames and frames[0] >= call.start else Role.CONTEXT
-        return Segment(role, frames, height, width, (1, int(patch[1]) // int(fine[1]), int(patch[2]) // int(fine[2])))
+        scale = (1, int(patch_size[1]) // int(fine[1]), int(patch_size[2]) // int(fine[2]))
+        return Segment(role, frames, height, width, scale)
 
     def _judged(self, batch: Tensor, frames: int) -> Tensor:
         """The last frames of a ``[B, F, ...]`` batch, of the conditional half under guidance."""

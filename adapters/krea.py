@@ -64,7 +64,7 @@ class KreaRealtime(SelfForcing):
     def context(self, call: Call) -> CacheRows:
         """As Self-Forcing; of a filled cache the first frame is an anchor."""
         rows = super().context(call)
-        anchors = max(rows.anchors, min(rows.tokens, rows.stop) if self.serves else 0)
+        anchors = max(rows.anchors, min(rows.rows_per_frame, rows.stop) if self.serves else 0)
         return dataclasses.replace(rows, anchors=anchors)
 
     def prediction(self, call: Call, output: Any) -> Tensor:

@@ -117,8 +117,8 @@ class Magi1(Adapter):
         """The video's chunks in order. Those that no query of the call sees any more are left alone."""
         arguments = call.arguments
         options, dit = arguments["kwargs"], arguments["self"]
-        patch = int(dit.model_config.patch_size)
-        height, width = (size // patch for size in call.latents.shape[-2:])
+        patch_size = int(dit.model_config.patch_size)
+        height, width = (size // patch_size for size in call.latents.shape[-2:])
         newest = int(options["range_num"]) - 1
         flying = newest + 1 - _in_flight(call)
         seen = int(arguments["kv_range"][:, 0].min()) // (call.frames * height * width)

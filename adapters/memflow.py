@@ -41,7 +41,7 @@ class MemFlow(CausalWan):
         """As the family's; sparse attention (``SMA``) picks sink frames head by head, so there no mark may sit."""
         rows = super().context(call)
         if getattr(self.layers[0], "SMA", False):
-            return CacheRows(rows.values, rows.anchors, rows.stop, rows.tokens)
+            return CacheRows(rows.values, rows.anchors, rows.stop, rows.rows_per_frame)
         return rows
 
     def replay(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

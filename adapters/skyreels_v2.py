@@ -71,13 +71,13 @@ class SkyReelsV2(Adapter):
             if missing:
                 return NoMatch(f"no diffusion forcing here: {method}() lacks {', '.join(missing)}")
         layers = _self_attentions(transformer)
-        patch = getattr(getattr(transformer, "config", None), "patch_size", None)
-        if not layers or patch is None or int(patch[0]) != 1:
+        patch_size = getattr(getattr(transformer, "config", None), "patch_size", None)
+        if not layers or patch_size is None or int(patch_size[0]) != 1:
             return NoMatch("the transformer has no blocks[i].attn1, or its patch spans several frames")
         if not all(home_of(layer) for layer in layers):
             return NoMatch("an attention processor's module does not use dispatch_attention_fn")
         reason = _refusal(model)
-        return NoMatch(reason) if reason else Match(transformer, (int(patch[1]), int(patch[2])))
+        return NoMatch(reason) if reason else Match(transformer, (int(patch_size[1]), int(patch_size[2])))
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Listen to the schedule on the pipeline; tap the dispatcher, which cross attention calls as well."""

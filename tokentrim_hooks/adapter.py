@@ -39,13 +39,13 @@ class Match:
     """An adapter recognised a model.
 
     ``denoiser`` is the module whose calls are watched (or a :class:`Method`, where calls bypass ``__call__``);
-    ``patch`` the (height, width) in latent pixels that one spatial token covers; ``note`` an optional remark shown
+    ``patch_size`` the (height, width) in latent pixels that one spatial token covers; ``note`` an optional remark shown
     by ``tokentrim detect``; ``also`` further denoisers of the same rollout (a low-noise expert), each with a context
     of its own: give their calls a :attr:`Call.stream` of their own.
     """
 
     denoiser: nn.Module | Method
-    patch: tuple[int, int]
+    patch_size: tuple[int, int]
     note: str = ""
     also: tuple[nn.Module, ...] = ()
 

@@ -188,7 +188,7 @@ def _settings(adapter: Adapter, match: Match, policy: Policy, probe: str) -> dic
         "policy": type(policy).__name__,
         **{f"policy.{field.name}": getattr(policy, field.name) for field in fields},
         "probe": probe,
-        "patch": list(match.patch),
+        "patch_size": list(match.patch_size),
         "denoiser": _denoiser_name(match),
         "torch": torch.__version__,
         "versions": versions(),

@@ -30,14 +30,14 @@ class Ribbon(Adapter):
         missing = [name for name in PARAMETERS if name not in inspect.signature(net.forward).parameters]
         if missing:
             return NoMatch(f"the network's forward lacks {', '.join(missing)}")
-        return Match(net, (net.patch, net.patch))
+        return Match(net, (net.patch_size, net.patch_size))
 
     def attach(self, model: Any, patches: Patches) -> None:
         """All blocks attend through the function ``attend`` of the module that defines them."""
         net = getattr(model, "net", model)
         for home in {type(block).__module__ for block in net.blocks}:
             patches.tap(sys.modules[home], "attend")
-        self.patch = net.patch
+        self.patch_size = net.patch_size
 
     def parse(self, arguments: Mapping[str, Any]) -> Call:
         """Every call says by itself where it is and whether it writes."""
@@ -53,8 +53,8 @@ class Ribbon(Adapter):
     def context(self, call: Call) -> CacheRows:
         """The memory holds finished frames only, oldest first."""
         values = call.arguments["memory"].values
-        tokens = call.latents.shape[-2] * call.latents.shape[-1] // self.patch**2
-        return CacheRows(values, 0, values[0].shape[1] if values else 0, tokens)
+        rows_per_frame = call.latents.shape[-2] * call.latents.shape[-1] // self.patch_size**2
+        return CacheRows(values, 0, values[0].shape[1] if values else 0, rows_per_frame)
 
     def carry(self, call: Call, before: Tensor, after: Tensor) -> Tensor:
         """The sampler adds fresh noise to the predicted chunk: keep the noise, move the chunk."""

@@ -52,7 +52,7 @@ class MissesALayer(SelfForcing):
 
     def context(self, call):
         rows = super().context(call)
-        return type(rows)(rows.values[:-1], rows.start, rows.stop, rows.tokens, rows.anchors)
+        return type(rows)(rows.values[:-1], rows.start, rows.stop, rows.rows_per_frame, rows.anchors)
 
 
 class PrunesTheNeighbours(SelfForcing):
@@ -63,7 +63,7 @@ class PrunesTheNeighbours(SelfForcing):
     def context(self, call):
         rows = super().context(call)
         values = [v[:, 1:] for v in rows.values]
-        return type(rows)(values, 0, max(rows.stop - 1, 0), rows.tokens, rows.anchors)
+        return type(rows)(values, 0, max(rows.stop - 1, 0), rows.rows_per_frame, rows.anchors)
 
 
 class ForgetsTheSink(SelfForcing):
@@ -73,7 +73,7 @@ class ForgetsTheSink(SelfForcing):
 
     def context(self, call):
         rows = super().context(call)
-        return type(rows)(rows.values, rows.start, rows.stop, rows.tokens, 0)
+        return type(rows)(rows.values, rows.start, rows.stop, rows.rows_per_frame, 0)
 
 
 class Synchronises(SelfForcing):

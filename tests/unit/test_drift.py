@@ -16,7 +16,7 @@ from tokentrim_hooks.policy.drift import (
 def test_tokens_are_row_major_over_the_patch_grid():
     latents = torch.arange(16.0).view(1, 1, 1, 4, 4)
     assert latent_summary(latents).tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
-    wide = latent_summary(torch.arange(8.0).view(1, 1, 1, 2, 4), patch=(1, 4))
+    wide = latent_summary(torch.arange(8.0).view(1, 1, 1, 2, 4), patch_size=(1, 4))
     assert wide.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
 
 

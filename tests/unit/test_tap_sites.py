@@ -111,6 +111,6 @@ def test_lengths_follow_the_keys() -> None:
 def test_rows_of_the_current_chunk_amid_history_are_spared() -> None:
     """A ring buffer of 4 frames of 2 rows: the sink and the slot of the current chunk get no mark."""
     values = torch.zeros(1, 8, 1, 4)
-    rows = CacheRows([values], 0, 8, tokens=2, anchors=2, current=(4, 6))
+    rows = CacheRows([values], 0, 8, rows_per_frame=2, anchors=2, current=(4, 6))
     assert Tombstones().mark(rows, [[1]]) == 2
     assert [int(row) for row in values[0, :, 0, 0].isinf().nonzero()] == [3, 7]

@@ -18,32 +18,32 @@ from torch import Tensor
 from tokentrim_hooks.errors import LatentsError
 
 
-def latent_summary(latents: Tensor, patch: tuple[int, int] = (2, 2)) -> Tensor:
+def latent_summary(latents: Tensor, patch_size: tuple[int, int] = (2, 2)) -> Tensor:
     """Average the spatial tokens of a chunk over its frames (Eq. 3-4).
 
     Args:
         latents: ``[B, F, C, H, W]``, any floating type.
-        patch: (height, width) of a token in latent pixels.
+        patch_size: (height, width) of a token in latent pixels.
 
     Returns:
         ``[B, N, D]``, float32 or wider.
 
     Raises:
-        LatentsError: latents are not five-dimensional, or H or W is not divisible by the patch.
+        LatentsError: latents are not five-dimensional, or H or W is not divisible by the patch size.
     """
     if latents.ndim != 5:
         raise LatentsError(f"latents must be [B, F, C, H, W], got shape {tuple(latents.shape)}")
     height, width = latents.shape[-2:]
-    if height % patch[0] or width % patch[1]:
-        raise LatentsError(f"a {height}x{width} latent is not divisible into {patch[0]}x{patch[1]} patches")
+    if height % patch_size[0] or width % patch_size[1]:
+        raise LatentsError(f"a {height}x{width} latent is not divisible into {patch_size[0]}x{patch_size[1]} patches")
     mean = latents.mean(dim=1, dtype=torch.promote_types(latents.dtype, torch.float32))
-    summary: Tensor = rearrange(mean, "b c (h p) (w q) -> b (h w) (p q c)", p=patch[0], q=patch[1])
+    summary: Tensor = rearrange(mean, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size[0], q=patch_size[1])
     return summary
 
 
-def grid_of(latents: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
+def grid_of(latents: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) of the token grid of latents ``[..., H, W]``."""
-    return latents.shape[-2] // patch[0], latents.shape[-1] // patch[1]
+    return latents.shape[-2] // patch_size[0], latents.shape[-1] // patch_size[1]
 
 
 def token_drift(current: Tensor, previous: Tensor) -> Tensor:

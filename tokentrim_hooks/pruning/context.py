@@ -72,7 +72,7 @@ class CacheRows:
         values: the V tensor of every layer, ``[B, rows, heads, head_dim]``; looked up anew for every call.
         start: first row that holds history.
         stop: row behind the last one that holds history (rows of the current chunk excluded).
-        tokens: rows a frame; row ``r`` holds spatial token ``r % tokens``.
+        rows_per_frame: row ``r`` holds spatial token ``r % rows_per_frame``.
         anchors: rows from ``start`` on that are sinks; kept unless the policy asks for ``prune_anchors``.
         current: (first, behind the last) row of the current chunk where it lies amid history, as in a ring buffer.
     """
@@ -80,7 +80,7 @@ class CacheRows:
     values: Sequence[Tensor]
     start: int
     stop: int
-    tokens: int
+    rows_per_frame: int
     anchors: int = 0
     current: tuple[int, int] = (0, 0)
 
@@ -91,7 +91,7 @@ Context = CacheRows | KeyLayout
 def anchor_frames(context: Context) -> int:
     """Number of frames of a context that are sinks or anchors."""
     if isinstance(context, CacheRows):
-        return context.anchors // context.tokens
+        return context.anchors // context.rows_per_frame
     return len({frame for segment in context.segments if segment.role is Role.ANCHOR for frame in segment.frames})
 
 

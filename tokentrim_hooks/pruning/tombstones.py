@@ -37,7 +37,7 @@ class Tombstones:
         """Mark all cached positions of ``tokens`` (one list a sample; empty = spare it); return rows marked."""
         require_floating(rows.values)
         first = rows.start if prune_anchors else rows.start + rows.anchors
-        sample, row = _positions(tokens, first, rows.stop, rows.tokens, range(*rows.current))
+        sample, row = _positions(tokens, first, rows.stop, rows.rows_per_frame, range(*rows.current))
         if not sample:
             return 0
         places = torch.tensor([sample, row])

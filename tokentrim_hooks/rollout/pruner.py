@@ -19,14 +19,14 @@ class Pruner:
     ``enabled`` turns False when the self-check of the first prune failed; ``proven`` turns True when it passed.
     """
 
-    def __init__(self, adapter: Adapter, patch: tuple[int, int], policy: Policy, layers: int = 0) -> None:
+    def __init__(self, adapter: Adapter, patch_size: tuple[int, int], policy: Policy, layers: int = 0) -> None:
         self.enabled = True
         self.proven = False
         self.finding = ""
         self.anchors = 0
         """Frames of the context that the latest prune spared as sinks or anchors."""
         self._adapter = adapter
-        self._patch = patch
+        self._patch_size = patch_size
         self._anchors = bool(getattr(policy, "prune_anchors", False))
         self._layers = layers
         self._ledger = Ledger(self._anchors, getattr(policy, "coarse", "any"))
@@ -59,7 +59,7 @@ class Pruner:
         self.anchors = 0 if self._anchors else anchor_frames(context)
         if not isinstance(context, CacheRows):
             self._expected = context.attentions or self._expected
-            return self._ledger.kill(context, tokens, chunk, grid_of(call.latents, self._patch))
+            return self._ledger.kill(context, tokens, chunk, grid_of(call.latents, self._patch_size))
         dead = self._tombstones.mark(context, tokens, self._anchors)
         if dead:
             self._marked[call.stream] = Traces.of(context.values)

@@ -23,8 +23,8 @@ from tokentrim_hooks.rollout.state import Chunk, Step, Video
 class Regenerator:
     """Judges the steps of a chunk and regenerates them on a pruned context, at most ``max_regenerations`` times."""
 
-    def __init__(self, adapter: Adapter, patch: tuple[int, int], policy: Policy, pruner: Pruner) -> None:
-        self.adapter, self.patch, self.policy, self.pruner = adapter, patch, policy, pruner
+    def __init__(self, adapter: Adapter, patch_size: tuple[int, int], policy: Policy, pruner: Pruner) -> None:
+        self.adapter, self.patch_size, self.policy, self.pruner = adapter, patch_size, policy, pruner
         self.limit = int(getattr(policy, "max_regenerations", 1))
         self.replaying = False
 
@@ -76,10 +76,10 @@ class Regenerator:
     def _drift(self, call: Call, prediction: Tensor, video: Video, output: Any) -> Tensor | None:
         """Token drift ``[B, N]`` against the previous chunk; None where there is no previous chunk."""
         flying = self.adapter.reference(call, output)
-        previous = video.previous if flying is None else latent_summary(flying, self.patch)
+        previous = video.previous if flying is None else latent_summary(flying, self.patch_size)
         if previous is None:
             return None
-        return token_drift(latent_summary(prediction, self.patch), previous)
+        return token_drift(latent_summary(prediction, self.patch_size), previous)
 
     def _judge(self, call: Call, drift: Tensor, video: Video, chunk: Chunk) -> tuple[Verdict, Reading]:
         """Ask the policy; bring its verdict and the flags that waited on the device to the host, in one read."""

@@ -37,14 +37,15 @@ class Rollout:
         layers: int = 0,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self.adapter, self.patch, self.policy, self.probe, self.report = adapter, match.patch, policy, probe, report
-        self.pruner = Pruner(adapter, match.patch, policy, layers)
+        self.adapter, self.patch_size, self.policy = adapter, match.patch_size, policy
+        self.probe, self.report = probe, report
+        self.pruner = Pruner(adapter, match.patch_size, policy, layers)
         self.persist = bool(getattr(policy, "persist", True))
         self.observers = list(observers)
         self.unread_calls = 0
         self.forgive: Callable[[Exception], bool] = unforgiving
         """What a tap asks that fails outside of a replay, in the middle of the model's own call."""
-        self._regenerator = Regenerator(adapter, match.patch, policy, self.pruner)
+        self._regenerator = Regenerator(adapter, match.patch_size, policy, self.pruner)
         self._video: Video | None = None
         self._videos = 0
         self._chunk: Chunk | None = None
@@ -155,8 +156,8 @@ class Rollout:
             video.statistics = RunningStatistics.empty(video.batch, call.latents.device)
         accepted = self.adapter.accepted(call)
         if accepted is not None:
-            video.previous = latent_summary(accepted, self.patch)
-        self._chunk = Chunk(call.start, call.frames, grid_of(call.latents, self.patch))
+            video.previous = latent_summary(accepted, self.patch_size)
+        self._chunk = Chunk(call.start, call.frames, grid_of(call.latents, self.patch_size))
 
     def _new_video(self, call: Call) -> Video:
         batch = int(call.latents.shape[0])
@@ -239,14 +240,14 @@ class Rollout:
         if phase is Phase.RECACHE:
             return
         if phase is Phase.COMMIT or call.commits:
-            chunk.latest = latent_summary(call.latents, self.patch)
+            chunk.latest = latent_summary(call.latents, self.patch_size)
             # A rolling window commits an older chunk than the one it takes in: not what this chunk's records tell of.
             chunk.latents = call.latents if call.start == chunk.start else chunk.latents
             chunk.given = chunk.given or phase is Phase.FIRST
             return
-        chunk.latest, chunk.latents = latent_summary(prediction, self.patch), prediction
+        chunk.latest, chunk.latents = latent_summary(prediction, self.patch_size), prediction
         for clean in clean_flag(call):
-            given = latent_summary(call.latents, self.patch).to(chunk.latest.dtype)
+            given = latent_summary(call.latents, self.patch_size).to(chunk.latest.dtype)
             chunk.latest = torch.where(clean, given, chunk.latest)
             chunk.clean.append(clean)
 

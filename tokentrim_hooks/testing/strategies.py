@@ -61,10 +61,10 @@ def seeds() -> st.SearchStrategy[int]:
 
 
 @st.composite
-def latents(draw: Any, dtypes: tuple[torch.dtype, ...] = FLOATS, patch: tuple[int, int] = (2, 2)) -> Latents:
+def latents(draw: Any, dtypes: tuple[torch.dtype, ...] = FLOATS, patch_size: tuple[int, int] = (2, 2)) -> Latents:
     """Small chunks whose frame is a whole number of patches."""
     batch, frames, channels = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    height, width = draw(st.integers(1, 5)) * patch[0], draw(st.integers(1, 5)) * patch[1]
+    height, width = draw(st.integers(1, 5)) * patch_size[0], draw(st.integers(1, 5)) * patch_size[1]
     return Latents((batch, frames, channels, height, width), draw(st.sampled_from(dtypes)), draw(seeds()))
 
 

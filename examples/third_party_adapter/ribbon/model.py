@@ -70,7 +70,7 @@ class RibbonNet(nn.Module):
 
     def __init__(self, dim: int = 32, layers: int = 3, heads: int = 2) -> None:
         super().__init__()
-        self.patch = PATCH
+        self.patch_size = PATCH
         self.blocks = nn.ModuleList(RibbonBlock(i, dim, heads) for i in range(layers))
         self.embed, self.unembed = nn.Linear(CHANNELS * PATCH**2, dim), nn.Linear(dim, CHANNELS * PATCH**2)
         self.level, self.place = nn.Linear(1, dim), nn.Linear(3, dim)
