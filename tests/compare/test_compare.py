@@ -9,6 +9,7 @@ import toy_trial
 
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import ReportError, TokenTrimError
+from tokentrim_hooks.experiments.compare.page import render
 from tokentrim_hooks.experiments.compare.rollouts import batches, compare, outcome_of
 from tokentrim_hooks.experiments.compare.settings import BASE, STANDARD, Setting, choose, parse_setting
 from tokentrim_hooks.experiments.compare.store import Outcome, Store
@@ -56,7 +57,8 @@ def test_arms_share_their_noise_and_a_null_control_changes_nothing(tmp_path):
     assert difference.mean == pytest.approx(sum(always[s] - off[s] for s in off) / 3)
     assert rows["always"].pruned == pytest.approx(3 / 5)  # chunks 1 to 5 are judged, 3 to 5 pruned
     assert rows["always"].extra == pytest.approx(3 / (6 * 5))  # four steps and a clean call a chunk
-    assert not rows["again"].differences["brightness"].excludes_zero
+    same = rows["again"].differences["brightness"]
+    assert (same.low, same.high, same.p) == (0, 0, 1)
 
 
 def test_global_random_state_is_left_alone():
@@ -112,21 +114,28 @@ def outcome(setting, seeds, values, pruned=()):
                    [len(pruned)] * len(seeds), 1.0)  # fmt: skip
 
 
-def test_tables_say_which_intervals_exclude_zero():
+def test_tables_say_what_is_better_and_what_has_too_few_pairs():
     columns = [Column("m", "motion", "lower")]
-    seeds = [1, 2, 3, 4]
+    seeds = [1, 2, 3, 4, 5, 6]
     made = [
-        outcome("off", seeds, [1.0, 2.0, 3.0, 4.0]),
-        outcome("good", seeds[::-1], [3.5, 2.5, 1.5, 0.5], [2]),  # paired by seed, not by place
-        outcome("mixed", seeds[:3], [0.0, 3.0, float("nan")]),
+        outcome("off", seeds, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+        outcome("good", seeds[::-1], [5.5, 4.5, 3.5, 2.5, 1.5, 0.5], [2]),  # paired by seed, not by place
+        outcome("same", seeds, [0.0, 3.0, 2.0, 5.0, 4.0, 7.0]),
+        outcome("few", seeds[:3], [0.0, 3.0, float("nan")]),
     ]
     rows = summarise(made, columns, watch=2)
     text = markdown(rows, columns, watch=2)
-    assert "| good | 4 | 25.0 % | 5.0 % | 100.0 % | -0.500 [-0.500, -0.500] **better** |" in text
-    assert "| mixed | 3 | 0.0 % | 0.0 % | 0.0 % | +0.000 [-1.000, +1.000] |" in text
-    assert "| off | 4 |" in text and " 2.500 |" in text
-    [(heads, lines)] = terminal(rows, columns, watch=2)
-    assert heads == ["", "motion"] and ["", "excludes zero:"] in [[a if a == "" else "", b] for a, b in lines]
+    # Six equal differences have p = 2 / 64, but two comparisons stand in the table: 4 / 64 is no verdict.
+    assert "| good | 6 | 25.0 % | 5.0 % | 100.0 % | -0.500 [-0.500, -0.500] |" in text
+    assert "| same | 6 | 0.0 % | 0.0 % | 0.0 % | +0.000 [-1.150, +1.150] |" in text
+    assert "| few | 3 | 0.0 % | 0.0 % | 0.0 % | +0.000 [-12.706, +12.706] (too few pairs) |" in text
+    assert "| off | 6 |" in text and " 3.500 |" in text
+    alone = summarise([made[0], made[1], made[3]], columns, watch=2)
+    assert "| -0.500 [-0.500, -0.500] **better** |" in markdown(alone, columns, watch=2)
+    [(heads, lines)] = terminal(alone, columns, watch=2)
+    assert heads == ["", "motion"] and {"better", "too few pairs"} <= {text for _, text in lines}
+    page = render(alone, columns, {}, watch=2)
+    assert page.count('<td class="better">') == 1 and page.count("<small>too few pairs</small>") == 1
     with pytest.raises(ReportError, match="'off'"):
         summarise(made[1:], columns)
 

@@ -67,8 +67,8 @@ def test_figures_agree_with_the_table(demo):
     assert len(data["drift"]) == 3 * 6 and set(data["fault"]) == {"context", "chunk"}
     rows = (demo[0] / "table.txt").read_text().splitlines()
     for line in data["drift"]:
-        words = "excludes zero" if line["excludes_zero"] else "does not exclude zero"
-        assert any(line["metric"] in row and f"{line['base']:.3f}" in row and words in row for row in rows)
+        assert line["verdict"] == "too few pairs"
+        assert any(line["metric"] in row and f"{line['base']:.3f}" in row and line["verdict"] in row for row in rows)
 
 
 def test_reports_hold_one_record_a_chunk_and_video(demo):

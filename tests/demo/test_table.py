@@ -1,8 +1,7 @@
-"""The wording of results: what excludes zero, what does not, what could not be measured."""
+"""The wording of results: what is better or worse, what is neither, what could not be measured."""
 
 import dataclasses
 import json
-import math
 
 import pytest
 
@@ -10,12 +9,12 @@ from tokentrim_hooks.console import WIDTH, has_rich, plain_table, progress, show
 from tokentrim_hooks.experiments.demo.measures import Cost, Fault, Line, Results, windows
 from tokentrim_hooks.experiments.demo.runs import Size
 from tokentrim_hooks.experiments.demo.table import as_json, as_text, number, remarks, rows_of
-from tokentrim_hooks.metrics.intervals import Difference
+from tokentrim_hooks.metrics.intervals import Difference, paired_difference
 
-GOOD = Line("chunks 1-4", "saturation error", "lower", Difference(0.4, 0.3, -0.1, -0.2, -0.05, 8))
-BAD = Line("chunks 1-4", "sprites alive", "higher", Difference(0.6, 0.5, -0.1, -0.2, -0.05, 8))
-OPEN = Line("chunks 5-8", "saturation error", "lower", Difference(0.4, 0.41, 0.01, -0.05, 0.07, 8))
-NONE = Line("chunks 5-8", "sprites alive", "higher", Difference(math.nan, math.nan, math.nan, -math.inf, math.inf, 0))
+GOOD = Line("chunks 1-4", "saturation error", "lower", Difference(0.4, 0.3, -0.1, -0.2, -0.05, 0.01, 0.02, 8))
+BAD = Line("chunks 1-4", "sprites alive", "higher", Difference(0.6, 0.5, -0.1, -0.2, -0.05, 0.01, 0.02, 8))
+OPEN = Line("chunks 5-8", "saturation error", "lower", Difference(0.4, 0.41, 0.01, -0.05, 0.07, 0.6, 0.6, 8))
+NONE = Line("chunks 5-8", "sprites alive", "higher", paired_difference([], []))
 COST = Cost(judged=200, triggered=10, tokens=70, rows=900, calls=100, extra=9, alone=0.01, clock=1.234)
 RESULTS = Results(Size(), [GOOD, BAD, OPEN, NONE], COST, {"context": Fault([GOOD], 0.75, 0.02, COST)})
 
@@ -24,11 +23,11 @@ def test_rows_say_it_in_words():
     rows = rows_of([GOOD, BAD, OPEN, NONE])
     assert rows == [
         ["chunks 1-4", "", "", "", "", ""],
-        ["  saturation error", "0.400", "0.300", "-0.100", "[-0.200, -0.050]", "excludes zero: better"],
-        ["  sprites alive", "0.600", "0.500", "-0.100", "[-0.200, -0.050]", "excludes zero: WORSE"],
+        ["  saturation error", "0.400", "0.300", "-0.100", "[-0.200, -0.050]", "better"],
+        ["  sprites alive", "0.600", "0.500", "-0.100", "[-0.200, -0.050]", "worse"],
         ["chunks 5-8", "", "", "", "", ""],
-        ["  saturation error", "0.400", "0.410", "+0.010", "[-0.050, +0.070]", "does not exclude zero"],
-        ["  sprites alive", "-", "-", "-", "[-inf, +inf]", "does not exclude zero"],
+        ["  saturation error", "0.400", "0.410", "+0.010", "[-0.050, +0.070]", "no difference shown"],
+        ["  sprites alive", "-", "-", "-", "[-inf, +inf]", "too few pairs"],
     ]
 
 
@@ -45,9 +44,11 @@ def test_text_tells_triggers_and_costs():
 
 
 def test_remarks_count_both_ways_and_own_up_to_nothing_happening():
-    assert remarks(RESULTS)[-1].startswith("Of 5 intervals 2 exclude zero for the better and 1 for the worse")
+    assert remarks(RESULTS)[-1].startswith("Of 4 comparisons 2 are better and 1 worse")
     idle = dataclasses.replace(RESULTS, drift_cost=dataclasses.replace(COST, triggered=0))
     assert len(remarks(RESULTS)) == 1 and "TokenTrim never pruned" in remarks(idle)[0]
+    few = dataclasses.replace(RESULTS, drift=[NONE], fault={})
+    assert remarks(few) == ["Fewer than 6 videos: no verdict on any difference."]
 
 
 def test_rounding_never_hides_that_a_number_is_not_zero():
@@ -57,8 +58,9 @@ def test_rounding_never_hides_that_a_number_is_not_zero():
 def test_json_is_strict_and_complete():
     data = json.loads(json.dumps(as_json(RESULTS, {"probe": "first-step"}), allow_nan=False))
     assert data["settings"]["probe"] == "first-step" and data["settings"]["chunks"] == Size().chunks
-    assert [line["excludes_zero"] for line in data["drift"]] == [True, True, False, False]
-    assert (data["drift"][3]["base"], data["drift"][3]["low"]) == (None, None)
+    verdicts = [line["verdict"] for line in data["drift"]]
+    assert verdicts == ["better", "worse", "no difference shown", "too few pairs"]
+    assert (data["drift"][3]["base"], data["drift"][3]["low"], data["drift"][3]["q"]) == (None, None, None)
     assert data["fault"]["context"]["at_once"] == 0.75 and data["fault"]["context"]["cost"]["extra"] == 9
 
 

@@ -25,14 +25,14 @@ th, td { padding: .35em .6em; border-bottom: 1px solid #8884; text-align: left; 
 td { white-space: nowrap; } thead th { min-width: 4em; } thead small { font-weight: normal; }
 th:first-child { position: sticky; left: 0; background: Canvas; min-width: 7em; }
 small { display: block; opacity: .75; }
-.better { background: #2a72; } .WORSE { background: #d432; }
+.better { background: #2a72; } .worse { background: #d432; }
 svg { display: block; width: 110px; height: 10px; overflow: visible; }
 summary { cursor: pointer; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }
 """
 INTRODUCTION = (
     "Every setting against the unpatched model, on the same seeds with the same noise. The bar is the interval, the "
-    "dot the mean, the grey line zero; one scale a column. Green: the interval excludes zero on the better side, red: "
-    "on the worse one. On a narrow screen the tables scroll sideways."
+    "dot the mean, the grey line zero; one scale per column. Green: better, red: worse, where p is below 0.05 after "
+    "adjusting for all comparisons of this page. On a narrow screen the tables scroll sideways."
 )
 
 
@@ -93,8 +93,8 @@ def _direction(column: Column) -> str:
 
 def _cell(row: Row, column: Column, scale: float) -> str:
     first, *rest = cell(row, column)
-    verdict = rest[-1].rpartition(": ")[2] if rest else ""
-    kind = f' class="{verdict}"' if verdict in ("better", "WORSE") else ""
+    verdict = rest[-1] if rest else ""
+    kind = f' class="{verdict}"' if verdict in ("better", "worse") else ""
     picture = _picture(row, column, scale) if rest else ""
     return f"<td{kind}>{escape(first)}{picture}" + "".join(f"<small>{escape(text)}</small>" for text in rest) + "</td>"
 

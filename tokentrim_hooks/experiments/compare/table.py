@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.experiments.compare.settings import BASE
 from tokentrim_hooks.experiments.compare.store import Outcome
 from tokentrim_hooks.experiments.compare.trials import Column
 from tokentrim_hooks.experiments.demo.table import number, percent
-from tokentrim_hooks.metrics.intervals import Difference, paired_difference
+from tokentrim_hooks.metrics.intervals import NOTHING, TOO_FEW, Difference, adjusted, paired_difference
 
 CELL = 16
 """Columns of one cell in the terminal."""
-BOLD = "A bold word: the interval excludes zero. Without one it does not."
+BOLD = "A bold word: p below 0.05 after adjusting for all comparisons of these tables. Without one it is not."
 NOTES = """\
-Cells: mean difference to the unpatched model over pairs (same seed, same noise), its 95 % percentile bootstrap
-interval, and whether that excludes zero; in the row of the unpatched model, the mean itself. Intervals are not
-corrected for the number of comparisons: with many cells, about one in twenty excludes zero by luck alone.
+Cells: mean difference to the unpatched model over pairs (same seed, same noise), its 95 % t interval, and a verdict
+where p is below 0.05 after adjusting for all comparisons here (Benjamini-Hochberg: at most one verdict in twenty is
+luck); below 6 pairs there is none. Intervals hold for one cell alone, so one may exclude zero and prove nothing.
+In the row of the unpatched model, the mean itself.
 Pruned: share of judged chunks that were regenerated. Extra calls: of the denoiser, had every video been rolled out
 alone. Read stability, identity and motion together: who prunes what moves looks stable and loses the scene."""
 
@@ -49,7 +50,14 @@ def summarise(outcomes: Sequence[Outcome], columns: Sequence[Column], watch: int
     if not any(outcome.setting == BASE for outcome in outcomes):
         raise ReportError(f"there is no result of the setting {BASE!r} to compare with")
     names = dict.fromkeys([BASE, *(outcome.setting for outcome in outcomes)])
-    return [_row(name, outcomes, columns, watch) for name in names]
+    base, *rows = [_row(name, outcomes, columns, watch) for name in names]
+    return [base, *_adjusted(rows)]
+
+
+def _adjusted(rows: Sequence[Row]) -> list[Row]:
+    """The same rows with differences adjusted for all settings and columns together."""
+    differences = iter(adjusted([difference for row in rows for difference in row.differences.values()]))
+    return [replace(row, differences={key: next(differences) for key in row.differences}) for row in rows]
 
 
 def _row(name: str, outcomes: Sequence[Outcome], columns: Sequence[Column], watch: int | None) -> Row:
@@ -93,7 +101,7 @@ def by_window(columns: Sequence[Column]) -> dict[str, list[Column]]:
 
 
 def cell(row: Row, column: Column) -> list[str]:
-    """Mean (base) or difference, interval and words."""
+    """Mean (base) or difference, interval and the verdict in words."""
     d = row.differences[column.key]
     if row.setting == BASE:
         return [number(d.base)]
@@ -115,7 +123,7 @@ def share_heads(watch: int | None) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column], watch: int | None = None) -> str:
-    """One table a window, its name above it; a bold word says that an interval excludes zero."""
+    """One table per window, its name above it; a bold word is a verdict (``BOLD``)."""
     tables = []
     for window, some in by_window(columns).items():
         heads = [f"{c.aspect}: {c.name}" if c.aspect else c.name for c in some]
@@ -128,10 +136,10 @@ def markdown(rows: Sequence[Row], columns: Sequence[Column], watch: int | None =
 
 
 def _short(texts: Sequence[str]) -> str:
-    """A cell in one line: the verdict only where the interval excludes zero, and in one word where there is one."""
-    *numbers, verdict = texts if len(texts) > 1 else [*texts, ""]
-    verdict = verdict.removeprefix("excludes zero: ")
-    return " ".join(numbers) + (f" **{verdict}**" if verdict and not verdict.startswith("does not") else "")
+    """A cell in one line: a verdict in bold, "too few pairs" plain, nothing where no difference was shown."""
+    *numbers, words = texts if len(texts) > 1 else [*texts, ""]
+    shown = {"": "", NOTHING: "", TOO_FEW: f" ({TOO_FEW})"}.get(words, f" **{words}**")
+    return " ".join(numbers) + shown
 
 
 def terminal(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch import Tensor
 
 from tokentrim_hooks.experiments.demo.runs import FRAMES, PLACES, Arm, Runs, Size
-from tokentrim_hooks.metrics.intervals import Difference, paired_difference
+from tokentrim_hooks.metrics.intervals import Difference, adjusted, paired_difference
 from tokentrim_hooks.reference.quality import METRICS, window
 
 OFFSETS = (1, 4, 8)
@@ -72,9 +72,17 @@ class Results:
 
 
 def measure(runs: Runs) -> Results:
-    """Measure everything, once."""
+    """Measure everything, once; each of the two tables of differences is adjusted for its own comparisons."""
     faults: dict[str, Fault] = {where: _fault(runs, where) for where in PLACES}
-    return Results(runs.size, _drift_lines(runs), _cost(runs.drift["unpatched"], runs.drift["tokentrim"]), faults)
+    lines = iter(_adjusted([line for fault in faults.values() for line in fault.lines]))
+    faults = {where: replace(fault, lines=[next(lines) for _ in fault.lines]) for where, fault in faults.items()}
+    cost = _cost(runs.drift["unpatched"], runs.drift["tokentrim"])
+    return Results(runs.size, _adjusted(_drift_lines(runs)), cost, faults)
+
+
+def _adjusted(lines: Sequence[Line]) -> list[Line]:
+    differences = adjusted([line.difference for line in lines])
+    return [replace(line, difference=difference) for line, difference in zip(lines, differences, strict=True)]
 
 
 def windows(chunks: int, parts: int = 3) -> list[tuple[int, int]]:

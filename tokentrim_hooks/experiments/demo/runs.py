@@ -27,7 +27,7 @@ class Size:
     """How much the demo rolls out.
 
     Attributes:
-        scenes: videos, rolled out as one batch; each is one pair of the bootstrap.
+        scenes: videos, rolled out as one batch; each is one pair of the comparison.
         chunks: chunks generated after the given first one, in the drift part.
         healthy: chunks generated and made true before the chunk that is corrupted, in the fault part.
         after: chunks generated after the corrupted one.

@@ -9,16 +9,17 @@ from typing import Any
 
 from tokentrim_hooks.console import plain_table
 from tokentrim_hooks.experiments.demo.measures import Line, Results
-from tokentrim_hooks.metrics.intervals import Difference
+from tokentrim_hooks.metrics.intervals import LEAST_PAIRS, Difference
 
-HEADINGS = ("", "unpatched", "TokenTrim", "difference", "95 % interval", "the interval")
+HEADINGS = ("", "unpatched", "TokenTrim", "difference", "95 % interval", "verdict")
 
 Table = tuple[str, Sequence[str], list[list[str]]]
 """Title, headings, rows."""
 
 NOTES = """\
 Errors: lower is better; sprites alive: higher is better; motion / true motion: 1 is right.
-Difference: TokenTrim minus unpatched, paired over videos (same scene, same noise); interval: percentile bootstrap.
+Difference: TokenTrim minus unpatched, paired over videos (same scene, same noise), with its own 95 % t interval.
+Verdict: p below 0.05 after adjusting for all comparisons of the table (Benjamini-Hochberg); none below 6 pairs.
 Fault in context: only the cache was corrupted; fault in chunk: also the accepted chunk that TokenTrim compares with.
 False alarms: share of the true chunks before the fault that were pruned all the same.
 Extra calls: in a batch one flagged video makes all of them be computed again (only its own result is used), so a batch
@@ -45,11 +46,12 @@ def remarks(results: Results) -> list[str]:
     if not results.drift_cost.triggered:
         found.append("Natural drift: no severity exceeded its threshold, TokenTrim never pruned, both arms are equal.")
     lines = [*results.drift, *(line for fault in results.fault.values() for line in fault.lines)]
-    verdicts = [line.difference.words(line.better).rpartition(": ")[2] for line in lines if line.better]
-    better, worse = verdicts.count("better"), verdicts.count("WORSE")
+    verdicts = [line.difference.verdict(line.better) for line in lines if line.better and line.difference.tested]
+    better, worse = verdicts.count("better"), verdicts.count("worse")
     found.append(
-        f"Of {len(verdicts)} intervals {better} exclude zero for the better and {worse} for the worse; "
-        "by chance alone about 1 in 20 would."
+        f"Of {len(verdicts)} comparisons {better} are better and {worse} worse, after adjusting for their number."
+        if verdicts
+        else f"Fewer than {LEAST_PAIRS} videos: no verdict on any difference."
     )
     return found
 
@@ -67,7 +69,7 @@ def rows_of(lines: Sequence[Line], prefix: str = "") -> list[list[str]]:
 
 
 def difference_cells(difference: Difference, better: str) -> list[str]:
-    """Both means, the difference, its interval, the verdict in words."""
+    """Both means, the difference, its interval, the verdict or why there is none."""
     d = difference
     span = f"[{number(d.low, sign=True)}, {number(d.high, sign=True)}]"
     return [number(d.base), number(d.treated), number(d.mean, sign=True), span, d.words(better)]
@@ -128,5 +130,5 @@ def as_json(results: Results, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _line(line: Line) -> dict[str, Any]:
     values = {name: value if math.isfinite(value) else None for name, value in vars(line.difference).items()}
-    zero = {"excludes_zero": line.difference.excludes_zero}
-    return {"window": line.window, "metric": line.metric, "better": line.better, **values, **zero}
+    words = {"verdict": line.difference.words(line.better)}
+    return {"window": line.window, "metric": line.metric, "better": line.better, **values, **words}
