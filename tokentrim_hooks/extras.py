@@ -9,8 +9,8 @@ from typing import Any
 from tokentrim_hooks.errors import MissingExtraError, TokenTrimError
 
 
-def require(module: str, extra: str) -> Any:
-    """Import ``module`` or say which extra of this package brings it.
+def require(module: str, extra: str = "") -> Any:
+    """Import ``module`` or say which extra of this package brings it; without ``extra`` it is installed by its name.
 
     Raises:
         MissingExtraError: the module is not installed.
@@ -18,9 +18,9 @@ def require(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as failure:
-        raise MissingExtraError(
-            f"this needs {module.partition('.')[0]}, which is not installed: pip install 'tokentrim-hooks[{extra}]'"
-        ) from failure
+        package = module.partition(".")[0]
+        wanted = f"'tokentrim-hooks[{extra}]'" if extra else package
+        raise MissingExtraError(f"this needs {package}, which is not installed: pip install {wanted}") from failure
 
 
 def imported(target: str) -> Any:

@@ -136,12 +136,3 @@ def test_uint8_and_tensors_are_the_same_video():
     frames = (noise(3) * 255).astype(np.uint8)
     tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     assert m.measure(frames)["luma"] == pytest.approx(m.measure(tensor)["luma"])
-
-
-def test_latent_statistics_by_hand():
-    latents = torch.arange(2 * 6 * 3 * 2 * 2, dtype=torch.float32).view(2, 6, 3, 2, 2)
-    found = m.latent_statistics(latents, 3)
-    assert found["mean"].shape == found["std"].shape == (2, 2, 3)
-    part = latents[1, 3:6, 2]
-    assert found["mean"][1, 1, 2] == pytest.approx(part.mean().item())
-    assert found["std"][1, 1, 2] == pytest.approx(part.std(correction=0).item())

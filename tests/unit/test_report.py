@@ -17,6 +17,13 @@ def test_json_has_no_infinity():
     assert values["phases"] == {"first": 1, "refine": 3, "commit": 1}
 
 
+def test_json_has_no_infinity_within_lists_either():
+    """An observer's or a policy's numbers go through as they are: one that is not finite must not cost the log."""
+    line = ChunkRecord(0, 1, 0, 3, 3, {"first": math.inf}, drift=(1.0, math.nan, math.inf)).as_json()
+    values = json.loads(line, parse_constant=lambda name: (_ for _ in ()).throw(ValueError(name)))
+    assert values["drift"] == [1.0, None, None] and values["phases"] == {"first": None}
+
+
 def test_summary_counts():
     pruned = record(2, severity=4.0, pruned=True, tokens=(1, 2), dead=12, regenerations=1, extra_calls=1)
     report = Report({}, [record(0), record(1, severity=1.0), pruned])

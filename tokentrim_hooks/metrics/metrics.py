@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import VideoError
@@ -236,14 +235,3 @@ def _contrasts(name: str, series: Array, fps: float) -> dict[str, float | dict[i
     if len(series) / fps >= 10:
         found[f"{name}_drift_5s"] = start_end(series, frames=round(5 * fps)).signed
     return found
-
-
-def latent_statistics(latents: Tensor, chunk: int) -> dict[str, Tensor]:
-    """Mean and standard deviation of every channel in every chunk of ``chunk`` frames.
-
-    ``latents`` is ``[B, F, C, H, W]``; returns ``mean`` and ``std``, each ``[B, chunks, C]`` float32 on the device.
-    """
-    parts = [part.float() for part in torch.split(latents, chunk, dim=1)]
-    means = torch.stack([part.mean(dim=(1, 3, 4)) for part in parts], dim=1)
-    stds = torch.stack([part.std(dim=(1, 3, 4), correction=0) for part in parts], dim=1)
-    return {"mean": means, "std": stds}

@@ -20,7 +20,7 @@ class Observer(Protocol):
     """Anything with ``on_chunk``. Optional: ``on_start(settings)`` when patched, ``on_end()`` when unpatched."""
 
     def on_chunk(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
-        """A chunk was accepted: its records, one a sample, and its latents ``[B, F, C, H, W]`` on the device."""
+        """A chunk was accepted: its records, one per sample, and its latents ``[B, F, C, H, W]`` on the device."""
         ...
 
 
@@ -31,8 +31,8 @@ ObserverFactory = Callable[[Path | None], Observer]
 class JsonLines:
     """Writes every record to ``folder/chunks.jsonl`` as it comes, flushed line by line, so that a crash loses nothing.
 
-    ``folder/settings.json`` holds the settings. An existing log is continued in a new file only if ``append`` is True;
-    otherwise it is replaced.
+    ``folder/settings.json`` holds the settings. A log that is there already is replaced; with ``append`` it is
+    continued, in the same file.
     """
 
     def __init__(self, folder: str | Path, append: bool = False) -> None:
@@ -47,7 +47,7 @@ class JsonLines:
         self._open()
 
     def on_chunk(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
-        """Append one line a sample."""
+        """Append one line per sample."""
         file = self._file or self._open()
         file.writelines(record.as_json() + "\n" for record in records)
         file.flush()
@@ -71,7 +71,7 @@ class JsonLines:
 
 
 class ProgressLine:
-    """One line a chunk: severity against threshold, and what was pruned. For long runs in a terminal."""
+    """One line per chunk: severity against threshold, and what was pruned. For long runs in a terminal."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
@@ -102,15 +102,15 @@ class Guarded:
         self._failed = False
 
     def on_start(self, settings: dict[str, Any]) -> None:
-        """Pass on."""
+        """Hand it the settings."""
         self._pass_on("on_start", settings)
 
     def on_chunk(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
-        """Pass on."""
+        """Show it an accepted chunk."""
         self._pass_on("on_chunk", records, latents)
 
     def on_end(self) -> None:
-        """Pass on."""
+        """Tell it that the patch comes off."""
         self._pass_on("on_end")
 
     def _pass_on(self, event: str, *arguments: Any) -> None:

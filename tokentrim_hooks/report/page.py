@@ -16,8 +16,7 @@ from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.metrics.metrics import Frames
 from tokentrim_hooks.report.charts import cache_map, control_chart, drift_map, figure_bytes
-from tokentrim_hooks.report.record import ChunkRecord, Report, read_report
-from tokentrim_hooks.report.thumbnails import thumbnail_name
+from tokentrim_hooks.report.record import ChunkRecord, Report, read_report, thumbnail_name
 
 MAPS = 12
 """Drift maps shown at most for a sample of a video."""

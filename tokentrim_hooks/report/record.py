@@ -56,13 +56,22 @@ class ChunkRecord:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> str:
-        """One line of strict JSON; values that are not finite become null."""
-        values = {k: _finite(v) for k, v in dataclasses.asdict(self).items()}
-        return json.dumps(values, allow_nan=False)
+        """One line of strict JSON; values that are not finite become null, also those within lists."""
+        return json.dumps(_finite(dataclasses.asdict(self)), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
+    """``value`` with None for every float in it that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def thumbnail_name(record: ChunkRecord) -> str:
+    """File name of a chunk's thumbnail; it stands here so that a page finds pictures without what draws them."""
+    return f"v{record.video}-c{record.chunk:04d}-s{record.sample}.png"
 
 
 @dataclass
@@ -77,10 +86,6 @@ class Report:
 
     def __len__(self) -> int:
         return len(self.records)
-
-    def add(self, record: ChunkRecord) -> None:
-        """Append a record."""
-        self.records.append(record)
 
     @property
     def triggers(self) -> int:

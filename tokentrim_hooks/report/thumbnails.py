@@ -12,14 +12,14 @@ from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.markers import hookimpl
 from tokentrim_hooks.report.observers import ObserverFactory
-from tokentrim_hooks.report.record import ChunkRecord
+from tokentrim_hooks.report.record import ChunkRecord, thumbnail_name
 
 
 class Thumbnails:
     """Writes ``folder/thumbs/v0-c0003-s0.png`` for every accepted chunk: its first three principal components as RGB.
 
     The components are those of the video's first chunk, so that colours mean the same throughout. Costs one more host
-    read a chunk, of one small picture a sample.
+    read per chunk, of one small picture per sample.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -28,7 +28,7 @@ class Thumbnails:
         self._basis: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def on_chunk(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
-        """Write one picture a sample."""
+        """Write one picture per sample."""
         image = require("PIL.Image", "report")
         mean = latents.float().mean(dim=1)
         if records[0].video != self._video or self._basis is None:
@@ -50,11 +50,6 @@ def _thumbnails(folder: Path | None) -> Thumbnails:
 def tokentrim_observers() -> Mapping[str, ObserverFactory]:
     """The built-in observer, found as any other: pictures that the page shows beside drift maps."""
     return {"thumbnails": _thumbnails}
-
-
-def thumbnail_name(record: ChunkRecord) -> str:
-    """File name of a chunk's thumbnail."""
-    return f"v{record.video}-c{record.chunk:04d}-s{record.sample}.png"
 
 
 def principal(mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -58,7 +58,7 @@ def reference(size: Size) -> Target:
 
 def skyreels(size: Size) -> Target:
     """diffusers' SkyReels-V2 diffusion forcing: windows with a prefix, no cache. ``full`` is its 1.3 B transformer."""
-    diffusers = require("diffusers", "demo")
+    diffusers = require("diffusers")
     heads, width, layers = (12, 128, 30) if size.full else (2, 24, 2)
     pixels = (480, 832) if size.full else (128, 128)
     torch.manual_seed(0)
