@@ -3,8 +3,7 @@
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.reference.pipeline import ReferencePipeline
-from tokentrim_hooks.reference.scenes import scenes
+from tokentrim_hooks.reference import ReferencePipeline, scenes
 
 torch.manual_seed(0)
 pipeline = ReferencePipeline.pretrained()

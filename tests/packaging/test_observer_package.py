@@ -20,7 +20,7 @@ for library in ("rerun", "tensorboard", "wandb"):
     sys.modules[library] = None  # as if it were not installed
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.reference.pipeline import ReferencePipeline
+from tokentrim_hooks.reference import ReferencePipeline
 
 found = {info.name: info.distribution for info in tokentrim.installed_observers()}
 pipeline = ReferencePipeline.random(grid=(2, 2))

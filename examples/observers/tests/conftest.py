@@ -28,7 +28,7 @@ pipeline.inference(noise.flip(3))  # a second video
 """
 
 MODEL = """
-from tokentrim_hooks.reference.pipeline import ReferencePipeline
+from tokentrim_hooks.reference import ReferencePipeline
 
 class CausalInferencePipeline(ReferencePipeline):
     def __init__(self):

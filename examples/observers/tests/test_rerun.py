@@ -7,7 +7,7 @@ import torch
 from expected import check_drift, curves, pictures
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.reference.pipeline import ReferencePipeline
+from tokentrim_hooks.reference import ReferencePipeline
 
 
 def columns_of(path):

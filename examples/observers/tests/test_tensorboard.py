@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.reference.pipeline import ReferencePipeline
+from tokentrim_hooks.reference import ReferencePipeline
 
 
 def opened(folder):

@@ -14,7 +14,7 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.reference.pipeline import ReferencePipeline
+from tokentrim_hooks.reference import ReferencePipeline
 
 BLOCK = 32768
 
