@@ -3,7 +3,10 @@
 import json
 import math
 
-from tokentrim_hooks import ChunkRecord, Report
+import torch
+
+from tokentrim_hooks import ChunkRecord, JsonLines, Report
+from tokentrim_hooks.report.record import read_report
 
 
 def record(chunk, **values):
@@ -40,3 +43,11 @@ def test_save_writes_one_line_a_record(tmp_path):
     lines = (folder / "chunks.jsonl").read_text().splitlines()
     assert [json.loads(line)["chunk"] for line in lines] == [0, 1]
     assert json.loads((folder / "settings.json").read_text()) == {"adapter": "x"}
+
+
+def test_a_log_that_a_crash_cut_off_can_be_continued(tmp_path):
+    (tmp_path / "chunks.jsonl").write_text(record(0).as_json() + '\n{"video": 0, "chu')
+    log = JsonLines(tmp_path, append=True)
+    log.on_chunk([record(0)], torch.zeros(1))
+    log.on_end()
+    assert len(read_report(tmp_path)) == 2

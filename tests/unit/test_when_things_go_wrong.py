@@ -221,3 +221,18 @@ def test_stepping_aside_takes_our_marks_out_of_v_and_leaves_the_model_s_own_nan(
     found = found.transpose(1, 2) if heads_first else found
     assert found[0, 1, 0, 0] == 0 and found[0, 2, 1, 3].isnan() and found.nansum() == 22
     assert values[0, 1, 0, 0] == float("inf"), "the caller's tensor is not written to"
+
+
+def test_a_new_video_after_a_failure_in_the_very_first_chunk():
+    pipeline = tiny.make()
+
+    def fail(module, args):
+        raise MemoryError
+
+    with tokentrim.patched(pipeline) as handle:
+        trap = pipeline.generator.model.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            tiny.run(pipeline)
+        trap.remove()
+        tiny.run(pipeline, batch=2)
+        assert [r.chunk for r in handle.report if r.video == 1] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
