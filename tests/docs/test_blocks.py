@@ -29,6 +29,13 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
             block.run({**given(), **namespace})
 
 
+def test_the_readme_begins_with_the_quick_start():
+    """Which runs with the README's other blocks, output and all."""
+    program = (ROOT / "examples" / "quickstart.py").read_text().split('"""', 2)[2]
+    first = python_blocks(ROOT / "README.md")[0]
+    assert first.code.strip() == program.strip() and first.output
+
+
 def test_blocks_that_are_not_run_say_why():
     reasons = [block.not_run for page in PAGES for block in python_blocks(page) if block.comment.startswith("not run")]
     assert all(len(reason) > 10 for reason in reasons)
