@@ -4,6 +4,7 @@
 >>> handle = tokentrim.patch(pipeline)  # doctest: +SKIP
 """
 
+import logging
 from importlib.metadata import version
 
 from tokentrim_hooks.adapter import (
@@ -44,6 +45,9 @@ from tokentrim_hooks.report.observers import JsonLines, Observer, ProgressLine
 from tokentrim_hooks.report.record import ChunkRecord, Report
 
 __version__ = version("tokentrim-hooks")
+
+# A library stays silent until its user asks for its log.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "Adapter",

@@ -1,32 +1,58 @@
-"""Every ``tokentrim`` command that README and docs show is one that the command line takes."""
+"""Every command that README, CONTRIBUTING and docs show is one that can be given: tokentrim, make, pytest, tools."""
 
 import shlex
 
 import pytest
-from pages import PAGES, blocks
+from pages import PAGES, ROOT, blocks
 
 from tokentrim_hooks.cli import main as cli
 
-SHOWN = [
+LINES = [
     (page.name, line.removeprefix("$ "))
     for page in PAGES
     for block in blocks(page)
     if block.language == "console"
     for line in block.code.splitlines()
-    if line.startswith("$ tokentrim ")
+    if line.startswith("$ ")
 ]
+ELSEWHERE = ("pip install ", "cd ", "chromium ")
+"""Beginnings of commands that belong to other programs."""
 
 
-@pytest.mark.parametrize(("page", "line"), SHOWN)
+def shown(start):
+    return [(page, line) for page, line in LINES if line.startswith(start)]
+
+
+@pytest.mark.parametrize(("page", "line"), shown("tokentrim "))
 def test_is_taken(page, line):
     options = cli.parser().parse_args(shlex.split(line, comments=True)[1:])
     assert options.command in cli.COMMANDS
 
 
 def test_scripts_keep_their_own_arguments():
-    runs = [cli.parser().parse_args(shlex.split(line)[1:]) for _, line in SHOWN if line.startswith("tokentrim run ")]
+    runs = [cli.parser().parse_args(shlex.split(line)[1:]) for _, line in shown("tokentrim run ")]
     assert {str(run.script): run.arguments[0] for run in runs} == {
         "inference.py": "--config_path",
         "generate.py": "--model",
     }
     assert {str(run.out) for run in runs} == {"runs/lighthouse", "runs/skyreels"}
+
+
+@pytest.mark.parametrize(("page", "line"), shown("make "))
+def test_the_makefile_has_it(page, line):
+    target = shlex.split(line, comments=True)[1]
+    assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize(("page", "line"), shown(".venv/bin/python "))
+def test_its_file_is_there(page, line):
+    words = shlex.split(line, comments=True)[1:]
+    path, _, test = (words[2] if words[:2] == ["-m", "pytest"] else words[0]).partition("::")
+    assert (ROOT / path).exists()
+    assert not test or f"\ndef {test}(" in (ROOT / path).read_text()
+
+
+def test_no_command_is_overlooked():
+    known = ("tokentrim ", "make ", ".venv/bin/python ", *ELSEWHERE)
+    assert [line for _, line in LINES if not line.startswith(known)] == []
+    assert len(LINES) > 20

@@ -12,7 +12,7 @@ import tokentrim_hooks as tokentrim
 from tokentrim_hooks import errors, plugins, testing
 from tokentrim_hooks.cli import main as cli
 
-DOCS = "\n".join(page.read_text() for page in PAGES if page.parent.name == "docs")
+DOCS = "\n".join(page.read_text() for page in PAGES if page.parent == ROOT / "docs")
 CODE = set(re.findall(r"\w+(?:-\w+)*", " ".join(re.findall(r"```.*?```|`[^`\n]+`", DOCS, re.DOTALL))))
 """Words that stand in code in docs/."""
 

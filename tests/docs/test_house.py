@@ -1,0 +1,23 @@
+"""CONTRIBUTING.md draws the house as it stands: its layers are the contract's, every room and module has a line."""
+
+import re
+
+from pages import ROOT, blocks
+
+PAGE = ROOT / "CONTRIBUTING.md"
+PACKAGE = ROOT / "tokentrim_hooks"
+
+
+def test_the_layers_are_the_contracts():
+    drawn = blocks(PAGE)[0].code.replace(" · ", " | ").splitlines()
+    toml = (ROOT / "pyproject.toml").read_text()
+    layers = re.search(r"^layers = \[\n(.*?)^\]", toml, re.MULTILINE | re.DOTALL)[1]
+    assert drawn == re.findall(r'"(.+)"', layers)
+
+
+def test_every_room_and_every_module_has_a_line():
+    text = PAGE.read_text()
+    firsts = " ".join(re.findall(r"^\| (`[^|]+) \|", text, re.MULTILINE))
+    rooms = {path.parent.name + "/" for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert set(re.findall(r"`(.+?)`", firsts)) == rooms | modules
