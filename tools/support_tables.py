@@ -43,7 +43,7 @@ def read_checks(root: Path = ROOT) -> dict[str, Any]:
 
 
 def rows(checks: Mapping[str, Any]) -> list[Row]:
-    """One row a model of our own adapters, sorted by adapter, then the base classes.
+    """One row per model of our own adapters, sorted by adapter, then the base classes.
 
     Raises:
         ReportError: a record names a model that no adapter of ours has.
@@ -74,7 +74,7 @@ def support_table(checks: Mapping[str, Any] | None = None) -> str:
 
 
 def support_details(checks: Mapping[str, Any] | None = None) -> str:
-    """The long version, in Markdown: one section a model with what was run, figures and refusals."""
+    """The long version, in Markdown: one section per model, with what was run, figures and refusals."""
     checks = checks or read_checks()
     sections = [_section(*row, checks["device"]) for row in rows(checks)]
     refused = _table(["Refused", "Why"], [[item["model"], item["why"]] for item in checks["refused"]])

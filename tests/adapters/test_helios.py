@@ -38,7 +38,7 @@ def pipe():
 
 
 class Clock:
-    """Counts chunks from 0 by the scheduler, which is reset once a chunk."""
+    """Counts chunks from 0 by the scheduler, which is reset once per chunk."""
 
     def __init__(self):
         self.chunk = -1

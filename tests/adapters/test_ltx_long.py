@@ -31,7 +31,7 @@ def pipe():
 
 
 class Clock:
-    """Counts windows from 0 by the scheduler, which is reset once a window."""
+    """Counts windows from 0 by the scheduler, which is reset once per window."""
 
     def __init__(self):
         self.window = -1

@@ -100,7 +100,7 @@ def test_calls_from_outside_the_loop_are_not_a_rollout():
 
 
 def test_host_reads(monkeypatch):
-    """One read a chunk that has a predecessor, none for the first: counted where our code asks."""
+    """One read per chunk that has a predecessor, none for the first: counted where our code asks."""
     reads: list[str] = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, _reporting(getattr(torch.Tensor, name), name, reads))

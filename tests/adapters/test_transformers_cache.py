@@ -92,7 +92,7 @@ class LatentVideo(nn.Module):
 
 @torch.no_grad()
 def generate(model: LatentVideo, seed: int = 0, batch: int = 1) -> Tensor:
-    """3 denoising steps a chunk, then the finished chunk is written into the cache."""
+    """3 denoising steps per chunk, then the finished chunk is written into the cache."""
     torch.manual_seed(seed)
     cache, video = model.new_cache(), []
     for chunk in range(CHUNKS):

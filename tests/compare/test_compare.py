@@ -56,7 +56,7 @@ def test_arms_share_their_noise_and_a_null_control_changes_nothing(tmp_path):
     assert difference.pairs == 3
     assert difference.mean == pytest.approx(sum(always[s] - off[s] for s in off) / 3)
     assert rows["always"].pruned == pytest.approx(3 / 5)  # chunks 1 to 5 are judged, 3 to 5 pruned
-    assert rows["always"].extra == pytest.approx(3 / (6 * 5))  # four steps and a clean call a chunk
+    assert rows["always"].extra == pytest.approx(3 / (6 * 5))  # four steps and a clean call per chunk
     same = rows["again"].differences["brightness"]
     assert (same.low, same.high, same.p) == (0, 0, 1)
 

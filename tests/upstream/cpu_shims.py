@@ -1,7 +1,7 @@
 """What stands in for a GPU and for downloads while an upstream script runs unedited, in a process of its own.
 
 A ``sitecustomize.py`` calls :func:`install` before the script. The script, its pipeline, its causal model with the real
-grid (60 x 104 latent pixels, 1560 tokens a frame) and its samplers are the real ones. Stand-ins:
+grid (60 x 104 latent pixels, 1560 tokens per frame) and its samplers are the real ones. Stand-ins:
 
 - tensors asked for on CUDA lie on the CPU (a torch function mode); ``torch.cuda`` answers as a GPU with 80 GiB would;
 - ``CausalWanModel.from_pretrained`` builds the real class with 2 layers, 1 head of 32, and random weights. Caches whose

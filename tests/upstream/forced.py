@@ -15,7 +15,7 @@ Plan = Mapping[int, Sequence[Sequence[int]]]
 
 @dataclass
 class ForcedPolicy:
-    """Prunes ``plan[chunk]`` (a token list a sample, empty = spare it) at the chunk of that number."""
+    """Prunes ``plan[chunk]`` (a token list per sample, empty = spare it) at the chunk of that number."""
 
     plan: Plan
     persist: bool = True

@@ -1,4 +1,4 @@
-"""MAGI-1's real model, sampler and pipeline around tiny random weights: 16 tokens a frame, 2 frames a chunk, 2 layers.
+"""MAGI-1's real model, sampler and pipeline with tiny random weights: 16 tokens per frame, 2 frames per chunk.
 
 The source wants a GPU: kernels (triton, flash-attn, flashinfer) are replaced by plain ones, and devices are rewritten
 to the CPU while :meth:`Repository.running` is open.
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 TOKENS, WIDTH, LAYERS, TEXT = 16, 2, 2, 60
-"""Tokens a frame, latent frames a chunk, layers, length of the prompt."""
+"""Tokens per frame, latent frames per chunk, layers, length of the prompt."""
 
 STUBS = ("triton", "flash_attn", "flashinfer", "ffmpeg", "magi_attention")
 
@@ -98,7 +98,7 @@ class Repository:
             stack.enter_context(mock.patch.object(self.layers, "flex_attention", flex))
             stack.enter_context(mock.patch.object(self.model, "load_checkpoint", load_noise))
             stack.enter_context(OnCpu())
-            stack.enter_context(mock.patch.object(self.generate.gc, "collect"))  # half a second a video
+            stack.enter_context(mock.patch.object(self.generate.gc, "collect"))  # half a second per video
             stack.enter_context(mock.patch.object(self.generate, "tqdm", partial(self.generate.tqdm, disable=True)))
             yield
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Prune:
-    """``tokens`` (one list a sample) of all earlier frames are dead from the chunk at latent frame ``start`` on.
+    """``tokens`` (one list per sample) of all earlier frames are dead from the chunk at latent frame ``start`` on.
 
     ``lasting=False`` brings them back when that chunk is committed.
     """
@@ -35,7 +35,7 @@ class Source:
     """What the reference must know of a repository; arguments are the generator's, by name.
 
     ``start`` is the first latent frame of the call; ``commits`` whether it writes clean context; ``values`` the value
-    projections, one a layer; ``namespace.attention(q, k, v)`` self attention over ``[B, length, heads, head_dim]``;
+    projections, one per layer; ``namespace.attention(q, k, v)`` self attention over ``[B, length, heads, head_dim]``;
     ``tokens`` the spatial tokens of a frame.
     """
 
@@ -66,7 +66,7 @@ class MaskedReference:
     """``with MaskedReference(source, prunes) as reference: pipeline.inference(...)``.
 
     ``spared`` frames (sinks) are never dead. With ``drop=True`` dead keys are taken out and the repository's own
-    attention is called, to compare bit for bit. ``masked`` collects, per attention call, the dead keys a sample.
+    attention is called, to compare bit for bit. ``masked`` collects, per attention call, the dead keys per sample.
     """
 
     source: Source

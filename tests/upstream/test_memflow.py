@@ -119,7 +119,7 @@ def test_two_videos_observed_then_pruned(repository: Repository, record_property
 
 
 def check_replay(watch: Watch) -> None:
-    """The bank carries no mark; it was moved on once a chunk, and not again for the replay."""
+    """The bank carries no mark; it was moved on once per chunk, and not again for the replay."""
     assert all(watch.clean)
     first, again = watch.calls[3 * CHUNK], watch.calls[3 * CHUNK + 1]
     assert (first["q_bank"], again["q_bank"]) == (True, False)

@@ -1,4 +1,4 @@
-"""CausVid's real wrapper, causal model and pipeline around tiny random weights: 80 tokens a frame, 3 layers."""
+"""CausVid's real wrapper, causal model and pipeline around tiny random weights: 80 tokens per frame, 3 layers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def causvid() -> Iterator[Repository]:
 
 @dataclass(frozen=True)
 class Setup:
-    """A configuration: frames a chunk, batch, denoising steps (upstream's, already warped)."""
+    """A configuration: frames per chunk, batch, denoising steps (upstream's, already warped)."""
 
     block: int = 3
     batch: int = 1

@@ -1,4 +1,4 @@
-"""LongLive 1.0's real wrapper, models and pipelines around tiny random weights: 80 tokens a frame, 3 layers.
+"""LongLive 1.0's real wrapper, models and pipelines around tiny random weights: 80 tokens per frame, 3 layers.
 
 The checkout of branch v1.0 is looked for as ``LongLive-v1``: the main branch holds LongLive 2.0.
 """

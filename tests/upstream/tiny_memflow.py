@@ -1,6 +1,6 @@
 """MemFlow's real wrapper, model and pipelines around tiny random weights, at the real grid of 60 x 104 latent pixels.
 
-Its attention has 1560 tokens a frame and 3 frames a chunk as literals, so only the width is tiny: 2 layers, 1 head.
+Its attention has 1560 tokens per frame and 3 frames per chunk as literals, so only the width is tiny: 2 layers, 1 head.
 """
 
 from __future__ import annotations

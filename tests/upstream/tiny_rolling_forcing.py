@@ -1,4 +1,4 @@
-"""Rolling Forcing's real wrapper, model and pipeline around tiny random weights: 80 tokens a frame, 3 layers."""
+"""Rolling Forcing's real wrapper, model and pipeline around tiny random weights: 80 tokens per frame, 3 layers."""
 
 from __future__ import annotations
 

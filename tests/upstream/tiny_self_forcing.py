@@ -1,4 +1,4 @@
-"""Self-Forcing's real wrapper, model and pipelines around tiny random weights: 80 tokens a frame, 3 layers."""
+"""Self-Forcing's real wrapper, model and pipelines around tiny random weights: 80 tokens per frame, 3 layers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ FOUR_STEPS = (1000, 750, 500, 250)
 
 @dataclass(frozen=True)
 class Setup:
-    """A configuration: ``window`` and ``sink`` in frames (-1 = no local window), ``block`` frames a chunk.
+    """A configuration: ``window`` and ``sink`` in frames (-1 = no local window), ``block`` frames per chunk.
 
     ``capacity`` is the number of cached frames without a local window; attention still sees 21 frames at most.
     ``steps`` are denoising steps: half of upstream's by default, to save time.

@@ -12,7 +12,7 @@ from tokentrim_hooks.metrics.metrics import Frames, as_frames
 
 
 def read_video(path: str | Path) -> tuple[Frames, float]:
-    """All frames ``[T, H, W, 3]`` float32 in [0, 1], and frames a second.
+    """All frames ``[T, H, W, 3]`` float32 in [0, 1], and frames per second.
 
     Raises:
         VideoError: no such file, not a video, or no frame in it.

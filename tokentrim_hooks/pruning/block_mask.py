@@ -21,7 +21,7 @@ def without_dead(mask: Any, index: Sequence[Tensor], batch: int, keys: int) -> A
 
     Args:
         mask: BlockMask over ``keys`` queries and keys.
-        index: live keys, LongTensor; one for all samples, or one a sample.
+        index: live keys, LongTensor; one for all samples, or one per sample.
         batch: number of samples.
         keys: number of keys.
     """

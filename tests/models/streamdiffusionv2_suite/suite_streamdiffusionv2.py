@@ -69,7 +69,7 @@ class Reference:
             return tiny_stream.run(pipe, 9, 12, **options)
 
 
-# Name, options, steps a chunk, chunk to prune. The window of 6 frames is full from chunk 4 (the first has 2) on.
+# Name, options, steps per chunk, chunk to prune. The window of 6 frames is full from chunk 4 (the first has 2) on.
 CONFIGURATIONS = [
     ("filling", {}, 2, 3),
     ("the chunk that fills it", {}, 2, 4),
