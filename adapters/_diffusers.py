@@ -2,56 +2,75 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokentrim_hooks import Patches
+from tokentrim_hooks import (
+    Match,
+    NoMatch,
+    Patches,
+    UnsupportedContextError,
+    bind,
+    home_of,
+    lacks,
+    parameters_of,
+)
+
+DISPATCHER = "dispatch_attention_fn"
+PINNED = 2**40
+"""Frame number of a pinned frame (the first one, or one of negative time index), apart from all frames that age."""
 
 
-def home_of(attention: Any) -> Any:
+def dispatcher_of(attention: Any) -> Any:
     """The module whose global ``dispatch_attention_fn`` the attention's processor calls, or None.
 
     It is the processor's module, which need not be the transformer's: models borrow each other's blocks.
     """
-    home = sys.modules.get(type(getattr(attention, "processor", None)).__module__)
-    return home if callable(getattr(home, "dispatch_attention_fn", None)) else None
+    return home_of(getattr(attention, "processor", None), DISPATCHER)
 
 
 def lacking(transformer: Any, parameters: Sequence[str]) -> str:
     """Why a transformer is none of ours: its forward lacks parameters. Empty if it has them all."""
-    known = inspect.signature(transformer.forward).parameters
-    missing = [name for name in parameters if name not in known]
-    if not missing:
+    reason = lacks(transformer.forward, parameters, "the transformer's forward")
+    if not reason:
         return ""
-    if "pose_hidden_states" in known and "face_pixel_values" in known:
+    if {"pose_hidden_states", "face_pixel_values"} <= set(parameters_of(transformer.forward)):
         return "earlier frames are joined to new ones channel by channel, so there is no context token to remove"
     processors = [getattr(module, "processor", None) for module in transformer.modules()]
     if any("linear" in type(processor).__name__.lower() for processor in processors):
         return "linear attention sums all tokens into one state, from which none can be removed"
-    return f"the transformer's forward lacks {', '.join(missing)}"
+    return reason
+
+
+def recognised(
+    transformer: nn.Module,
+    attentions: Sequence[nn.Module],
+    patch_size: Sequence[int],
+    home: Callable[[Any], Any] = dispatcher_of,
+) -> Match | NoMatch:
+    """The end of every probe: self attention can be tapped, a token lies in one frame, nothing stands in the way.
+
+    ``patch_size`` is (frames, height, width) of a token; ``home`` finds the module whose attention function is tapped.
+    """
+    if not attentions:
+        return NoMatch("the transformer's blocks have no self attention where this model has it")
+    if not all(map(home, attentions)):
+        return NoMatch("an attention processor's module lacks the attention function to tap")
+    if patch_size[0] != 1:
+        return NoMatch("a token spans several frames")
+    reason = trouble(transformer, attentions)
+    return NoMatch(reason) if reason else Match(transformer, (int(patch_size[1]), int(patch_size[2])))
 
 
 def tap_dispatch(patches: Patches, attentions: Sequence[nn.Module]) -> None:
     """Tap the dispatcher of these self attentions; cross attention calls it as well, hence ``within``."""
-    homes: dict[int, list[nn.Module]] = {}
-    for attention in attentions:
-        homes.setdefault(id(home_of(attention)), []).append(attention)
-    for group in homes.values():
-        patches.tap(
-            home_of(group[0]),
-            "dispatch_attention_fn",
-            q="query",
-            k="key",
-            v="value",
-            mask="attn_mask",
-            refuse=("parallel_config",),
-            within=group,
-        )
+    names: dict[str, Any] = {"q": "query", "k": "key", "v": "value", "mask": "attn_mask"}
+    for home in dict.fromkeys(map(dispatcher_of, attentions)):
+        group = [attention for attention in attentions if dispatcher_of(attention) is home]
+        patches.tap(home, DISPATCHER, refuse=("parallel_config",), within=group, **names)
 
 
 def trouble(transformer: Any, attentions: Sequence[Any]) -> str:
@@ -64,6 +83,36 @@ def trouble(transformer: Any, attentions: Sequence[Any]) -> str:
     if any(getattr(owner, "_parallel_config", None) is not None for owner in owners):
         return "context parallelism is on, so that each device holds other keys: run without enable_parallelism()"
     return ""
+
+
+class Overheard:
+    """Listens to what a pipeline calls beside the transformer.
+
+    A failure to understand it is kept for the next transformer call, where ``on_error`` decides what becomes of it.
+    """
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+
+    def listen(
+        self, patches: Patches, owner: Any, name: str, learn: Callable[[Mapping[str, Any], Any], None]
+    ) -> None:
+        """Have ``learn(arguments, result)`` told of every call of the method or function ``owner.name``."""
+
+        def heard(wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = wrapped(*args, **kwargs)
+            try:
+                learn(bind(wrapped, args, kwargs), result)
+            except Exception as failure:
+                self.failure = self.failure or failure
+            return result
+
+        patches.wrap(owner, name, heard)
+
+    def require(self, subject: str) -> None:
+        """Raise UnsupportedContextError if something was not understood."""
+        if self.failure is not None:
+            raise UnsupportedContextError(f"cannot follow this pipeline's {subject}") from self.failure
 
 
 def sigma_of(scheduler: Any, step: int, timestep: Tensor) -> Tensor:

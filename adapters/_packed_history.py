@@ -26,10 +26,7 @@ from tokentrim_hooks import (
     UnsupportedContextError,
 )
 
-from ._diffusers import sample_of, sigma_of, tap_dispatch, trouble
-
-PINNED = 2**40
-"""Frame number of the pinned first frame, apart from all frames that age."""
+from ._diffusers import PINNED, sample_of, sigma_of, tap_dispatch, trouble
 
 
 @dataclass(frozen=True)
@@ -48,17 +45,17 @@ class Packing:
     video: object
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedCall(Call):
     """A transformer call: chunk ``section`` of the video at denoising step ``step``; ``real`` are history's frames."""
 
-    packing: Packing | None = None
-    section: int = 0
-    step: int = 0
-    real: range = range(0)
+    packing: Packing
+    section: int
+    step: int
+    real: range
 
 
-class PackedHistory(Adapter):
+class PackedHistory(Adapter[PackedCall]):
     """Common part of the adapters for packed history; a family says how its arguments are to be read."""
 
     context_kind = "packed history frames in the attention sequence, coarser with age"
@@ -82,7 +79,7 @@ class PackedHistory(Adapter):
     def begin(self, packing: Packing, arguments: Mapping[str, Any]) -> int:
         """A new video begins: set ``inverted``; return how many frames its history holds already."""
 
-    def others(self, call: Call) -> int:
+    def others(self, call: PackedCall) -> int:
         """Keys behind the chunk's own (text)."""
         return 0
 
@@ -146,18 +143,16 @@ class PackedHistory(Adapter):
         """Frames that exist: made or given before this chunk. Beyond them history is blank."""
         return range(self._start + frames, 0) if self.inverted else range(0, self._start)
 
-    def phase(self, call: Call, seen: Seen) -> Phase:
+    def phase(self, call: PackedCall, seen: Seen) -> Phase:
         """A chunk begins at its first step. Nothing is committed: history is embedded anew at every step."""
-        return Phase.FIRST if _packed(call).step == 0 else Phase.REFINE
+        return Phase.FIRST if call.step == 0 else Phase.REFINE
 
-    def restarts(self, call: Call, seen: Seen) -> bool:
+    def restarts(self, call: PackedCall, seen: Seen) -> bool:
         """The first section begins a video, wherever the last one ended and in whichever direction it runs."""
-        return _packed(call).section == 0
+        return call.section == 0
 
-    def accepted(self, call: Call) -> Tensor | None:
+    def accepted(self, call: PackedCall) -> Tensor | None:
         """The chunk before, as the history has it; None where it does not reach that far."""
-        call = _packed(call)
-        assert call.packing is not None
         if len(call.real) < call.frames:
             return None
         parts = [part for part, _ in call.packing.parts]
@@ -167,15 +162,13 @@ class PackedHistory(Adapter):
         nearest = history[:, :, : call.frames] if self.inverted else history[:, :, -call.frames :]
         return nearest.transpose(1, 2).to(call.latents.device)
 
-    def prediction(self, call: Call, output: Any) -> Tensor:
+    def prediction(self, call: PackedCall, output: Any) -> Tensor:
         """x0 = x - sigma v."""
-        sigma = sigma_of(self.scheduler, _packed(call).step, call.arguments["timestep"])
+        sigma = sigma_of(self.scheduler, call.step, call.arguments["timestep"])
         return call.latents.float() - sigma * sample_of(output).transpose(1, 2).float()
 
-    def context(self, call: Call) -> KeyLayout:
+    def context(self, call: PackedCall) -> KeyLayout:
         """Keys of self attention, history first. Blank history counts as nothing, pinned frames as anchors."""
-        call = _packed(call)
-        assert call.packing is not None
         height, width = self._grid(call)
         segments: list[Segment] = []
         frames = self._history_frames(call)
@@ -187,24 +180,18 @@ class PackedHistory(Adapter):
         others = self.others(call)
         return KeyLayout((*segments, Segment(Role.OTHER, (0,), others, 1)) if others else tuple(segments))
 
-    def _grid(self, call: Call) -> tuple[int, int]:
+    def _grid(self, call: PackedCall) -> tuple[int, int]:
         patch_size = self.transformer.config.patch_size
         down, across = (patch_size, patch_size) if isinstance(patch_size, int) else (patch_size[1], patch_size[2])
         return call.latents.shape[-2] // down, call.latents.shape[-1] // across
 
     def _history_frames(self, call: PackedCall) -> list[range]:
         """Frame numbers of every part, coarse to fine: before the chunk, or behind it where the video runs back."""
-        assert call.packing is not None
         counts = [int(part.shape[2]) for part, _ in call.packing.parts]
         near = [sum(counts[i + 1 :]) for i in range(len(counts))]
         if self.inverted:
             return [range(call.end + gap, call.end + gap + count) for gap, count in zip(near, counts, strict=True)]
         return [range(call.start - gap - count, call.start - gap) for gap, count in zip(near, counts, strict=True)]
-
-
-def _packed(call: Call) -> PackedCall:
-    assert isinstance(call, PackedCall)
-    return call
 
 
 def _aged(frames: Sequence[int], scale: int, height: int, width: int, real: range) -> list[Segment]:

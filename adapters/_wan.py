@@ -8,15 +8,25 @@ by frame, and the tensors ``global_end_index`` (rows of the video so far) and ``
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches
+from tokentrim_hooks import (
+    Adapter,
+    CacheRows,
+    Call,
+    Match,
+    NoMatch,
+    Patches,
+    home_of,
+    lacks,
+    layers_of,
+    nearest_sigma,
+    parameters_of,
+)
 
 PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache", "crossattn_cache", "current_start")
 """Parameters that the forward of every generator wrapper of the family takes."""
@@ -49,14 +59,12 @@ class CausalWan(Adapter):
         generator = getattr(model, "generator", model)
         if not isinstance(generator, nn.Module):
             return NoMatch("neither a module nor a pipeline with a .generator module")
-        parameters = inspect.signature(generator.forward).parameters
+        taken = parameters_of(generator.forward)
         for name, relative in RELATIVES.items():
-            if name in parameters and name not in cls.own:
+            if name in taken and name not in cls.own:
                 return NoMatch(f"the generator's forward takes {name!r}: this is {relative}")
-        missing = [name for name in (*PARAMETERS, *cls.own) if name not in parameters]
-        if missing:
-            return NoMatch(f"the generator's forward lacks {', '.join(missing)}")
-        return cls._probe_layers(generator)
+        reason = lacks(generator.forward, (*PARAMETERS, *cls.own), "the generator's forward")
+        return NoMatch(reason) if reason else cls._probe_layers(generator)
 
     @classmethod
     def _probe_layers(cls, generator: nn.Module) -> Match | NoMatch:
@@ -66,15 +74,15 @@ class CausalWan(Adapter):
             return NoMatch("generator.model has no blocks[i].self_attn or no patch_size")
         if not all(hasattr(layer, name) for layer in layers for name in cls.layer_attributes):
             return NoMatch(f"self_attn has no {' and '.join(cls.layer_attributes)}")
-        if not callable(getattr(home_of(layers[0]), "attention", None)):
+        if home_of(layers[0], "attention") is None:
             return NoMatch("the module of self_attn has no global function attention(q, k, v)")
         return Match(generator, (int(patch_size[1]), int(patch_size[2])))
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Tap the module-global ``attention``, which only self attention calls."""
-        self.generator: nn.Module = getattr(model, "generator", model)
+        self.generator: Any = getattr(model, "generator", model)
         self.layers = self_attentions(self.generator)
-        for home in {id(home_of(layer)): home_of(layer) for layer in self.layers}.values():
+        for home in dict.fromkeys(map(home_of, self.layers)):
             patches.tap(home, "attention", refuse=("q_lens", "k_lens"))
 
     def parse(self, arguments: Mapping[str, Any]) -> Call | None:
@@ -84,7 +92,7 @@ class CausalWan(Adapter):
         latents: Tensor = arguments["noisy_image_or_video"]
         return Call(
             latents,
-            start=start_of(arguments) // self.tokens(latents),
+            start=start_of(arguments) // self.rows_per_frame(latents),
             stream=id(arguments["kv_cache"]),
             timestep=arguments["timestep"],
             arguments=arguments,
@@ -92,32 +100,37 @@ class CausalWan(Adapter):
 
     def context(self, call: Call) -> CacheRows:
         """Rows before the current chunk: which are the last ones once the chunk has been written."""
-        tokens = self.tokens(call.latents)
-        sink = int(self.layers[0].sink_size) * tokens  # type: ignore[arg-type]
-        return history_rows(call.arguments, call.frames * tokens, tokens, sink)
+        per_frame = self.rows_per_frame(call.latents)
+        sink = int(self.layers[0].sink_size) * per_frame
+        return history_rows(call.arguments, call.frames * per_frame, per_frame, sink)
 
     def carry(self, call: Call, before: Tensor, after: Tensor) -> Tensor:
         """The few-step sampler re-noises x0: x_t = (1 - sigma) x0 + sigma noise, so keep the noise and move x0."""
         assert call.timestep is not None
-        scheduler: Any = self.generator.scheduler
-        sigmas, timesteps = (t.to(call.latents.device).double() for t in (scheduler.sigmas, scheduler.timesteps))
-        nearest = (timesteps[:, None] - call.timestep.flatten()[None].double()).abs().argmin(0)
-        sigma = sigmas[nearest].view(*call.timestep.shape, 1, 1, 1)
+        sigma = nearest_sigma(self.generator.scheduler, call.timestep).double()[..., None, None, None]
         moved = call.latents.double() + (1 - sigma) * (after.double() - before.double())
-        return cast(Tensor, moved.to(call.latents.dtype))
+        return moved.to(call.latents.dtype)
 
-    def tokens(self, latents: Tensor) -> int:
+    def rows_per_frame(self, latents: Tensor) -> int:
         """Spatial tokens, and so cache rows, of a latent frame of ``latents`` ``[..., H, W]``."""
-        patch_size: Sequence[int] = self.generator.model.patch_size  # type: ignore[union-attr, assignment]
-        return math.prod(latents.shape[-2:]) // (int(patch_size[1]) * int(patch_size[2]))
+        return rows_per_frame(self.generator.model, latents)
 
 
-def history_rows(arguments: Mapping[str, Any], new: int, tokens: int, anchors: int) -> CacheRows:
-    """Rows of finished frames in the cache of a call that writes ``new`` rows; the first ``anchors`` are a sink."""
+def rows_per_frame(transformer: Any, latents: Tensor) -> int:
+    """Tokens of a latent frame of ``latents`` ``[..., H, W]``; ``patch_size`` is (frames, height, width) of one."""
+    _, height, width = transformer.patch_size
+    return math.prod(latents.shape[-2:]) // (int(height) * int(width))
+
+
+def history_rows(arguments: Mapping[str, Any], new: int, per_frame: int, anchors: int) -> CacheRows:
+    """Rows of finished frames in the cache of a call that writes ``new`` rows; the first ``anchors`` are a sink.
+
+    The cache may have been written by the call already or not: its counter of the video's rows tells.
+    """
     cache: Sequence[Mapping[str, Any]] = arguments["kv_cache"]
     written = int(cache[0]["global_end_index"]) >= start_of(arguments) + new
     stop = max(int(cache[0]["local_end_index"]) - (new if written else 0), 0)
-    return CacheRows([layer["v"] for layer in cache], 0, stop, tokens, min(anchors, stop))
+    return CacheRows([layer["v"] for layer in cache], 0, stop, per_frame, min(anchors, stop))
 
 
 def start_of(arguments: Mapping[str, Any]) -> int:
@@ -125,12 +138,6 @@ def start_of(arguments: Mapping[str, Any]) -> int:
     return int(arguments["current_start"] or 0)
 
 
-def self_attentions(generator: nn.Module) -> list[nn.Module]:
-    """Self-attention modules of ``generator.model``, one a block."""
-    blocks = getattr(getattr(generator, "model", None), "blocks", ())
-    return [block.self_attn for block in blocks if isinstance(getattr(block, "self_attn", None), nn.Module)]
-
-
-def home_of(layer: nn.Module) -> Any:
-    """Python module whose globals the code of ``layer`` sees."""
-    return sys.modules.get(type(layer).__module__)
+def self_attentions(generator: object) -> list[Any]:
+    """Self-attention modules of ``generator.model``, one per block."""
+    return layers_of(generator, "model.blocks", "self_attn")

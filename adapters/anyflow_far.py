@@ -33,9 +33,10 @@ from tokentrim_hooks import (
     Segment,
     default_phase,
     hookimpl,
+    layers_of,
 )
 
-from ._diffusers import home_of, lacking, tap_dispatch, trouble
+from ._diffusers import lacking, recognised, tap_dispatch
 
 PARAMETERS = ("chunk_partition", "r_timestep", "kv_cache", "kv_cache_flag")
 BLOCK = 128
@@ -61,23 +62,19 @@ class AnyFlowFAR(Adapter):
             return NoMatch(lacks)
         if not callable(getattr(model, "encode_kv_cache", None)):
             return NoMatch("the pipeline has no encode_kv_cache")
-        attentions = _self_attentions(transformer)
-        if not attentions or not all(home_of(attention) for attention in attentions):
-            return NoMatch("blocks[i].attn1 is missing or does not use dispatch_attention_fn")
         config: Any = transformer.config
-        if config.patch_size[0] != 1 or config.compressed_patch_size[0] != 1:
-            return NoMatch("a token spans several frames")
-        if any(config.compressed_patch_size[i] % config.patch_size[i] for i in (1, 2)):
+        if any(coarse % fine for coarse, fine in zip(config.compressed_patch_size, config.patch_size, strict=True)):
             return NoMatch("a compressed token does not cover whole tokens")
-        reason = trouble(transformer, attentions)
-        return NoMatch(reason) if reason else Match(transformer, (config.patch_size[1], config.patch_size[2]))
+        if config.compressed_patch_size[0] != 1:
+            return NoMatch("a compressed token spans several frames")
+        return recognised(transformer, layers_of(transformer, "blocks", "attn1"), config.patch_size)
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Tap the dispatcher inside self attention; cross attention calls it as well."""
         self.pipeline = model
         self._cache: weakref.ref[Tensor] | None = None
         self._opens = False
-        tap_dispatch(patches, _self_attentions(model.transformer))
+        tap_dispatch(patches, layers_of(model.transformer, "blocks", "attn1"))
 
     def parse(self, arguments: Mapping[str, Any]) -> Call | None:
         """Read one call; without a KV cache it is training. A cache call brings all frames, the chunk's are last."""
@@ -138,11 +135,6 @@ class AnyFlowFAR(Adapter):
         """The last frames of a ``[B, F, ...]`` batch, of the conditional half under guidance."""
         start = batch.shape[0] // 2 if self.pipeline.do_classifier_free_guidance else 0
         return batch[start:, -frames:]
-
-
-def _self_attentions(transformer: Any) -> list[nn.Module]:
-    found = [getattr(block, "attn1", None) for block in getattr(transformer, "blocks", ())]
-    return [attention for attention in found if isinstance(attention, nn.Module)]
 
 
 @hookimpl

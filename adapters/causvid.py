@@ -12,13 +12,12 @@ were pruned is read again. The frames handed over count as accepted: the next ch
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, UnsupportedContextError, hookimpl
+from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, UnsupportedContextError, hookimpl, lacks
 
 from ._wan import CausalWan, self_attentions, start_of
 
@@ -39,7 +38,7 @@ class CausVid(CausalWan):
         for layer in self_attentions(generator):
             if hasattr(layer, "evict_idx"):
                 return NoMatch("self_attn has evict_idx: the cache is a ring buffer, as in StreamDiffusionV2")
-            if "current_end" not in inspect.signature(layer.forward).parameters:
+            if lacks(layer.forward, cls.own, "self_attn"):
                 return NoMatch("self_attn takes no current_end: this is CausVid's bidirectional teacher")
         return super()._probe_layers(generator)
 
@@ -58,7 +57,8 @@ class CausVid(CausalWan):
     def context(self, call: Call) -> CacheRows:
         """All rows before ``current_start``."""
         cache: Sequence[Mapping[str, Any]] = call.arguments["kv_cache"]
-        return CacheRows([layer["v"] for layer in cache], 0, start_of(call.arguments), self.tokens(call.latents))
+        values = [layer["v"] for layer in cache]
+        return CacheRows(values, 0, start_of(call.arguments), self.rows_per_frame(call.latents))
 
 
 @hookimpl

@@ -11,15 +11,30 @@ The transformer predicts flow: x0 = x_t - sigma * flow, with sigma looked up in 
 
 from __future__ import annotations
 
-import inspect
-import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, Phase, Seen, hookimpl
+from tokentrim_hooks import (
+    Adapter,
+    CacheRows,
+    Call,
+    Match,
+    NoMatch,
+    Patches,
+    Phase,
+    Seen,
+    bind,
+    home_of,
+    hookimpl,
+    lacks,
+    layers_of,
+    nearest_sigma,
+    parameters_of,
+)
+
+from ._wan import history_rows, rows_per_frame
 
 PARAMETERS = ("hidden_states", "timestep", "kv_cache", "crossattn_cache", "current_start", "start_frame")
 FOREIGN = ("kv_cache_mouse", "kv_cache_keyboard")
@@ -57,7 +72,6 @@ class FastVideo(Adapter):
         stage = _stage(model)
         self.transformer: Any = getattr(stage, "transformer", stage)
         self.scheduler: Any = getattr(stage, "scheduler", None)
-        self.signature = inspect.signature(self.transformer._forward_inference)
         for transformer in (self.transformer, getattr(stage, "transformer_2", None)):
             for layer in _self_attentions(transformer):
                 patches.tap(layer.attn, "forward", refuse=("freqs_cis",))
@@ -66,13 +80,11 @@ class FastVideo(Adapter):
         """Read one call: the transformer's forward passes everything on to its cached forward."""
         if arguments["kwargs"].get("kv_cache") is None:
             return None
-        bound = self.signature.bind(*arguments["args"], **arguments["kwargs"])
-        bound.apply_defaults()
-        given = dict(bound.arguments)
+        given = bind(self.transformer._forward_inference, arguments["args"], arguments["kwargs"])
         latents: Tensor = given["hidden_states"].transpose(1, 2)
         return Call(
             latents,
-            start=int(given["current_start"]) // self._tokens(latents),
+            start=int(given["current_start"]) // rows_per_frame(self.transformer, latents),
             stream=id(given["kv_cache"]),
             timestep=given["timestep"],
             arguments=given,
@@ -82,18 +94,14 @@ class FastVideo(Adapter):
         """The stage counts the steps of a chunk in its forward context, on the host; the clean call is step 0 again."""
         if call.start != seen.start or seen.committed:
             return Phase.FIRST
-        step = sys.modules[type(self.transformer).__module__].get_forward_context().current_timestep
+        step = home_of(self.transformer).get_forward_context().current_timestep
         return Phase.COMMIT if step == 0 else Phase.REFINE
 
     def context(self, call: Call) -> CacheRows:
         """Rows before the current chunk: which are the last ones once the chunk has been written."""
-        cache: Sequence[Mapping[str, Any]] = call.arguments["kv_cache"]
-        tokens = self._tokens(call.latents)
-        new = call.frames * tokens
-        written = int(cache[0]["global_end_index"]) >= int(call.arguments["current_start"]) + new
-        stop = max(int(cache[0]["local_end_index"]) - (new if written else 0), 0)
-        sinks = int(self.transformer.blocks[0].attn1.sink_size) * tokens
-        return CacheRows([layer["v"] for layer in cache], 0, stop, tokens, min(sinks, stop))
+        per_frame = rows_per_frame(self.transformer, call.latents)
+        sinks = int(self.transformer.blocks[0].attn1.sink_size) * per_frame
+        return history_rows(call.arguments, call.frames * per_frame, per_frame, sinks)
 
     def prediction(self, call: Call, output: Any) -> Tensor:
         """x0 from flow, in float64 as the stage computes it."""
@@ -106,14 +114,7 @@ class FastVideo(Adapter):
         """Noise level of each timestep: that of the scheduler's nearest one."""
         if self.scheduler is None:
             return timestep.double() / 1000
-        steps = self.scheduler.timesteps.to(timestep.device).double()
-        nearest = (steps[:, None] - timestep.flatten()[None].double()).abs().argmin(0)
-        sigma: Tensor = self.scheduler.sigmas.to(timestep.device).double()[nearest]
-        return sigma
-
-    def _tokens(self, latents: Tensor) -> int:
-        _, height, width = self.transformer.patch_size
-        return math.prod(latents.shape[-2:]) // (int(height) * int(width))
+        return nearest_sigma(self.scheduler, timestep).double()
 
 
 def _stage(model: Any) -> Any:
@@ -130,14 +131,10 @@ def _refusal(transformer: Any) -> str:
     cached = getattr(transformer, "_forward_inference", None)
     if not isinstance(transformer, nn.Module) or not callable(cached):
         return "no module with a _forward_inference, nor a stage or pipeline that has one as .transformer"
-    parameters = inspect.signature(cached).parameters
-    missing = [name for name in PARAMETERS if name not in parameters]
-    if missing:
-        return f"the transformer's _forward_inference lacks {', '.join(missing)}"
-    foreign = [name for name in FOREIGN if name in parameters]
+    foreign = [name for name in FOREIGN if name in parameters_of(cached)]
     if foreign:
         return f"the transformer's _forward_inference takes {', '.join(foreign)}: a relative with other caches"
-    return _layer_refusal(transformer)
+    return lacks(cached, PARAMETERS, "the transformer's _forward_inference") or _layer_refusal(transformer)
 
 
 def _layer_refusal(transformer: nn.Module) -> str:
@@ -147,14 +144,13 @@ def _layer_refusal(transformer: nn.Module) -> str:
     policy = getattr(layers[0], "rope_cache_policy", None)
     if policy not in POLICIES:
         return f"blocks[0].attn1.rope_cache_policy is {policy!r}, not one of {', '.join(POLICIES)}"
-    if not hasattr(sys.modules.get(type(transformer).__module__), "get_forward_context"):
+    if home_of(transformer, "get_forward_context") is None:
         return "the transformer's module has no get_forward_context"
     return ""
 
 
 def _self_attentions(transformer: Any) -> list[Any]:
-    layers = [getattr(block, "attn1", None) for block in getattr(transformer, "blocks", ())]
-    return [layer for layer in layers if isinstance(getattr(layer, "attn", None), nn.Module)]
+    return [layer for layer in layers_of(transformer, "blocks", "attn1") if hasattr(layer, "attn")]
 
 
 @hookimpl

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokentrim_hooks import Adapter, Call, Match, NoMatch, hookimpl
+from tokentrim_hooks import Adapter, Match, NoMatch, hookimpl, layers_of
 
-from ._diffusers import home_of, lacking, trouble
-from ._packed_history import PackedHistory, Packing
+from ._diffusers import dispatcher_of, lacking, recognised
+from ._packed_history import PackedCall, PackedHistory, Packing
 
 
 class FramePack(PackedHistory):
@@ -46,26 +46,20 @@ class FramePack(PackedHistory):
             return NoMatch(lacks)
         if getattr(transformer, "clean_x_embedder", None) is None:
             return NoMatch("the transformer has no clean_x_embedder, so it reads no history")
-        attentions = cls.attentions(transformer)
-        if not attentions or not all(cls.home(attention) for attention in attentions):
-            return NoMatch("an attention processor's module lacks the attention function to tap")
         config: Any = transformer.config
-        if config.patch_size_t != 1:
-            return NoMatch("a token spans several frames")
-        reason = trouble(transformer, attentions)
-        return NoMatch(reason) if reason else Match(transformer, (config.patch_size, config.patch_size))
+        patch_size = (config.patch_size_t, config.patch_size, config.patch_size)
+        return recognised(transformer, cls.attentions(transformer), patch_size, cls.home)
 
     @classmethod
     def home(cls, attention: nn.Module) -> Any:
         """The module with the attention function to tap, or None."""
-        return home_of(attention)
+        return dispatcher_of(attention)
 
     @classmethod
     def attentions(cls, transformer: Any) -> list[nn.Module]:
         """Joint attentions of the double and single stream blocks; the text refiner's are others."""
         lists = ("transformer_blocks", "single_transformer_blocks")
-        blocks = [block for name in lists for block in getattr(transformer, name, ())]
-        return [block.attn for block in blocks if isinstance(getattr(block, "attn", None), nn.Module)]
+        return [layer for blocks in lists for layer in layers_of(transformer, blocks, "attn")]
 
     def packing(self, arguments: Mapping[str, Any]) -> Packing | None:
         """History is ``[4x | 2x | first frame, 1x]``. The sampler makes new frame indices for every section and
@@ -84,7 +78,7 @@ class FramePack(PackedHistory):
         self.inverted = int(section[0]) < int(history[0])
         return 0 if self.inverted else 1
 
-    def others(self, call: Call) -> int:
+    def others(self, call: PackedCall) -> int:
         """Image and text keys. With one sample the transformer cuts the text to its length, otherwise it masks."""
         text, image = call.arguments["encoder_hidden_states"], call.arguments[self.image]
         length = text.shape[1] if text.shape[0] > 1 else self._length(call.arguments["encoder_attention_mask"])
@@ -100,6 +94,6 @@ class FramePack(PackedHistory):
 
 
 @hookimpl
-def tokentrim_adapters() -> list[type[Adapter]]:
+def tokentrim_adapters() -> list[type[Adapter[Any]]]:
     """Built-in adapter for FramePack."""
     return [FramePack]

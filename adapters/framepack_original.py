@@ -9,13 +9,12 @@ TeaCache counts calls and keeps the residual of the last one: it is started anew
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from tokentrim_hooks import Adapter, Patches, UnsupportedContextError, hookimpl
+from tokentrim_hooks import Adapter, Patches, UnsupportedContextError, home_of, hookimpl
 
 from .framepack import FramePack
 
@@ -35,8 +34,7 @@ class FramePackOriginal(FramePack):
     @classmethod
     def home(cls, attention: nn.Module) -> Any:
         """The module of the attention's processor, if it has the repository's own kernel function."""
-        home = sys.modules.get(type(getattr(attention, "processor", None)).__module__)
-        return home if callable(getattr(home, KERNEL, None)) else None
+        return home_of(getattr(attention, "processor", None), KERNEL)
 
     def tap(self, patches: Patches) -> None:
         """Tap the kernel. With several samples it gets sequence lengths of packed keys, and is refused."""
@@ -57,6 +55,6 @@ class FramePackOriginal(FramePack):
 
 
 @hookimpl
-def tokentrim_adapters() -> list[type[Adapter]]:
+def tokentrim_adapters() -> list[type[Adapter[Any]]]:
     """Built-in adapter for the original FramePack."""
     return [FramePackOriginal]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokentrim_hooks import Adapter, Match, NoMatch, UnsupportedContextError, hookimpl
+from tokentrim_hooks import Adapter, Match, NoMatch, UnsupportedContextError, hookimpl, layers_of
 
-from ._diffusers import home_of, lacking, trouble
+from ._diffusers import lacking, recognised
 from ._packed_history import PackedHistory, Packing
 
 HISTORY = ("latents_history_long", "latents_history_mid", "latents_history_short")
@@ -43,23 +43,16 @@ class Helios(PackedHistory):
             return NoMatch(lacks)
         if not all(hasattr(transformer, name) for name in ("patch_short", "patch_mid", "patch_long")):
             return NoMatch("the transformer has no patch_short, patch_mid and patch_long, so it reads no history")
-        attentions = cls.attentions(transformer)
-        if not attentions or not all(home_of(attention) for attention in attentions):
-            return NoMatch("an attention processor's module does not use dispatch_attention_fn")
         sampler: Any = getattr(getattr(model, "scheduler", None), "config", None)
         if getattr(sampler, "stages", 1) > 1:
             return NoMatch(PYRAMID)
         config: Any = transformer.config
-        if config.patch_size[0] != 1:
-            return NoMatch("a token spans several frames")
-        reason = trouble(transformer, attentions)
-        return NoMatch(reason) if reason else Match(transformer, (config.patch_size[1], config.patch_size[2]))
+        return recognised(transformer, cls.attentions(transformer), config.patch_size)
 
     @classmethod
     def attentions(cls, transformer: Any) -> list[nn.Module]:
         """Self attention is ``attn1``; ``attn2`` reads the text."""
-        found = [getattr(block, "attn1", None) for block in getattr(transformer, "blocks", ())]
-        return [attention for attention in found if isinstance(attention, nn.Module)]
+        return layers_of(transformer, "blocks", "attn1")
 
     def packing(self, arguments: Mapping[str, Any]) -> Packing | None:
         """History is ``[long | mid | first frame, short]``."""
@@ -98,6 +91,6 @@ def _look(long: Tensor, mid: Tensor, short: Tensor, arguments: Mapping[str, Any]
 
 
 @hookimpl
-def tokentrim_adapters() -> list[type[Adapter]]:
+def tokentrim_adapters() -> list[type[Adapter[Any]]]:
     """Built-in adapter for Helios."""
     return [Helios]

@@ -11,11 +11,8 @@ their coordinates, just before each transformer call.
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,15 +29,16 @@ from tokentrim_hooks import (
     Seen,
     Segment,
     UnsupportedContextError,
+    home_of,
     hookimpl,
+    lacks,
+    layers_of,
 )
 
-from ._diffusers import home_of, sample_of, tap_dispatch, trouble
+from ._diffusers import PINNED, Overheard, recognised, sample_of, tap_dispatch, trouble
 
 COORDINATES = "build_video_coords_for_window"
 PARTS = ("latents", "overlap_len", "guiding_len", "negative_len")
-PINNED = 2**40
-"""Frame number of the frame with the negative time index, apart from the video's."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +62,15 @@ class Window:
         return int(self.latents.shape[3]), int(self.latents.shape[4])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WindowCall(Call):
     """A transformer call: denoising step ``step`` of a window."""
 
-    window: Window | None = None
-    step: int = 0
+    window: Window
+    step: int
 
 
-class LTXLong(Adapter):
+class LTXLong(Adapter[WindowCall]):
     """Sliding windows with a tail of finished frames in the attention sequence."""
 
     name = "ltx-long"
@@ -91,44 +89,31 @@ class LTXLong(Adapter):
         home = _pipeline_home(model)
         if home is None or not hasattr(model, "_current_tile_T"):
             return NoMatch(f"the pipeline makes no temporal windows ({COORDINATES} and _current_tile_T are missing)")
-        missing = set(PARTS) - set(inspect.signature(getattr(home, COORDINATES)).parameters)
-        if missing:
-            return NoMatch(f"{COORDINATES} lacks {', '.join(sorted(missing))}")
-        attentions = _self_attentions(transformer)
-        if not attentions or not all(home_of(attention) for attention in attentions):
-            return NoMatch("transformer_blocks[i].attn1 is missing or does not use dispatch_attention_fn")
+        reason = lacks(getattr(home, COORDINATES), PARTS, COORDINATES)
+        if reason:
+            return NoMatch(reason)
         config: Any = transformer.config
-        if config.patch_size != 1 or config.patch_size_t != 1:
+        if config.patch_size != 1:
             return NoMatch("a token covers more than one latent pixel")
-        reason = trouble(transformer, attentions)
-        return NoMatch(reason) if reason else Match(transformer, (1, 1))
+        return recognised(transformer, _self_attentions(transformer), (config.patch_size_t, 1, 1))
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Listen to the pipeline; tap the dispatcher, which cross attention calls as well."""
         self.pipeline = model
         self._window: Window | None = None
         self._coordinates: Tensor | None = None
-        self._failure: Exception | None = None
         self._step = -1
-        patches.wrap(model, "prepare_latents", self._begin_video)
-        patches.wrap(_pipeline_home(model), COORDINATES, self._listen)
+        self._overheard = Overheard()
+        self._overheard.listen(patches, model, "prepare_latents", self._begin_video)
+        self._overheard.listen(patches, _pipeline_home(model), COORDINATES, self._follow)
         tap_dispatch(patches, _self_attentions(model.transformer))
 
-    def _begin_video(self, wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _begin_video(self, _given: Mapping[str, Any], _latents: Any) -> None:
         self._window = None
-        return wrapped(*args, **kwargs)
 
-    def _listen(self, wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called before every transformer call, with what its tokens are."""
-        self._coordinates = coordinates = wrapped(*args, **kwargs)
-        try:
-            self._follow(inspect.signature(wrapped).bind(*args, **kwargs).arguments)
-        except Exception as failure:  # raised at the transformer call, where on_error decides what becomes of it
-            self._failure = failure
-        return coordinates
-
-    def _follow(self, given: Mapping[str, Any]) -> None:
-        self._failure = None
+    def _follow(self, given: Mapping[str, Any], coordinates: Tensor) -> None:
+        """Told before every transformer call what its tokens are."""
+        self._coordinates, self._overheard.failure = coordinates, None
         if self._window is None or self._window.latents is not given["latents"]:
             self._window, self._step = self._next_window(self._window, given), -1
         self._step += 1
@@ -147,8 +132,9 @@ class LTXLong(Adapter):
         window = self._window
         if arguments["video_coords"] is None or arguments["video_coords"] is not self._coordinates:
             return None
-        if window is None or self._failure is not None:
-            raise UnsupportedContextError("cannot follow this pipeline's windows") from self._failure
+        self._overheard.require("windows")
+        if window is None:
+            return None
         reason = trouble(self.pipeline.transformer, _self_attentions(self.pipeline.transformer))
         if self._step == 0 and reason:
             raise UnsupportedContextError(reason)
@@ -161,23 +147,22 @@ class LTXLong(Adapter):
             step=self._step,
         )
 
-    def phase(self, call: Call, seen: Seen) -> Phase:
+    def phase(self, call: WindowCall, seen: Seen) -> Phase:
         """A window begins at its first step. Nothing is committed: the tail is read anew at every step."""
-        return Phase.FIRST if _windowed(call)[1] == 0 else Phase.REFINE
+        return Phase.FIRST if call.step == 0 else Phase.REFINE
 
-    def restarts(self, call: Call, seen: Seen) -> bool:
+    def restarts(self, call: WindowCall, seen: Seen) -> bool:
         """The first window begins a new video."""
-        return _windowed(call)[0].first
+        return call.window.first
 
-    def prediction(self, call: Call, output: Any) -> Tensor:
+    def prediction(self, call: WindowCall, output: Any) -> Tensor:
         """x0 = x - sigma v. The noise level is a token's own: conditioned tokens have less."""
-        window, _ = _windowed(call)
-        sigma = _own(call.arguments["timestep"].float() / 1000, window)
-        return call.latents.float() - sigma * _own(sample_of(output), window).float()
+        sigma = _own(call.arguments["timestep"].float() / 1000, call.window)
+        return call.latents.float() - sigma * _own(sample_of(output), call.window).float()
 
-    def context(self, call: Call) -> KeyLayout:
+    def context(self, call: WindowCall) -> KeyLayout:
         """Keys of self attention: the window's frames, then the tail, whose frames the window makes anew."""
-        window, _ = _windowed(call)
+        window = call.window
         parts = (
             (Role.CURRENT, range(window.start, window.start + window.own)),
             (Role.CONTEXT, range(window.start, window.start + window.tail)),
@@ -187,11 +172,6 @@ class LTXLong(Adapter):
         return KeyLayout(tuple(Segment(role, frames, *window.size) for role, frames in parts if frames))
 
 
-def _windowed(call: Call) -> tuple[Window, int]:
-    assert isinstance(call, WindowCall) and call.window is not None
-    return call.window, call.step
-
-
 def _own(tokens: Tensor, window: Window) -> Tensor:
     """The window's own frames from a row of tokens ``[B, S, C]``, conditional branch: ``[1, F, C, H, W]``."""
     height, width = window.size
@@ -199,18 +179,17 @@ def _own(tokens: Tensor, window: Window) -> Tensor:
     return own.reshape(1, window.own, height, width, -1).permute(0, 1, 4, 2, 3)
 
 
-def _pipeline_home(model: object) -> ModuleType | None:
-    """The module of the pipeline, or of the class it derives from, in which the loop lives."""
-    homes = [sys.modules.get(kind.__module__) for kind in type(model).__mro__]
-    return next((home for home in homes if callable(getattr(home, COORDINATES, None))), None)
+def _pipeline_home(model: object) -> Any:
+    """The module of the pipeline, or of the class it derives from, in which the loop lives; None if it is no such."""
+    homes = (home_of(kind, COORDINATES) for kind in type(model).__mro__)
+    return next(filter(None, homes), None)
 
 
-def _self_attentions(transformer: Any) -> list[nn.Module]:
-    found = [getattr(block, "attn1", None) for block in getattr(transformer, "transformer_blocks", ())]
-    return [attention for attention in found if isinstance(attention, nn.Module)]
+def _self_attentions(transformer: nn.Module) -> list[nn.Module]:
+    return layers_of(transformer, "transformer_blocks", "attn1")
 
 
 @hookimpl
-def tokentrim_adapters() -> list[type[Adapter]]:
+def tokentrim_adapters() -> list[type[Adapter[Any]]]:
     """Built-in adapter for long LTX videos."""
     return [LTXLong]

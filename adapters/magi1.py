@@ -14,9 +14,8 @@ over ``generate_per_chunk``. An image or video given as prefix is context like a
 from __future__ import annotations
 
 import dataclasses
-import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +35,9 @@ from tokentrim_hooks import (
     Seen,
     Segment,
     UnsupportedContextError,
+    home_of,
     hookimpl,
+    layers_of,
 )
 
 DENOISER = "forward_dispatcher"
@@ -139,14 +140,14 @@ class Magi1(Adapter):
 
 
 def attend_ranges(
-    tap: CallTap, attention: Any, query: Tensor, key: Tensor, value: Tensor, bs: int, meta_args: Any
+    tap: CallTap, attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, bs: int, meta_args: Any
 ) -> Tensor:
     """``core_attention`` range by range, each on its live keys; rows are ``[length, heads, head_dim]``.
 
     The pass of guidance that sees no context (its chunks are a batch, each alone) goes through untouched.
     """
     if meta_args.range_num == 1:
-        return _tensor(attention(query, key, value, bs, meta_args))
+        return attention(query, key, value, bs, meta_args)
     if bs != 1:
         raise UnsupportedContextError(f"cannot prune a packed batch of {bs} videos")
     params = meta_args.core_attn_params
@@ -159,12 +160,12 @@ def attend_ranges(
         outputs.append((query[int(own[0]) : int(own[1])], key[ours], value[ours], live))
         dropped = dropped or live is not None
     if not dropped:
-        return _tensor(attention(query, key, value, bs, meta_args))
+        return attention(query, key, value, bs, meta_args)
     return torch.cat([_attend_one(attention, *output, meta_args) for output in outputs])
 
 
 def _attend_one(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, live: Tensor | None, meta_args: Any
+    attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, live: Tensor | None, meta_args: Any
 ) -> Tensor:
     """The original on one range: its queries, and the keys that are left of it."""
     if live is not None:
@@ -181,12 +182,7 @@ def _attend_one(
         max_seqlen_k=key.shape[0],
     )
     meta = dataclasses.replace(meta_args, denoising_range_num=1, core_attn_params=alone)
-    return _tensor(attention(query, key, value, 1, meta))
-
-
-def _tensor(output: Any) -> Tensor:
-    assert isinstance(output, Tensor)
-    return output
+    return attention(query, key, value, 1, meta)
 
 
 # ------------------------------------------------------------------------------------------ chunks of a call
@@ -224,24 +220,23 @@ def _dit_of(model: Any) -> Any:
 
 
 def _attentions(dit: Any) -> list[Any]:
-    layers = getattr(getattr(dit, "videodit_blocks", None), "layers", ())
-    found = [getattr(layer, "self_attention", None) for layer in layers]
-    return [layer for layer in found if callable(getattr(layer, "core_attention", None))]
+    layers = layers_of(dit, "videodit_blocks.layers", "self_attention")
+    return [layer for layer in layers if callable(getattr(layer, "core_attention", None))]
 
 
 def _dit_class_of(pipeline: Any) -> Any:
     """The class of the models that a pipeline builds with ``get_dit``; None if ``pipeline`` is none."""
-    build = getattr(sys.modules.get(type(pipeline).__module__), "get_dit", None)
+    build = getattr(home_of(pipeline), "get_dit", None)
     if not callable(getattr(pipeline, "run_text_to_video", None)) or not hasattr(pipeline, "config") or build is None:
         return None
-    dit = getattr(sys.modules.get(build.__module__), "VideoDiTModel", None)
+    dit = getattr(home_of(build), "VideoDiTModel", None)
     return dit if callable(getattr(dit, DENOISER, None)) and _attention_class(dit) is not None else None
 
 
 def _attention_class(dit: Any) -> Any:
     """The class of the attention layers, found where the blocks of the model are defined."""
-    blocks = getattr(sys.modules.get(dit.__module__), "TransformerBlock", None)
-    attention = getattr(sys.modules.get(getattr(blocks, "__module__", "")), "FullyParallelAttention", None)
+    blocks = getattr(home_of(dit), "TransformerBlock", None)
+    attention = getattr(home_of(blocks), "FullyParallelAttention", None)
     return attention if callable(getattr(attention, "core_attention", None)) else None
 
 

@@ -10,13 +10,12 @@ chunk blends before the chunk can be judged: so too does, once, the chunk that t
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokentrim_hooks import Adapter, Patches, hookimpl
+from tokentrim_hooks import Adapter, Patches, bind, hookimpl
 
 from .self_forcing import SelfForcing
 
@@ -40,8 +39,7 @@ def _blend_the_living(
     wrapped: Any, _layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Blend ``(new_k, new_v)`` into the sink's ``(k, v)``, all ``[B, rows, heads, head_dim]``, but for dead rows."""
-    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    _, new_v, sink_k, sink_v = list(given.values())[:4]
+    _, new_v, sink_k, sink_v = list(bind(wrapped, args, kwargs).values())[:4]
     blended_k, blended_v = wrapped(*args, **kwargs)
     living = new_v[:, :, :1, :1].float().isfinite()
     return torch.where(living, blended_k, sink_k), torch.where(living, blended_v, sink_v)

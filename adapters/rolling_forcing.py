@@ -46,7 +46,7 @@ class RollingForcing(CausalWan):
             return None
         window: Tensor = arguments["noisy_image_or_video"]
         latents = window[:, -self._block_frames() :]
-        first = start_of(arguments) // self.tokens(window)
+        first = start_of(arguments) // self.rows_per_frame(window)
         return Call(
             latents,
             start=first + window.shape[1] - latents.shape[1],
@@ -64,8 +64,8 @@ class RollingForcing(CausalWan):
 
     def context(self, call: Call) -> CacheRows:
         """Rows behind the anchor and before the window's first block, the only one that a call writes."""
-        anchor = int(self.layers[0].block_length)  # type: ignore[arg-type]
-        return history_rows(call.arguments, anchor, self.tokens(call.latents), anchor)
+        anchor = int(self.layers[0].block_length)
+        return history_rows(call.arguments, anchor, self.rows_per_frame(call.latents), anchor)
 
     def prediction(self, call: Call, output: Any) -> Tensor:
         """x0 of the newest block."""
@@ -80,7 +80,7 @@ class RollingForcing(CausalWan):
         return x0[:, -2 * call.frames : -call.frames]
 
     def _block_frames(self) -> int:
-        layer: Any = self.layers[0]
+        layer = self.layers[0]
         return int(layer.block_length) // int(layer.frame_length)
 
 

@@ -11,7 +11,6 @@ entry of the cache, that Self-Forcing has not may mean that other rules hold: su
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -26,11 +25,13 @@ from tokentrim_hooks import (
     Seen,
     UnsupportedContextError,
     default_phase,
+    home_of,
     hookimpl,
+    parameters_of,
     shares_storage,
 )
 
-from ._wan import PARAMETERS, CausalWan, home_of, self_attentions
+from ._wan import PARAMETERS, CausalWan, self_attentions
 
 OPTIONS = ("classify_mode", "concat_time_embeddings", "clean_x", "aug_t", "cache_start")
 """What Self-Forcing's generator takes besides PARAMETERS; none of it changes the rules of the cache."""
@@ -62,8 +63,7 @@ class SelfForcing(CausalWan):
         """Recognise the generator wrapper; refuse parameters that may stand for rules unknown to this adapter."""
         answer = super().probe(model)
         if isinstance(answer, Match) and isinstance(answer.denoiser, nn.Module):
-            taken = inspect.signature(answer.denoiser.forward).parameters
-            unknown = [name for name in taken if name not in (*PARAMETERS, *OPTIONS)]
+            unknown = [n for n in parameters_of(answer.denoiser.forward) if n not in (*PARAMETERS, *OPTIONS)]
             if unknown:
                 return NoMatch(f"the generator's forward takes {', '.join(unknown)}, which {cls.models[0]}'s does not")
         return answer

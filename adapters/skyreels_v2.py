@@ -11,8 +11,7 @@ The pipeline draws up that schedule on the host, so phases are known without ask
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,25 +28,27 @@ from tokentrim_hooks import (
     Seen,
     UnsupportedContextError,
     hookimpl,
+    lacks,
+    layers_of,
 )
 
-from ._diffusers import home_of, tap_dispatch, trouble
+from ._diffusers import Overheard, recognised, tap_dispatch, trouble
 from ._skyreels_window import Window, chunk_of, next_window
 
 PREPARES = ("video_latents", "overlap_history_latent_frames", "long_video_iter")
 PLANS = ("step_template", "ar_step", "num_pre_ready", "causal_block_size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WindowCall(Call):
     """A transformer call at one row of a window's step matrix; ``newest`` is the ordinal of the chunk judged."""
 
-    window: Window | None = None
-    row: int = 0
-    newest: int = 0
+    window: Window
+    row: int
+    newest: int
 
 
-class SkyReelsV2(Adapter):
+class SkyReelsV2(Adapter[WindowCall]):
     """Diffusion-forcing pipelines of SkyReels-V2: context latents in the attention sequence."""
 
     name = "skyreels-v2"
@@ -67,66 +68,43 @@ class SkyReelsV2(Adapter):
         if not isinstance(transformer, nn.Module):
             return NoMatch("not a pipeline with a .transformer module")
         for method, names in (("prepare_latents", PREPARES), ("generate_timestep_matrix", PLANS)):
-            missing = _missing(getattr(model, method, None), names)
-            if missing:
-                return NoMatch(f"no diffusion forcing here: {method}() lacks {', '.join(missing)}")
-        layers = _self_attentions(transformer)
+            reason = lacks(getattr(model, method, None), names, f"{method}()")
+            if reason:
+                return NoMatch(f"no diffusion forcing here: {reason}")
         patch_size = getattr(getattr(transformer, "config", None), "patch_size", None)
-        if not layers or patch_size is None or int(patch_size[0]) != 1:
-            return NoMatch("the transformer has no blocks[i].attn1, or its patch spans several frames")
-        if not all(home_of(layer) for layer in layers):
-            return NoMatch("an attention processor's module does not use dispatch_attention_fn")
+        if patch_size is None:
+            return NoMatch("the transformer's configuration has no patch_size")
         reason = _refusal(model)
-        return NoMatch(reason) if reason else Match(transformer, (int(patch_size[1]), int(patch_size[2])))
+        return NoMatch(reason) if reason else recognised(transformer, _self_attentions(transformer), patch_size)
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Listen to the schedule on the pipeline; tap the dispatcher, which cross attention calls as well."""
         self.pipeline = model
         self.window: Window | None = None
-        self.trouble: Exception | None = None
         self._seen: tuple[Window | None, int, int] = (None, 0, 0)
-        patches.wrap(model, "prepare_latents", self._prepare)
-        patches.wrap(model, "generate_timestep_matrix", self._plan)
+        self._overheard = Overheard()
+        self._overheard.listen(patches, model, "prepare_latents", self._prepare)
+        self._overheard.listen(patches, model, "generate_timestep_matrix", self._plan)
         tap_dispatch(patches, _self_attentions(model.transformer))
 
     # ------------------------------------------------------------------------------------------ the schedule
 
-    def _prepare(self, wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = wrapped(*args, **kwargs)
-        last, self.window, self.trouble = self.window, None, None
+    def _prepare(self, given: Mapping[str, Any], prepared: Any) -> None:
+        """A window begins. Until it is understood there is none."""
+        last, self.window, self._overheard.failure = self.window, None, None
+        latents, _, prefix, length = prepared
+        self.window = next_window(last, given, latents, prefix, int(length))
 
-        def learn() -> None:
-            given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-            latents, _, prefix, length = result
-            self.window = next_window(last, given, latents, prefix, int(length))
-
-        self._follow(learn)
-        return result
-
-    def _plan(self, wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = wrapped(*args, **kwargs)
-
-        def learn() -> None:
-            given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-            if self.window is not None:
-                self.window.plan(given, result, self.pipeline.scheduler.sigmas)
-
-        self._follow(learn)
-        return result
-
-    def _follow(self, learn: Callable[[], None]) -> None:
-        """Keep a failure for the next transformer call, where ``on_error`` decides what becomes of it."""
-        try:
-            learn()
-        except Exception as failure:
-            self.trouble = self.trouble or failure
+    def _plan(self, given: Mapping[str, Any], planned: Any) -> None:
+        """The window's step matrix is drawn up."""
+        if self.window is not None:
+            self.window.plan(given, planned, self.pipeline.scheduler.sigmas)
 
     # ------------------------------------------------------------------------------------------ calls
 
     def parse(self, arguments: Mapping[str, Any]) -> WindowCall | None:
         """Read one transformer call; calls from outside the pipeline's loop are not a rollout's."""
-        if self.trouble is not None:
-            raise UnsupportedContextError("cannot follow this pipeline's schedule") from self.trouble
+        self._overheard.require("schedule")
         window, latents = self.window, arguments["hidden_states"]
         row = None if window is None else window.row(getattr(self.pipeline, "current_timestep", None))
         if window is None or row is None:
@@ -164,55 +142,48 @@ class SkyReelsV2(Adapter):
             raise UnsupportedContextError(reason)
         window.checked = True
 
-    def phase(self, call: Call, seen: Seen) -> Phase:
+    def phase(self, call: WindowCall, seen: Seen) -> Phase:
         """The schedule says at which row a chunk begins. Nothing is ever committed: context is encoded anew."""
-        window, row, newest = _place(call)
-        return Phase.FIRST if window.blocks[newest].begin == row else Phase.REFINE
+        return Phase.FIRST if call.window.blocks[call.newest].begin == call.row else Phase.REFINE
 
-    def restarts(self, call: Call, seen: Seen) -> bool:
+    def restarts(self, call: WindowCall, seen: Seen) -> bool:
         """The first chunk of a window without history begins a new video, wherever the last one ended."""
-        window, _, newest = _place(call)
-        return window.opens and newest == 0
+        return call.window.opens and call.newest == 0
 
-    def context(self, call: Call) -> KeyLayout:
+    def context(self, call: WindowCall) -> KeyLayout:
         """Keys of self attention: the window's frames."""
-        window, row, _ = _place(call)
         _, down, across = self.pipeline.transformer.config.patch_size
         height, width = call.latents.shape[-2:]
-        return KeyLayout(window.segments(row, height // down, width // across))
+        return KeyLayout(call.window.segments(call.row, height // down, width // across))
 
-    def prediction(self, call: Call, output: Any) -> Tensor:
+    def prediction(self, call: WindowCall, output: Any) -> Tensor:
         """x0 of the newest chunk."""
-        return self._clean(call, output, _place(call)[2])
+        return _clean(call, output, call.newest)
 
-    def reference(self, call: Call, output: Any) -> Tensor | None:
+    def reference(self, call: WindowCall, output: Any) -> Tensor | None:
         """x0 of the chunk before from the same output, while it is in flight."""
-        window, row, newest = _place(call)
-        if newest == 0 or window.steps[row][window.blocks[newest - 1].first] >= window.clean:
+        window, before = call.window, call.newest - 1
+        if before < 0 or window.steps[call.row][window.blocks[before].first] >= window.clean:
             return None
-        return self._clean(call, output, newest - 1)
+        return _clean(call, output, before)
 
-    def accepted(self, call: Call) -> Tensor | None:
+    def accepted(self, call: WindowCall) -> Tensor | None:
         """The chunk before: in the window's finished frames, or at the end of the video so far."""
-        window, row, newest = _place(call)
-        if newest == 0:
+        window, row = call.window, call.row
+        if call.newest == 0:
             before = window.previous()
             return None if before is None else before.expand(call.latents.shape[0], -1, -1, -1, -1)
-        block, first = window.blocks[newest - 1], window.intervals[row][0]
+        block, first = window.blocks[call.newest - 1], window.intervals[row][0]
         ready = window.steps[row][block.first] >= window.clean and block.first >= first
         return chunk_of(call.arguments["hidden_states"], block, first) if ready else None
 
-    def _clean(self, call: Call, output: Any, ordinal: int) -> Tensor:
-        """x0 = x - sigma v, with the scheduler's own sigma (the timesteps are truncated to whole numbers)."""
-        window, row, _ = _place(call)
-        block, first = window.blocks[ordinal], window.intervals[row][0]
-        noisy, velocity = (chunk_of(t, block, first).float() for t in (call.arguments["hidden_states"], output[0]))
-        return noisy - window.sigmas[window.steps[row][block.first] - 1] * velocity
 
-
-def _place(call: Call) -> tuple[Window, int, int]:
-    assert isinstance(call, WindowCall) and call.window is not None
-    return call.window, call.row, call.newest
+def _clean(call: WindowCall, output: Any, chunk: int) -> Tensor:
+    """x0 = x - sigma v, with the scheduler's own sigma (the timesteps are truncated to whole numbers)."""
+    window, row = call.window, call.row
+    block, first = window.blocks[chunk], window.intervals[row][0]
+    noisy, velocity = (chunk_of(t, block, first).float() for t in (call.arguments["hidden_states"], output[0]))
+    return noisy - window.sigmas[window.steps[row][block.first] - 1] * velocity
 
 
 def _refusal(pipeline: Any) -> str:
@@ -225,18 +196,11 @@ def _refusal(pipeline: Any) -> str:
     return reason
 
 
-def _missing(method: object, names: Sequence[str]) -> list[str]:
-    if not callable(method):
-        return list(names)
-    return [name for name in names if name not in inspect.signature(method).parameters]
-
-
-def _self_attentions(transformer: nn.Module) -> list[Any]:
-    blocks: Any = getattr(transformer, "blocks", ())
-    return [block.attn1 for block in blocks if hasattr(getattr(block, "attn1", None), "processor")]
+def _self_attentions(transformer: nn.Module) -> list[nn.Module]:
+    return layers_of(transformer, "blocks", "attn1")
 
 
 @hookimpl
-def tokentrim_adapters() -> list[type[Adapter]]:
+def tokentrim_adapters() -> list[type[Adapter[Any]]]:
     """Built-in adapter for SkyReels-V2."""
     return [SkyReelsV2]

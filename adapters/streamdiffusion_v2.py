@@ -11,15 +11,25 @@ chunks are counted where the pipeline's methods are entered, on the host.
 
 from __future__ import annotations
 
-import inspect
-import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, UnsupportedContextError, hookimpl
+from tokentrim_hooks import (
+    Adapter,
+    CacheRows,
+    Call,
+    Match,
+    NoMatch,
+    Patches,
+    UnsupportedContextError,
+    home_of,
+    hookimpl,
+    lacks,
+)
+
+from ._wan import rows_per_frame, self_attentions
 
 PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache", "current_start", "current_end")
 METHODS = ("prepare", "inference_wo_batch", "inference_stream", "inference")
@@ -56,13 +66,13 @@ class StreamDiffusionV2(Adapter):
         missing = [name for name in METHODS if not callable(getattr(pipeline, name, None))]
         if missing or not isinstance(generator, nn.Module):
             return NoMatch(f"no pipeline with a .generator module and methods {', '.join(METHODS)}")
-        absent = [name for name in PARAMETERS if name not in inspect.signature(generator.forward).parameters]
-        if absent:
-            return NoMatch(f"the generator's forward lacks {', '.join(absent)}")
-        layers = _self_attentions(generator)
+        reason = lacks(generator.forward, PARAMETERS, "the generator's forward")
+        if reason:
+            return NoMatch(reason)
+        layers = self_attentions(generator)
         if not layers or not all(hasattr(layer, "evict_idx") for layer in layers):
             return NoMatch("generator.model.blocks[i].self_attn has no evict_idx: the cache is no ring buffer")
-        if not callable(getattr(_home(layers[0]), FALLBACK, None)):
+        if home_of(layers[0], FALLBACK) is None:
             return NoMatch(f"the module of self_attn has no function {FALLBACK}")
         _, height, width = generator.model.patch_size  # type: ignore[union-attr, misc]
         return Match(generator, (int(height), int(width)))
@@ -71,9 +81,9 @@ class StreamDiffusionV2(Adapter):
         """Tap both attention functions; count chunks where the pipeline is entered."""
         pipeline = _pipeline(model)
         self.generator: Any = pipeline.generator
-        self.layers = _self_attentions(self.generator)
+        self.layers = self_attentions(self.generator)
         self.start, self.frames, self.before = 0, 0, list[Before]()
-        home = _home(self.layers[0])
+        home = home_of(self.layers[0])
         names: dict[str, Any] = {"k": "k_cache", "v": "v_cache", "lengths": "cache_seqlens"}
         patches.tap(home, FALLBACK, **names)
         if home.flash_attn_interface is not None:
@@ -119,16 +129,15 @@ class StreamDiffusionV2(Adapter):
     def context(self, call: Call) -> CacheRows:
         """All rows but the slot that the first call of this chunk has overwritten, or filled behind the others."""
         cache = call.arguments["kv_cache"]
-        _, height, width = self.generator.model.patch_size
-        tokens = math.prod(call.latents.shape[-2:]) // (int(height) * int(width))
-        size, new = int(cache[0]["k"].shape[1]), call.frames * tokens
+        per_frame = rows_per_frame(self.generator.model, call.latents)
+        size, new = int(cache[0]["k"].shape[1]), call.frames * per_frame
         filled = int(self.before[0].ends[1] if self.before else cache[0]["local_end_index"])
         full = filled >= size or int(call.arguments["current_start"][0]) + new > size
         slots = self.before[0].slots if self.before else self.layers[0].evict_idx
         current = (slots[0][0] - new, slots[0][0]) if full and slots else (0, 0)
         stop = size if full else filled
-        anchors = min(int(self.layers[0].sink_size) * tokens, stop)
-        return CacheRows([layer["v"] for layer in cache], 0, stop, tokens, anchors, current)
+        anchors = min(int(self.layers[0].sink_size) * per_frame, stop)
+        return CacheRows([layer["v"] for layer in cache], 0, stop, per_frame, anchors, current)
 
     def replay(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put queues, counters and end indices back as they were before the first attempt."""
@@ -152,15 +161,6 @@ def _refuse(wrapped: Any, _pipeline: Any, args: tuple[Any, ...], kwargs: dict[st
 
 def _pipeline(model: Any) -> Any:
     return model if hasattr(model, "generator") else getattr(model, "pipeline", model)
-
-
-def _self_attentions(generator: nn.Module) -> list[Any]:
-    blocks = getattr(getattr(generator, "model", None), "blocks", ())
-    return [block.self_attn for block in blocks if hasattr(block, "self_attn")]
-
-
-def _home(layer: nn.Module) -> Any:
-    return sys.modules.get(type(layer).__module__)
 
 
 @hookimpl

@@ -10,13 +10,12 @@ to fp8. Sliding layers (rows that do not begin at a frame), integer quantisation
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from tokentrim_hooks import Adapter, CacheRows, Patches, UnsupportedContextError
+from tokentrim_hooks import Adapter, CacheRows, Patches, UnsupportedContextError, home_of
 
 NAMES: dict[str, Any] = {"q": "query", "k": "key", "v": "value", "mask": "attention_mask", "heads_first": True}
 """Parameters of all attention functions of transformers; q, k, v are ``[B, heads, length, head_dim]``."""
@@ -49,8 +48,8 @@ def tap_attention(decoder: nn.Module, patches: Patches) -> None:
     layers = [layer for layer in decoder.modules() if hasattr(layer, "layer_idx") and hasattr(layer, "head_dim")]
     if not layers:
         raise UnsupportedContextError("the decoder has no attention layers with layer_idx and head_dim")
-    for home in {id(home): home for home in map(_home, layers)}.values():
-        own = [layer for layer in layers if _home(layer) is home]
+    for home in dict.fromkeys(map(home_of, layers)):
+        own = [layer for layer in layers if home_of(layer) is home]
         if kind == "eager":
             patches.tap(home, "eager_attention_forward", within=own, **NAMES)
             continue
@@ -59,15 +58,15 @@ def tap_attention(decoder: nn.Module, patches: Patches) -> None:
         patches.tap(local if kind in local else interface._global_mapping, kind, within=own, **NAMES)
 
 
-def cache_rows(cache: Any, tokens: int, *, current: int = 0, anchors: int = 0, prefix: int = 0) -> CacheRows:
+def cache_rows(cache: Any, rows_per_frame: int, *, current: int = 0, anchors: int = 0, prefix: int = 0) -> CacheRows:
     """Rows of a transformers ``Cache`` as a context of the core.
 
     Args:
         cache: ``past_key_values`` of the call.
-        tokens: rows of one latent frame.
+        rows_per_frame: rows of one latent frame.
         current: rows at the end that belong to the chunk being generated.
         anchors: rows behind the prefix that are sinks.
-        prefix: rows in front that are no frames (text); a multiple of ``tokens``.
+        prefix: rows in front that are no frames (text); a multiple of ``rows_per_frame``.
 
     Raises:
         UnsupportedContextError: a layer that cannot hold marks, or whose rows are not those of the other layers.
@@ -76,7 +75,7 @@ def cache_rows(cache: Any, tokens: int, *, current: int = 0, anchors: int = 0, p
     values = [_values(layer) for layer in layers]
     length = int(layers[0].get_seq_length()) if layers else 0
     stop = max(length - current, prefix)
-    return CacheRows(values, prefix, stop, tokens, min(anchors, stop - prefix))
+    return CacheRows(values, prefix, stop, rows_per_frame, min(anchors, stop - prefix))
 
 
 def _layers(cache: Any) -> Iterable[Any]:
@@ -98,7 +97,3 @@ def _values(layer: Any) -> Tensor:
     if quantised is not None or not isinstance(values, Tensor) or values.ndim != 4:
         raise UnsupportedContextError(f"{kind} holds no K/V rows that can carry a mark; use an unquantised cache")
     return values.transpose(1, 2)
-
-
-def _home(layer: nn.Module) -> Any:
-    return sys.modules.get(type(layer).__module__)

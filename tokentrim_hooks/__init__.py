@@ -15,7 +15,6 @@ from tokentrim_hooks.adapter import (
     Phase,
     Seen,
     default_phase,
-    shares_storage,
 )
 from tokentrim_hooks.api import Detection, adapters, detect, is_patched, patch, patched, unpatch
 from tokentrim_hooks.errors import (
@@ -34,6 +33,7 @@ from tokentrim_hooks.errors import (
     UnsupportedProbeError,
 )
 from tokentrim_hooks.handle import PatchHandle
+from tokentrim_hooks.inspection import bind, home_of, lacks, layers_of, nearest_sigma, parameters_of, shares_storage
 from tokentrim_hooks.markers import hookimpl
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.plugins import AdapterInfo, ObserverInfo, installed_observers, make_observer
@@ -92,12 +92,18 @@ __all__ = [
     "UnsupportedProbeError",
     "Verdict",
     "adapters",
+    "bind",
     "default_phase",
     "detect",
+    "home_of",
     "hookimpl",
     "installed_observers",
     "is_patched",
+    "lacks",
+    "layers_of",
     "make_observer",
+    "nearest_sigma",
+    "parameters_of",
     "patch",
     "patched",
     "shares_storage",

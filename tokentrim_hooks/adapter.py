@@ -7,16 +7,16 @@ method and no model. Shapes: ``B`` samples, ``F`` latent frames, ``C`` channels,
 from __future__ import annotations
 
 import enum
-import inspect
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic
 
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from tokentrim_hooks.errors import UnsupportedProbeError
+from tokentrim_hooks.inspection import shares_storage
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.pruning.context import Context
 
@@ -63,12 +63,14 @@ class Call:
 
     Attributes:
         latents: noisy latents of the newest chunk in the call, ``[B, F, C, H, W]``.
-        start: absolute latent frame at which that chunk starts.
+        start: absolute latent frame at which that chunk starts. Where no argument has it, count the frames of the
+            chunks before, on the host: a wrapped method of the sampler shows where a chunk and a video begin.
         stream: key of the context that the call reads. Branches of classifier-free guidance that keep their own
             cache have different streams; the first stream seen in a video is the one that is judged.
         timestep: noise level of ``latents`` in the model's units, any shape, 0 = clean. Read on the device only.
         commits: True or False where call arguments tell whether this call writes clean context, None where only
-            ``timestep`` could tell.
+            ``timestep`` could tell. So it is None for a prefill (a given image or video that is written into the
+            cache like any chunk): at timestep 0 it counts as given, not as judged.
         arguments: the denoiser's arguments by name, for the adapter's own use.
     """
 
@@ -107,10 +109,15 @@ class Seen:
     returned: Tensor | None = None
 
 
-class Adapter(ABC):
+CallT = TypeVar("CallT", bound=Call, default=Call)
+"""The kind of :class:`Call` that an adapter's ``parse`` returns and its other methods are given."""
+
+
+class Adapter(ABC, Generic[CallT]):
     """Describes one family of models. Subclass, return the class from ``tokentrim_adapters``, prove it with the kit.
 
-    One instance belongs to one patched model, so an adapter may keep what it learns from calls in attributes.
+    One instance belongs to one patched model, so an adapter may keep what it learns from calls in attributes. What it
+    reads from a call it may carry in a subclass of :class:`Call` of its own: ``class Mine(Adapter[MyCall])``.
     """
 
     name: ClassVar[str]
@@ -125,44 +132,86 @@ class Adapter(ABC):
     @classmethod
     @abstractmethod
     def probe(cls, model: object) -> Match | NoMatch:
-        """Recognise ``model`` by structure (attributes, signatures), never by a class or module name alone."""
+        """Recognise ``model`` by structure (attributes, signatures), never by a class or module name alone.
+
+        Asked of everything that anybody wants to patch: it changes nothing and reads no tensor. What it raises counts
+        as a refusal with that reason.
+
+        Args:
+            model: whatever the user gave: a pipeline, a denoiser, or anything else.
+        """
 
     @abstractmethod
     def attach(self, model: Any, patches: Patches) -> None:
-        """Name the places to watch: ``patches.tap`` attention functions, ``patches.wrap`` methods."""
+        """Name the places to watch: ``patches.tap`` attention functions, ``patches.wrap`` methods.
+
+        Args:
+            model: what ``probe`` recognised.
+            patches: the undo stack; what goes through it needs no code to come off again.
+
+        Raises:
+            UnsupportedContextError: attention cannot be tapped as the model is set up; all is undone again.
+        """
 
     @abstractmethod
-    def parse(self, arguments: Mapping[str, Any]) -> Call | None:
-        """Translate one denoiser call, given its arguments by name; None for calls that are not a rollout's."""
+    def parse(self, arguments: Mapping[str, Any]) -> CallT | None:
+        """Translate one denoiser call, just before it is made.
+
+        Asked once per call of the sampler, in order, and not for a replay; so an adapter may count what it sees. Over
+        a KV cache the kit asks a second time, of the same arguments, and must get the same answer.
+
+        Args:
+            arguments: the denoiser's arguments by name, defaults included; for a :class:`Method` also ``self``.
+
+        Returns:
+            The call, or None for calls that are not a rollout's (training, scoring, another pipeline's).
+
+        Raises:
+            UnsupportedContextError: the context of this call cannot be pruned exactly; the message says what to do.
+        """
 
     @abstractmethod
-    def context(self, call: Call) -> Context:
-        """Say where the context of ``call`` lies; asked before and after the call, and when pruning."""
+    def context(self, call: CallT) -> Context:
+        """Say where the context of ``call`` lies *now*: the rows or keys of everything before the chunk.
 
-    def phase(self, call: Call, seen: Seen) -> Phase:
+        Asked before the call (what may the kernel see?), after it (where did the rows go?) and when pruning, which
+        comes after the chunk's first call. The answer leaves out the chunk's own rows whether the call has written
+        them yet or not, and is about the cache as it is when asked: rows may have rolled during the call.
+
+        Returns:
+            :class:`CacheRows` for a KV cache, :class:`KeyLayout` for keys in the sequence; one model, one kind.
+
+        Raises:
+            UnsupportedContextError: as for :meth:`parse`.
+        """
+
+    def phase(self, call: CallT, seen: Seen) -> Phase:
         """Say what the call does. The default fits samplers that denoise, then commit the chunk they returned."""
         return default_phase(call, seen)
 
-    def restarts(self, call: Call, seen: Seen) -> bool:
+    def restarts(self, call: CallT, seen: Seen) -> bool:
         """Whether ``call`` (of phase FIRST) begins a new video. Default: it starts before the latest chunk."""
         return seen.start is not None and call.start <= seen.start
 
-    def changes_prompt(self, call: Call) -> bool:
+    def changes_prompt(self, call: CallT) -> bool:
         """Whether ``call`` (of phase FIRST) begins a new scene or prompt: statistics start anew, marks stay.
 
-        For models that tell in no call of their own (that would be a RECACHE). Default: never.
+        For models that switch without rebuilding their context; a call that rebuilds it is a RECACHE. Default: never.
         """
         return False
 
-    def prediction(self, call: Call, output: Any) -> Tensor:
-        """Return the predicted clean latents x0 of the newest chunk, ``[B, F, C, H, W]``, from the call's output."""
+    def prediction(self, call: CallT, output: Any) -> Tensor:
+        """Return the predicted clean latents x0 of the newest chunk, ``[B, F, C, H, W]``, from the call's output.
+
+        Default: the output, or its last item. A model that predicts noise or velocity is converted here.
+        """
         return output if isinstance(output, Tensor) else output[-1]
 
-    def reference(self, call: Call, output: Any) -> Tensor | None:
+    def reference(self, call: CallT, output: Any) -> Tensor | None:
         """Return the previous chunk's x0 from the same output, where that chunk is still being denoised."""
         return None
 
-    def accepted(self, call: Call) -> Tensor | None:
+    def accepted(self, call: CallT) -> Tensor | None:
         """Return the previous chunk as it was accepted, where a FIRST call can tell; else the latest seen is used."""
         return None
 
@@ -170,21 +219,41 @@ class Adapter(ABC):
         """Call the denoiser again. Override where a call is not idempotent (counters, memory banks)."""
         return denoiser(*args, **kwargs)
 
-    def carry(self, call: Call, before: Tensor, after: Tensor) -> Tensor:
+    def carry(self, call: CallT, before: Tensor, after: Tensor) -> Tensor:
         """Return ``call.latents`` as they were had the previous step predicted ``after`` instead of ``before``.
 
-        Needed for ``probe="candidate"`` only: the same noise is kept. Raises UnsupportedProbeError by default.
+        Needed for ``probe="candidate"`` only: the same noise is kept, so no random number is drawn.
+
+        Args:
+            call: the step whose input is to be made anew, as the sampler made it.
+            before: x0 that the step before it predicted in the first attempt, ``[B, F, C, H, W]``.
+            after: x0 that it predicts now, on the pruned context; the same shape.
+
+        Returns:
+            Noisy latents, ``[B, F, C, H, W]``, in the type of ``call.latents``.
+
+        Raises:
+            UnsupportedProbeError: this sampler's step cannot be made anew. The default always raises it.
         """
         raise UnsupportedProbeError(
             f"adapter {self.name!r} cannot replay a whole chunk of this sampler; use probe='first-step'"
         )
 
     def with_latents(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor
+        self, call: CallT, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the call's arguments with ``latents`` in the place of ``call.latents``.
+        """Return the arguments of ``call`` with ``latents`` in the place of ``call.latents``.
 
-        Override where these are a part or a view of an argument. Raises UnsupportedProbeError if no argument is they.
+        Override where ``call.latents`` is a part or a view of an argument.
+
+        Args:
+            call: the call as :meth:`parse` returned it.
+            args: positional arguments of that call.
+            kwargs: its keyword arguments.
+            latents: the new ones, of the shape and type of ``call.latents``.
+
+        Raises:
+            UnsupportedProbeError: none of the arguments is ``call.latents`` itself.
         """
         if not any(argument is call.latents for argument in (*args, *kwargs.values())):
             raise UnsupportedProbeError(
@@ -210,32 +279,3 @@ def default_phase(call: Call, seen: Seen) -> Phase:
     if call.commits is None and 0 < seen.usual_steps <= seen.steps:
         return Phase.COMMIT
     return Phase.REFINE
-
-
-def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors look at the same memory (a sampler hands back what it was given)."""
-    if a is None or b is None or a.device != b.device or a.numel() == 0:
-        return False
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def bind(denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``denoiser(*args, **kwargs)`` by name, defaults included; of a method also ``self``."""
-    function = denoiser.forward if isinstance(denoiser, nn.Module) else denoiser
-    bound = _signature_of(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    owner = {"self": denoiser.__self__} if inspect.ismethod(denoiser) else {}
-    return {**owner, **bound.arguments}
-
-
-_signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
-
-
-def _signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature, looked up once: inspecting costs more than the rest of our work on a denoiser call."""
-    # Not the bound method, which is a new object each time; nor anything that would keep the model alive.
-    key = function.__func__ if inspect.ismethod(function) else function
-    found = _signatures.get(key)
-    if found is None:
-        found = _signatures[key] = inspect.signature(function)
-    return found

@@ -138,7 +138,7 @@ def _ask(info: AdapterInfo, model: Any) -> tuple[Detection, Match | None]:
     return Detection(info.name, info.distribution, False, answer.reason), None
 
 
-def _choose(model: Any, name: str | None) -> tuple[type[Adapter], Match]:
+def _choose(model: Any, name: str | None) -> tuple[type[Adapter[Any]], Match]:
     by_name = {info.name: info for info in enabled()}
     if name is not None and name not in by_name:
         raise UnknownAdapterError(f"no adapter named {name!r}; installed: {', '.join(by_name) or 'none'}")

@@ -22,7 +22,7 @@ DISABLE = "TOKENTRIM_DISABLE_ADAPTERS"
 
 
 @hookspec
-def tokentrim_adapters() -> Sequence[type[Adapter]]:  # type: ignore[empty-body]
+def tokentrim_adapters() -> Sequence[type[Adapter[Any]]]:  # type: ignore[empty-body]
     """Return the adapter classes that this plugin provides."""
 
 
@@ -41,7 +41,7 @@ class AdapterInfo:
 
     name: str
     distribution: str
-    adapter: type[Adapter] | None = None
+    adapter: type[Adapter[Any]] | None = None
     error: str = ""
     disabled: bool = False
 
@@ -110,7 +110,7 @@ def _load_one(point: EntryPoint) -> Found:
     return Found(tuple(AdapterInfo(c.name, origin, c) for c in classes), tuple(observers))
 
 
-def _contents(plugin: object) -> tuple[list[type[Adapter]], dict[str, ObserverFactory]]:
+def _contents(plugin: object) -> tuple[list[type[Adapter[Any]]], dict[str, ObserverFactory]]:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(_Spec)
     manager.register(plugin)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, hookimpl
+from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, home_of, hookimpl, lacks
 
 PARAMETERS = ("latents", "level", "memory", "start", "remember")
 
@@ -27,16 +25,14 @@ class Ribbon(Adapter):
         net = getattr(model, "net", model)
         if not isinstance(net, nn.Module):
             return NoMatch("neither a module nor a pipeline with a .net module")
-        missing = [name for name in PARAMETERS if name not in inspect.signature(net.forward).parameters]
-        if missing:
-            return NoMatch(f"the network's forward lacks {', '.join(missing)}")
-        return Match(net, (net.patch_size, net.patch_size))
+        reason = lacks(net.forward, PARAMETERS, "the network's forward")
+        return NoMatch(reason) if reason else Match(net, (net.patch_size, net.patch_size))
 
     def attach(self, model: Any, patches: Patches) -> None:
         """All blocks attend through the function ``attend`` of the module that defines them."""
         net = getattr(model, "net", model)
-        for home in {type(block).__module__ for block in net.blocks}:
-            patches.tap(sys.modules[home], "attend")
+        for home in dict.fromkeys(map(home_of, net.blocks)):
+            patches.tap(home, "attend")
         self.patch_size = net.patch_size
 
     def parse(self, arguments: Mapping[str, Any]) -> Call:

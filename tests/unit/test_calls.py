@@ -8,7 +8,7 @@ import tiny_reference as tiny
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.adapter import _signatures, bind
+from tokentrim_hooks.inspection import _signatures, bind
 from tokentrim_hooks.testing import ForcedPolicy
 
 

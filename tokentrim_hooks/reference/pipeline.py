@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokentrim_hooks.inspection import nearest_sigma
 from tokentrim_hooks.reference.model import CausalVideoModel, KVCache
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
@@ -34,8 +35,7 @@ class FlowScheduler:
     def sigma(self, timestep: Tensor, like: Tensor) -> Tensor:
         """Noise level nearest to each ``timestep`` [N], shaped [N, 1, 1, 1] as float32 on the device of ``like``."""
         self.sigmas, self.timesteps = self.sigmas.to(like.device), self.timesteps.to(like.device)
-        nearest = (self.timesteps[None] - timestep.to(like.device)[:, None]).abs().argmin(dim=1)
-        return self.sigmas[nearest].reshape(-1, 1, 1, 1)
+        return nearest_sigma(self, timestep.to(like.device)).reshape(-1, 1, 1, 1)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Noise clean frames [B*F, C, H, W] to ``timestep`` [B*F] (or [B, F])."""

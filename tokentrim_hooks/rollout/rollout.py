@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokentrim_hooks.adapter import Adapter, Call, Match, Phase, bind
+from tokentrim_hooks.adapter import Adapter, Call, Match, Phase
 from tokentrim_hooks.errors import LatentsError, UnsupportedProbeError
+from tokentrim_hooks.inspection import bind
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import RunningStatistics, grid_of, latent_summary
 from tokentrim_hooks.pruning.tap import CallTap, enter_tap, leave_tap, unforgiving

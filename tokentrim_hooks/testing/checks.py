@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokentrim_hooks.adapter import Adapter, bind
+from tokentrim_hooks.adapter import Adapter
+from tokentrim_hooks.inspection import bind
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.testing.attention import Attention, Denoiser, KeyTracker, watch_attention
@@ -205,7 +206,7 @@ class PoisonLog:
 
 
 @contextmanager
-def poisoned(denoisers: Sequence[Denoiser], adapter: Adapter) -> Iterator[PoisonLog]:
+def poisoned(denoisers: Sequence[Denoiser], adapter: Adapter[Any]) -> Iterator[PoisonLog]:
     """Before every call, fill the marked rows of V (known by a first element that is not finite) with NaN."""
     log = PoisonLog()
 

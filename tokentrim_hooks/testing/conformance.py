@@ -37,7 +37,7 @@ class AdapterConformance:
         own_files: more files of the adapter, whose synchronisations count as its own.
     """
 
-    adapter: ClassVar[type[tokentrim.Adapter]]
+    adapter: ClassVar[type[tokentrim.Adapter[Any]]]
     chunks: ClassVar[int] = 5
     chunk_to_prune: ClassVar[int] = 2
     tokens: ClassVar[Sequence[int]] = (0, 2, 3)

@@ -1,0 +1,92 @@
+"""Look into a model that somebody else wrote: its layers, its modules' globals, its signatures, its noise schedule.
+
+Adapters recognise models with these, and so say in the same words why one is not theirs. Nothing here changes a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def layers_of(model: object, blocks: str, name: str) -> list[Any]:
+    """The modules ``name`` of a model's blocks, in order; blocks that have none are left out.
+
+    ``blocks`` is a path, as in ``layers_of(generator, "model.blocks", "self_attn")``: one self attention per block.
+    """
+    found: Any = functools.reduce(lambda owner, part: getattr(owner, part, None), blocks.split("."), model)
+    layers = (getattr(block, name, None) for block in found or ())
+    return [layer for layer in layers if isinstance(layer, nn.Module)]
+
+
+def home_of(thing: object, function: str = "") -> Any:
+    """The Python module whose globals the code of ``thing`` sees: an object's, a class's, a function's.
+
+    It is where a module-level attention function is to be tapped. None if there is no such module, or if it has no
+    ``function`` of that name.
+    """
+    home = sys.modules.get(getattr(thing, "__module__", None) or "")
+    return home if not function or callable(getattr(home, function, None)) else None
+
+
+def parameters_of(function: object) -> tuple[str, ...]:
+    """Names of a function's parameters, in order; none for what cannot be called."""
+    return tuple(inspect.signature(function).parameters) if callable(function) else ()
+
+
+def lacks(function: object, names: Iterable[str], label: str) -> str:
+    """Why ``function`` (``label`` in words) is not the one that is looked for: it does not take all of ``names``.
+
+    Returns:
+        The reason for a :class:`NoMatch`, as in "the generator's forward lacks kv_cache"; empty if it takes them all.
+    """
+    taken = parameters_of(function)
+    missing = [name for name in names if name not in taken]
+    return f"{label} lacks {', '.join(missing)}" if missing else ""
+
+
+def nearest_sigma(scheduler: Any, timestep: Tensor) -> Tensor:
+    """Noise level of every timestep: that of the nearest one in the scheduler's ``timesteps`` and ``sigmas``.
+
+    Timesteps may have been rounded on their way, so the table knows better. Read on the device of ``timestep``; the
+    shape is that of ``timestep``, the type that of the table.
+    """
+    table: Tensor = scheduler.timesteps.to(timestep.device)
+    nearest = (table[:, None] - timestep.flatten()[None]).abs().argmin(0)
+    sigma: Tensor = scheduler.sigmas.to(timestep.device)[nearest]
+    return sigma.view(timestep.shape)
+
+
+def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors look at the same memory (a sampler hands back what it was given)."""
+    if a is None or b is None or a.device != b.device or a.numel() == 0:
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``function(*args, **kwargs)`` by name, defaults included; of a method also ``self``."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    bound = _signature_of(called).bind(*args, **kwargs)
+    bound.apply_defaults()
+    owner = {"self": function.__self__} if inspect.ismethod(function) else {}
+    return {**owner, **bound.arguments}
+
+
+_signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def _signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature, looked up once: inspecting costs more than the rest of our work on a denoiser call."""
+    # Not the bound method, which is a new object each time; nor anything that would keep the model alive.
+    key = function.__func__ if inspect.ismethod(function) else function
+    found = _signatures.get(key)
+    if found is None:
+        found = _signatures[key] = inspect.signature(function)
+    return found
