@@ -36,6 +36,7 @@ PLANTED = [
     ("patching", "patching/patches.py", "import tokentrim_hooks.policy.base"),
     ("metrics", "metrics/metrics.py", "import tokentrim_hooks.report.record"),
     ("core", "rollout/state.py", "import tokentrim_hooks.reference.model"),
+    ("reference", "reference/model.py", "import tokentrim_hooks.policy.base"),
     ("face", "rollout/state.py", "import tokentrim_hooks"),
     ("no-adapter", "plugins.py", "import tokentrim_hooks_adapters.causvid"),
     ("adapters", "../tokentrim_hooks_adapters/causvid.py", "import tokentrim_hooks.pruning.context"),
