@@ -30,7 +30,7 @@ TOKENS = (2, 3)
 
 @dataclass(frozen=True)
 class Blotch:
-    """One blotch a video: ``corner`` LongTensor ``[B, 2]`` (row, column) in tokens, ``color`` ``[B, 3]`` in [-1, 1].
+    """One blotch per video: ``corner`` LongTensor ``[B, 2]`` (row, column) in tokens, ``color`` ``[B, 3]`` in [-1, 1].
 
     ``token`` is the (height, width) of a token in pixels.
     """

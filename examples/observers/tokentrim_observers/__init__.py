@@ -19,7 +19,7 @@ PLACES = {
 
 @hookimpl
 def tokentrim_observers() -> Mapping[str, Callable[[Path | None], Observer]]:
-    """One factory a name: it gets the run's folder, or None."""
+    """One factory per name: it gets the run's folder, or None."""
     return {name: partial(_make, name) for name in PLACES}
 
 
