@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tokentrim_hooks.api import adapters
+from tokentrim_hooks.console import markdown_table
 from tokentrim_hooks.errors import ReportError
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def support_table(checks: Mapping[str, Any] | None = None) -> str:
         [model, f"`{adapter}`" if "(" not in adapter else adapter, kind, record.get("version", NOT_CHECKED)]
         for model, adapter, kind, record in rows(checks)
     ]
-    table = _table(["Model", "Adapter", "Where its context lies", "Checked on"], lines)
+    table = markdown_table(["Model", "Adapter", "Where its context lies", "Checked on"], lines)
     note = f"Checked with the real code on {checks['device']}: see [docs/models.md](docs/models.md)."
     return f"{table}\n\n{note}"
 
@@ -77,7 +78,7 @@ def support_details(checks: Mapping[str, Any] | None = None) -> str:
     """The long version, in Markdown: one section per model, with what was run, figures and refusals."""
     checks = checks or read_checks()
     sections = [_section(*row, checks["device"]) for row in rows(checks)]
-    refused = _table(["Refused", "Why"], [[item["model"], item["why"]] for item in checks["refused"]])
+    refused = markdown_table(["Refused", "Why"], [[item["model"], item["why"]] for item in checks["refused"]])
     return "\n\n".join([*sections, "## Refused, each with a reason", refused])
 
 
@@ -123,12 +124,6 @@ def _section(model: str, adapter: str, kind: str, record: Mapping[str, Any], dev
 
 
 FIGURES = {"effect": "Largest change by a prune", "error": "Largest difference to the -inf reference", "other": "Also"}
-
-
-def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar in a cell is escaped."""
-    body = [headings, ["---"] * len(headings), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in body)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

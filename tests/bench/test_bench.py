@@ -7,13 +7,14 @@ import pytest
 import torch
 from tiny_reference import make, run
 
+from tokentrim_hooks.cli import bench
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.experiments.bench import command, measure, targets
+from tokentrim_hooks.experiments.bench import measure, targets
 from tokentrim_hooks.experiments.bench.measure import PAIRS, _ratio, arms, forced_chunks, rollouts
 from tokentrim_hooks.experiments.bench.memory import Alive, peak_bytes
 from tokentrim_hooks.experiments.bench.profile import MODEL, SECTIONS, Clock, profile
-from tokentrim_hooks.experiments.bench.targets import Size, Target
+from tokentrim_hooks.experiments.bench.target import Size, Target
 
 CHUNKS = 5
 
@@ -114,13 +115,13 @@ def test_command_prints_and_writes_everything(tmp_path, capsys, monkeypatch):
     arguments = ["bench", "--device", "cpu", "--chunks", "5", "--rounds", "2", "--json", str(file)]
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    for words in ("observing / unpatched", "1.002", "host syncs a chunk", "peak memory", "replay", "CPU time"):
+    for words in ("observing / unpatched", "1.002", "host syncs per chunk", "peak memory", "replay", "CPU time"):
         assert words in text
     found = json.loads(file.read_text())
-    assert found["settings"]["torch"] == torch.__version__ and found["settings"]["model"]["layers"] == 2
+    assert found["settings"]["versions"]["torch"] == torch.__version__ and found["settings"]["model"]["layers"] == 2
     assert len(found["ratios"]) == 4 and found["triggers"] == 1
     added = 1000 * (found["seconds"]["observing"] - found["seconds"]["unpatched"]) / 5
-    assert f"Added a chunk: observing {added:+.2f} ms" in text
+    assert f"Added per chunk: observing {added:+.2f} ms" in text
 
 
 def test_wrong_use_and_a_missing_engine_are_explained(capsys, monkeypatch):
@@ -139,5 +140,5 @@ def test_targets_run_and_can_be_pruned():
 
 
 def test_settings_name_the_machine():
-    made = command.settings("cpu", SimpleNamespace(target="reference", full=False, chunks=3, rounds=1))
+    made = bench.settings("cpu", SimpleNamespace(target="reference", full=False, chunks=3, rounds=1))
     assert made["device"] and made["command"].startswith("tokentrim") and made["kind"] == "cpu"

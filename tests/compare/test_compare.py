@@ -133,7 +133,8 @@ def test_tables_say_what_is_better_and_what_has_too_few_pairs():
     alone = summarise([made[0], made[1], made[3]], columns, watch=2)
     assert "| -0.500 [-0.500, -0.500] **better** |" in markdown(alone, columns, watch=2)
     [(heads, lines)] = terminal(alone, columns, watch=2)
-    assert heads == ["", "motion"] and {"better", "too few pairs"} <= {text for _, text in lines}
+    assert heads == ["", "motion"]
+    assert [text.split("\n")[-2] for _, text in lines] == ["m", "3.500", "better", "too few pairs"]
     page = render(alone, columns, {}, watch=2)
     assert page.count('<td class="better">') == 1 and page.count("<small>too few pairs</small>") == 1
     with pytest.raises(ReportError, match="'off'"):
@@ -149,7 +150,7 @@ def test_command_on_a_users_function(tmp_path, capsys):
     page = (tmp_path / "compare.html").read_text()
     assert "all &lt;of&gt; it" in page and "<svg" in page and "viewport" in page
     assert not re.findall(r"""(?:src|href)=|url\(|@import""", page), "the page must load nothing"
-    assert (tmp_path / "table.md").read_text().count("all <of> it") == 1
+    assert (tmp_path / "table.md").read_text().count("all &lt;of> it") == 1
     assert json.loads((tmp_path / "settings.json").read_text())["trial"] == {"toy": 1}
 
 
@@ -158,7 +159,6 @@ def test_command_on_a_users_function(tmp_path, capsys):
     [
         ([], "either"),
         (["--reference", "x:y"], "either"),
-        (["--reference", "--seeds", "0"], "at least 1"),
         (["--reference", "--untrained", "--only", "nonsense"], "no such setting"),
         (["--reference", "--untrained", "--fault", "chunk", "--chunks", "5"], "at least 8 chunks"),
         (["no_such_module_anywhere:make"], "cannot import"),

@@ -5,16 +5,12 @@ import re
 import subprocess
 import sys
 
-import imageio.v2 as imageio
 import pytest
-import torch
 from PIL import Image
 
 from tokentrim_hooks.cli.main import COMMANDS, main
-from tokentrim_hooks.experiments.demo.runs import Size, roll_out_all
-from tokentrim_hooks.reference.pipeline import ReferencePipeline
 
-CHUNKS, SEEDS = 4, 2
+CHUNKS, SEEDS, FAULT_CHUNKS = 4, 2, 11
 
 
 @pytest.fixture(scope="module")
@@ -29,64 +25,53 @@ def demo(tmp_path_factory):
     return folder, done.stdout
 
 
+def test_sentences_come_first_then_the_table_then_the_files(demo):
+    said = demo[1].splitlines()
+    assert [said[i].partition(":")[0] for i in (0, 2, 4)] == ["What drifts", "The fault", "Slow drift"]
+    assert said[6].split()[:3] == ["measure", "unpatched", "pruned"]
+    assert demo[1].startswith((demo[0] / "table.txt").read_text()) and "Files:" in demo[1]
+
+
 def test_every_written_file_is_named_and_there(demo):
     folder, text = demo
-    named = re.findall(r"^  (\S+)$", text.partition("Written:")[2], re.MULTILINE)
+    named = re.findall(r"^  (\S+)$", text.partition("Files:")[2], re.MULTILINE)
     files = [path / "report.html" if path.is_dir() else path for path in folder.iterdir()]
     assert sorted(named) == sorted(str(path) for path in files)
     assert all(path.is_file() for path in files)
-    assert {path.name for path in folder.iterdir()} == {
-        "table.txt", "results.json", "drift.png", "fault.png", "side_by_side.mp4", "report", "report-fault"
-    }  # fmt: skip
 
 
-def test_the_film_has_every_frame(demo):
-    with imageio.get_reader(demo[0] / "side_by_side.mp4") as film:
-        frames = [frame for frame in film]  # list() would ask for its length, which is unknown
-    assert len(frames) == 3 * (1 + CHUNKS)
-    assert frames[0].shape == (_even(60 + 172), _even(SEEDS * (3 * 164 + 16) + 12), 3)
-    assert frames[0].std() > 20, "not an empty picture"
+@pytest.mark.parametrize(("name", "chunks"), [("fault", FAULT_CHUNKS), ("drift", CHUNKS)])
+def test_a_film_has_every_frame_and_plays_over_and_over(demo, name, chunks):
+    with Image.open(demo[0] / f"{name}.gif") as film:
+        assert (film.n_frames, film.info["loop"]) == (3 * (1 + chunks), 0)
+        assert film.width > 3 * 256 and film.width % 2 == film.height % 2 == 0
+        film.seek(film.n_frames - 1)
+        assert film.info["duration"] == 1500, "the end stays before it begins again"
 
 
-def test_the_sheets_show_truth_and_both_arms(demo):
-    with Image.open(demo[0] / "drift.png") as sheet:
-        assert sheet.width == max(150 + 5 * 102 + 6, 760)
-        given = [sheet.crop((150, y, 246, y + 96)) for y in _rows(sheet)]
-    assert len(given) == SEEDS * 3
-    for scene in range(SEEDS):
-        one, two, three = given[3 * scene : 3 * scene + 3]
-        assert one.tobytes() == two.tobytes() == three.tobytes(), "all arms begin with the given chunk"
-        assert len(one.getcolors(96 * 96)) > 20, "a picture"
-    with Image.open(demo[0] / "fault.png") as sheet:
-        assert sheet.height > 2 * 4 * 96
+def test_all_versions_begin_with_the_given_chunk(demo):
+    with Image.open(demo[0] / "drift.gif") as film:
+        first = film.convert("RGB")
+    left, top, side = 12, 12 + 22 + 8 + 18 + 2, 256
+    shown = [first.crop((left + i * (side + 6), top, left + i * (side + 6) + side, top + side)) for i in range(3)]
+    assert shown[0].tobytes() == shown[1].tobytes() == shown[2].tobytes()
+    assert len(shown[0].getcolors(side * side)) > 20, "a picture"
 
 
-def test_figures_agree_with_the_table(demo):
+def test_figures_are_those_of_the_table(demo):
     data = json.loads((demo[0] / "results.json").read_text())
-    assert data["settings"]["weights"] == "untrained" and data["settings"]["scenes"] == SEEDS
-    assert len(data["drift"]) == 3 * 6 and set(data["fault"]) == {"context", "chunk"}
-    rows = (demo[0] / "table.txt").read_text().splitlines()
-    for line in data["drift"]:
-        assert line["verdict"] == "too few pairs"
-        assert any(line["metric"] in row and f"{line['base']:.3f}" in row and line["verdict"] in row for row in rows)
+    assert data["settings"]["weights"] == "untrained" and "torch" in data["settings"]["versions"]
+    off, paper = data["drift"]
+    assert (off["setting"], paper["setting"], off["seeds"]) == ("off", "paper first-step", [1, 2])
+    mean = sum(off["values"]["error to ground truth @ chunks 3-4"]) / SEEDS
+    [row] = [line for line in demo[1].splitlines() if "drift: error to ground truth" in line]
+    assert f"  {mean:.3f} " in row and row.endswith("too few pairs")
 
 
-def test_reports_hold_one_record_a_chunk_and_video(demo):
+def test_the_report_holds_one_record_per_chunk_and_video(demo):
     lines = (demo[0] / "report" / "chunks.jsonl").read_text().splitlines()
-    assert len(lines) == SEEDS * (1 + CHUNKS)
+    assert len(lines) == SEEDS * (1 + FAULT_CHUNKS)
     assert {json.loads(line)["sample"] for line in lines} == set(range(SEEDS))
-
-
-def test_arms_are_paired_until_the_first_prune():
-    runs = roll_out_all(ReferencePipeline.random(grid=(8, 8)), Size(2, 6, 3, 1, seed=3), lambda: None)
-    base, treated = runs.drift["unpatched"], runs.drift["tokentrim"]
-    for video in range(2):
-        pruned = [r.chunk for r in treated.report if r.pruned and r.sample == video]
-        same = 3 * min([*pruned, 7])
-        assert torch.equal(base.video[video, :same], treated.video[video, :same])
-    assert treated.video.shape == (2, 21, 3, 32, 32)
-    assert sum(r.pruned for r in runs.fault["chunk"].report) > 0, "nothing was pruned, so nothing was tested"
-    assert not torch.equal(runs.fault["unpatched"].video, runs.fault["chunk"].video)
 
 
 @pytest.mark.parametrize("module", ["scipy", "safetensors", "PIL"])
@@ -131,7 +116,10 @@ def test_detect_says_what_is_wrong(target, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--seeds", "0"], ["detect"]])
+NO_SEEDS = [[command, "--seeds", "0"] for command in ("demo", "compare")]
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], *NO_SEEDS, ["detect"]])
 def test_wrong_use_is_an_error(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -145,19 +133,3 @@ def test_every_command_explains_itself(capsys):
             main([name, "--help"])
         assert stop.value.code == 0
         assert f"usage: tokentrim {name}" in capsys.readouterr().out
-
-
-def _even(size):
-    return size + size % 2
-
-
-def _rows(sheet):
-    """Tops of the picture rows: where the first column turns from paper to picture."""
-    column = [sheet.getpixel((152, y)) != (255, 255, 255) for y in range(sheet.height)]
-    starts, y = [], 0
-    while y < sheet.height:
-        if all(column[y : y + 90]) and len(column[y : y + 90]) == 90:
-            starts.append(y)
-            y += 96
-        y += 1
-    return starts

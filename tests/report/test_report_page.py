@@ -3,17 +3,17 @@
 import re
 import warnings
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import ReportError, VideoError
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.report.charts import border, cache_cells
-from tokentrim_hooks.report.filmstrip import save_video, unpatched_and_patched
+from tokentrim_hooks.report.filmstrip import CUT, KEPT, unpatched_and_patched
 from tokentrim_hooks.report.page import MAPS, render, verdict, worth_a_map, write_page
 from tokentrim_hooks.report.record import ChunkRecord, Report, read_report
 from tokentrim_hooks.report.thumbnails import Thumbnails
@@ -89,15 +89,15 @@ def test_page_shows_the_unpatched_video_above_the_patched_one(tmp_path, capsys):
     generate(tmp_path)
     videos = np.random.default_rng(0).random((2, 72, 16, 24, 3)).astype(np.float32)
     for name, video in zip(("patched", "unpatched"), videos, strict=True):
-        save_video([Image.fromarray((255 * frame).astype(np.uint8)) for frame in video], tmp_path / f"{name}.mp4")
+        imageio.mimwrite(tmp_path / f"{name}.mp4", (255 * video).astype(np.uint8), fps=16, macro_block_size=2)
     patched, unpatched = (str(tmp_path / f"{name}.mp4") for name in ("patched", "unpatched"))
     assert main(["report", str(tmp_path), "--video", patched, "--unpatched", unpatched]) == 0
     assert 'class="strip"' in (tmp_path / "report.html").read_text()
-    strip = np.asarray(unpatched_and_patched(videos[1], videos[0], [0.5], columns=3))
-    above = strip[40:].reshape(-1, 3)
+    strip = np.asarray(unpatched_and_patched(videos[1], videos[0], [KEPT, CUT, KEPT], columns=3))
+    above = strip.reshape(-1, 3)
     for video in videos[::-1]:
-        wanted = (255 * video[0, 0, 0]).round().astype(np.uint8)
-        assert (above == wanted).all(axis=1).sum() >= 16, "each first frame's corner pixel, enlarged four times"
+        wanted = (255 * video[12, 0, 0]).round().astype(np.uint8)
+        assert (above == wanted).all(axis=1).sum() >= 16, "the corner pixel of the middle of each first third, enlarged"
     assert main(["report", str(tmp_path), "--unpatched", unpatched]) == 2
     assert "needs --video" in capsys.readouterr().err
     with pytest.raises(VideoError, match="24x16, 72 frames against 24x16, 70 frames"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from tokentrim_hooks.cli.options import write_json
 from tokentrim_hooks.console import show_table
 from tokentrim_hooks.errors import TokenTrimError
+
+HELP = "Measure videos; no weights needed."
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure videos without any downloaded weights; one column a video."""
+    """Measure videos without any downloaded weights; one column per video."""
     if not options.videos and not options.vbench:
         raise TokenTrimError("give at least one video, or --vbench with result files")
     measured = {str(path): _measured(path, options.period) for path in options.videos}
@@ -31,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     if options.vbench:
         _show_vbench(options.vbench)
     if options.json:
-        options.json.write_text(json.dumps(measured, indent=2), encoding="utf-8")
+        write_json(options.json, measured)
     return 0
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tokentrim_hooks.errors import ReportError, TokenTrimError
 
+HELP = "Render a run's log as one HTML file."
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare what ``tokentrim report`` takes."""

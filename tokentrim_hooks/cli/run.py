@@ -25,6 +25,7 @@ OPTIONS = {
     "max_regenerations": int,
 }
 """Options of DriftPolicy that are numbers; the others are switches or come from a TOML file."""
+HELP = "Run an unmodified inference script, patched."
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="TOML file: probe, observers, [policy] of DriftPolicy")
     parser.add_argument("--probe", choices=("first-step", "candidate"))
     parser.add_argument("--observe", action="store_true", help="measure only; output stays bit-identical")
-    parser.add_argument("--quiet", action="store_true", help="no progress line a chunk")
+    parser.add_argument("--quiet", action="store_true", help="no progress line per chunk")
     parser.add_argument("--no-thumbnails", dest="thumbnails", action="store_false", help="no pictures of latents")
     parser.add_argument("--observer", action="append", default=[], help="an installed observer, by name; repeatable")
     for name, kind in OPTIONS.items():

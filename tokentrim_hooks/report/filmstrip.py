@@ -1,13 +1,12 @@
-"""Pictures of videos: contact sheets (rows = versions, columns = time), side-by-side frames, mp4 or gif files.
+"""Pictures of videos, put together from parts: a frame, a line of words, a bar of verdicts, beside or above others.
 
 Frames go in as uint8 ``[H, W, 3]`` and are enlarged by whole factors without smoothing, so that a pixel stays a pixel.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tokentrim_hooks.errors import VideoError
+from tokentrim_hooks.report.record import ChunkRecord
 
 Frame = NDArray[np.uint8]
+Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in frame pixels, the last two exclusive."""
 
@@ -27,33 +28,20 @@ MARK = (220, 30, 40)
 """Colour of a fault's outline."""
 CUT = (255, 190, 0)
 """Colour of pruned tokens and of chunks that were regenerated."""
+KEPT, UNJUDGED = (96, 160, 110), (205, 205, 210)
+"""Colours of chunks that were accepted as they came, and of those without a verdict."""
 GAP = 6
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of a sheet: a frame, outlined boxes with their colours, a caption under it."""
+    """A frame, and outlined boxes with their colours."""
 
     frame: Frame
-    boxes: Sequence[tuple[Box, tuple[int, int, int]]] = ()
-    caption: str = ""
+    boxes: Sequence[tuple[Box, Colour]] = ()
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of a sheet. ``ticks`` are shares in [0, 1] of the row's time at which a mark is drawn on a line below."""
-
-    label: str
-    tiles: Sequence[Tile]
-    ticks: Sequence[float] | None = None
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows that belong together, for example one scene."""
-
-    title: str
-    rows: Sequence[Row] = field(default_factory=tuple)
+# ---------------------------------------------------------------------------------------------- parts
 
 
 def frames_of(video: Tensor) -> list[Frame]:
@@ -62,44 +50,94 @@ def frames_of(video: Tensor) -> list[Frame]:
     return list(pixels.permute(0, 2, 3, 1).numpy())
 
 
-def font(size: int) -> Any:
-    """Pillow's own scalable font, so that sheets look alike everywhere."""
-    return ImageFont.load_default(size)
-
-
-def enlarge(tile: Tile, scale: int) -> Image.Image:
+def enlarged(tile: Tile, scale: int) -> Image.Image:
     """The tile's frame, ``scale`` times as large, with its boxes outlined."""
     height, width = tile.frame.shape[:2]
     image = Image.fromarray(tile.frame).resize((width * scale, height * scale), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(image)
-    for (left, top, right, bottom), color in tile.boxes:
-        draw.rectangle((left * scale, top * scale, right * scale - 1, bottom * scale - 1), outline=color, width=2)
+    for (left, top, right, bottom), colour in tile.boxes:
+        corners = (left * scale, top * scale, right * scale - 1, bottom * scale - 1)
+        draw.rectangle(corners, outline=colour, width=max(1, scale // 3))
     return image
 
 
-def contact_sheet(title: str, notes: Sequence[str], columns: Sequence[str], blocks: Sequence[Block]) -> Image.Image:
-    """A sheet of all blocks under one heading; ``columns`` are the labels of time."""
-    sheet = _Sheet(columns, blocks)
-    image = Image.new("RGB", (sheet.width, sheet.height(notes)), PAPER)
+def words(text: str, size: int = 13, colour: Colour = INK, width: int = 0) -> Image.Image:
+    """Text as a picture, ``width`` pixels wide at least; in Pillow's own font, so that it looks alike everywhere."""
+    font = ImageFont.load_default(size)
+    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text or " ", font)
+    lines = text.count("\n") + 1
+    image = Image.new("RGB", (max(width, int(box[2]) + 1), lines * (size + 4)), PAPER)
+    ImageDraw.Draw(image).multiline_text((0, 0), text, colour, font)
+    return image
+
+
+def bar(colours: Sequence[Colour], width: int, now: int | None = None, height: int = 8) -> Image.Image:
+    """One cell per colour over ``width`` pixels; cell ``now`` is marked."""
+    image = Image.new("RGB", (width, height + 4), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((GAP * 2, GAP * 2), title, INK, font(19))
-    y = 40
-    for note in notes:
-        draw.text((GAP * 2, y), note, FAINT, font(13))
-        y += 19
-    for block in blocks:
-        y = sheet.draw_block(image, draw, block, y + GAP)
+    edges = [round(width * i / max(len(colours), 1)) for i in range(len(colours) + 1)]
+    for i, colour in enumerate(colours):
+        draw.rectangle((edges[i], 2, edges[i + 1] - 2, height + 1), fill=colour)
+        if i == now:
+            draw.rectangle((edges[i], 0, edges[i + 1] - 2, height + 3), outline=INK, width=2)
     return image
+
+
+def beside(pictures: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
+    """Pictures in a line, their upper edges level."""
+    image = Image.new("RGB", (_total([p.width for p in pictures], gap), max(p.height for p in pictures)), PAPER)
+    x = 0
+    for picture in pictures:
+        image.paste(picture, (x, 0))
+        x += picture.width + gap
+    return image
+
+
+def above(pictures: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
+    """Pictures under one another, their left edges in line."""
+    image = Image.new("RGB", (max(p.width for p in pictures), _total([p.height for p in pictures], gap)), PAPER)
+    y = 0
+    for picture in pictures:
+        image.paste(picture, (0, y))
+        y += picture.height + gap
+    return image
+
+
+def framed(picture: Image.Image, margin: int = 2 * GAP) -> Image.Image:
+    """A picture with paper around it, and even sides: some video formats want them."""
+    sides = [size + 2 * margin + size % 2 for size in picture.size]
+    image = Image.new("RGB", (sides[0], sides[1]), PAPER)
+    image.paste(picture, (margin, margin))
+    return image
+
+
+def _total(sizes: Sequence[int], gap: int) -> int:
+    return sum(sizes) + gap * (len(sizes) - 1)
+
+
+# ---------------------------------------------------------------------------------------------- whole pictures
+
+
+def verdicts(records: Sequence[ChunkRecord]) -> list[Colour]:
+    """One colour per chunk, of the records of one sample of one video."""
+    return [CUT if r.pruned else UNJUDGED if r.severity is None else KEPT for r in records]
+
+
+def strip(label: str, tiles: Sequence[Image.Image], colours: Sequence[Colour] = ()) -> Image.Image:
+    """A line of pictures over time behind their label; the bar of ``colours`` under it is the whole of that time."""
+    line = beside(tiles)
+    picture = above([line, bar(colours, line.width)], gap=2) if colours else line
+    return beside([words(label, 14, width=140), picture])
 
 
 def unpatched_and_patched(
-    unpatched: NDArray[Any], patched: NDArray[Any], regenerated: Sequence[float], columns: int = 7
+    unpatched: NDArray[Any], patched: NDArray[Any], colours: Sequence[Colour], columns: int = 7
 ) -> Image.Image:
-    """A strip of two videos of the same noise: the same moments above one another, ticks where chunks were regenerated.
+    """Two videos of the same noise, the same moments above one another, and the verdicts of the chunks.
 
     Args:
         unpatched, patched: frames ``[F, H, W, 3]``, float in 0..1, of one size and number.
-        regenerated: shares in [0, 1] of the video's time.
+        colours: one per chunk, see :func:`verdicts`.
         columns: moments shown at most.
 
     Raises:
@@ -108,116 +146,26 @@ def unpatched_and_patched(
     if unpatched.shape != patched.shape:
         sizes = " against ".join(f"{v.shape[2]}x{v.shape[1]}, {v.shape[0]} frames" for v in (unpatched, patched))
         raise VideoError(f"the unpatched and the patched video differ: {sizes}; give two videos of the same noise")
-    last = len(patched) - 1
-    moments = sorted({round(last * i / max(columns - 1, 1)) for i in range(columns)})
-    arms = (("unpatched", unpatched, None), ("patched", patched, regenerated))
-    rows = [Row(name, [Tile(_small(video[m])) for m in moments], ticks) for name, video, ticks in arms]
-    heads = [f"frame {moment}" for moment in moments]
-    return contact_sheet("unpatched and patched", ["ticks: chunks that were regenerated"], heads, [Block("", rows)])
+    # The middles of equal parts, so that a chunk's cell of the bar lies under what was shown then.
+    moments = sorted({int(len(patched) * (i + 0.5) / columns) for i in range(columns)})
+    rows = [
+        strip(name, [_small(video[m]) for m in moments], shown)
+        for name, video, shown in (("unpatched", unpatched, ()), ("patched", patched, colours))
+    ]
+    return framed(above([words(f"frames {', '.join(map(str, moments))}", 12, FAINT), *rows]))
 
 
-def _small(frame: NDArray[Any], width: int = 160) -> Frame:
-    """A frame, float in 0..1, as uint8, no wider than ``width``."""
-    image = Image.fromarray((255 * frame).round().clip(0, 255).astype(np.uint8))
+def _small(frame: NDArray[Any], width: int = 160) -> Image.Image:
+    """A frame, float in 0..1, enlarged to at least 96 pixels, or shrunk to ``width`` at most."""
+    pixels = (255 * frame).round().clip(0, 255).astype(np.uint8)
+    image = enlarged(Tile(pixels), max(1, 96 // pixels.shape[1]))
     image.thumbnail((width, 10 * width))
-    return np.asarray(image)
-
-
-class _Sheet:
-    """Measures of a contact sheet, in pixels."""
-
-    LABEL, TITLE, HEAD, CAPTION, LINE = 150, 26, 20, 17, 14
-
-    def __init__(self, columns: Sequence[str], blocks: Sequence[Block]) -> None:
-        self.columns, self.blocks = columns, blocks
-        height, width = blocks[0].rows[0].tiles[0].frame.shape[:2]
-        self.scale = max(1, 96 // int(width))
-        self.side, self.tall = int(width) * self.scale, int(height) * self.scale
-
-    @property
-    def width(self) -> int:
-        return max(self.LABEL + len(self.columns) * (self.side + GAP) + GAP, 760)
-
-    def height(self, notes: Sequence[str]) -> int:
-        return 40 + 19 * len(notes) + sum(self._block(block) + GAP for block in self.blocks) + 2 * GAP
-
-    def _block(self, block: Block) -> int:
-        return (self.TITLE if block.title else 0) + self.HEAD + sum(self._row(row) for row in block.rows)
-
-    def _row(self, row: Row) -> int:
-        caption = self.CAPTION if any(tile.caption for tile in row.tiles) else 0
-        return self.tall + GAP + caption + (self.LINE if row.ticks is not None else 0)
-
-    def draw_block(self, image: Image.Image, draw: ImageDraw.ImageDraw, block: Block, y: int) -> int:
-        if block.title:
-            draw.text((GAP * 2, y), block.title, INK, font(15))
-            y += self.TITLE
-        for i, label in enumerate(self.columns):
-            draw.text((self._x(i) + self.side / 2, y), label, FAINT, font(12), anchor="ma")
-        y += self.HEAD
-        for row in block.rows:
-            self._draw_row(image, draw, row, y)
-            y += self._row(row)
-        return y
-
-    def _x(self, column: int) -> int:
-        return self.LABEL + column * (self.side + GAP)
-
-    def _draw_row(self, image: Image.Image, draw: ImageDraw.ImageDraw, row: Row, y: int) -> None:
-        draw.multiline_text((GAP * 2, y + self.tall / 2), row.label, INK, font(14), anchor="lm", spacing=3)
-        for i, tile in enumerate(row.tiles):
-            image.paste(enlarge(tile, self.scale), (self._x(i), y))
-            if tile.caption:
-                draw.text((self._x(i) + self.side / 2, y + self.tall + 2), tile.caption, INK, font(12), anchor="ma")
-        if row.ticks is not None:
-            self._draw_ticks(draw, row.ticks, y + self._row(row) - self.LINE)
-
-    def _draw_ticks(self, draw: ImageDraw.ImageDraw, ticks: Sequence[float], y: int) -> None:
-        """Tick positions are those of the columns' middles: 0 under the first tile, 1 under the last."""
-        left = self._x(0) + self.side / 2
-        length = (len(self.columns) - 1) * (self.side + GAP)
-        draw.line((left, y + 3, left + length, y + 3), (205, 205, 210), 1)
-        for tick in ticks:
-            x = left + tick * length
-            draw.rectangle((x - 2, y - 1, x + 2, y + 7), fill=CUT, outline=INK)
-
-
-def save_video(frames: Sequence[Image.Image], path: Path, fps: int = 10) -> Path:
-    """Write an mp4; where no ffmpeg can be had, a gif beside it. Returns the path written. Sides should be even."""
-    try:
-        importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
-        imageio: Any = importlib.import_module("imageio.v2")
-    except (ImportError, RuntimeError):
-        return _save_gif(frames, path.with_suffix(".gif"), fps)
-    writer = imageio.get_writer(path, fps=fps, codec="libx264", quality=7, macro_block_size=2)
-    with writer:
-        for frame in frames:
-            writer.append_data(np.asarray(frame))
-    return path
-
-
-def _save_gif(frames: Sequence[Image.Image], path: Path, fps: int) -> Path:
-    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=round(1000 / fps), loop=0)
-    return path
-
-
-def side_by_side(header: str, names: Sequence[str], scenes: Sequence[Sequence[Tile]], across: int = 2) -> Image.Image:
-    """One frame of a film: per scene one tile a version, ``across`` scenes in a line; sides are even."""
-    scale = max(1, 160 // scenes[0][0].frame.shape[1])
-    side = scenes[0][0].frame.shape[1] * scale
-    group = len(names) * (side + 4) + 16
-    lines = -(-len(scenes) // across)
-    image = Image.new("RGB", (_even(group * min(across, len(scenes)) + 12), _even(60 + lines * (side + 12))), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.text((14, 8), header, INK, font(17))
-    for number, tiles in enumerate(scenes):
-        x, y = 14 + number % across * group, 58 + number // across * (side + 12)
-        for i, tile in enumerate(tiles):
-            if number < across:
-                draw.text((x + i * (side + 4), 36), names[i], FAINT, font(14))
-            image.paste(enlarge(tile, scale), (x + i * (side + 4), y))
     return image
 
 
-def _even(size: int) -> int:
-    return size + size % 2
+def save_film(frames: Sequence[Image.Image], path: Path, milliseconds: Sequence[int]) -> Path:
+    """Write frames as a GIF that plays over and over, each as long as it says; returns the path."""
+    # One palette per frame and no dithering: pixels of one colour stay so, and the file small.
+    reduced = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
+    reduced[0].save(path, save_all=True, append_images=reduced[1:], duration=list(milliseconds), loop=0)
+    return path

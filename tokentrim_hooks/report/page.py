@@ -53,8 +53,8 @@ def render(
     """
     if not report.records:
         raise ReportError("the report holds no chunk: was the denoiser called, and did it run more than one chunk?")
-    environment = require("jinja2", "report").Environment(autoescape=True)
-    html: str = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return filled(
+        TEMPLATE,
         summary=report.summary(),
         settings=json.dumps(report.settings, indent=2, default=str),
         title=_title(report, folder),
@@ -62,6 +62,12 @@ def render(
         strip=None if frames is None or unpatched is None else _strip(report.records, frames, unpatched),
         runs=[_run(records, report, folder, frames) for records in split(report.records)],
     )
+
+
+def filled(template: Path, **values: Any) -> str:
+    """A jinja template with its values, escaped for HTML."""
+    environment = require("jinja2", "report").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html: str = environment.from_string(template.read_text(encoding="utf-8")).render(**values)
     return html
 
 
@@ -75,13 +81,10 @@ def _title(report: Report, folder: Path | None) -> str:
 
 
 def _strip(records: Sequence[ChunkRecord], frames: Frames, unpatched: Frames) -> str:
-    from tokentrim_hooks.report.filmstrip import unpatched_and_patched
+    from tokentrim_hooks.report.filmstrip import unpatched_and_patched, verdicts
 
-    first = [r for r in records if _is_first(r)]
-    latents = max(r.start + r.frames for r in first)
-    ticks = [(r.start + r.frames / 2) / latents for r in first if r.pruned]
     buffer = io.BytesIO()
-    unpatched_and_patched(unpatched, frames, ticks).save(buffer, "png")
+    unpatched_and_patched(unpatched, frames, verdicts([r for r in records if _is_first(r)])).save(buffer, "png")
     return _data("png", buffer.getvalue())
 
 

@@ -57,15 +57,15 @@ class ChunkRecord:
 
     def as_json(self) -> str:
         """One line of strict JSON; values that are not finite become null, also those within lists."""
-        return json.dumps(_finite(dataclasses.asdict(self)), allow_nan=False)
+        return json.dumps(finite(dataclasses.asdict(self)), allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
-    """``value`` with None for every float in it that JSON has no word for."""
+def finite(value: Any) -> Any:
+    """``value``, as deep as it goes, with None for every float that JSON has no word for."""
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.experiments.bench.targets import Size, Target
+from tokentrim_hooks.experiments.bench.target import Size, Target
 
 STEPS = (1000, 750, 500, 250)
 FRAMES, WINDOW, TEXT = 3, 21, 512

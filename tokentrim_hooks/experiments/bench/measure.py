@@ -16,7 +16,7 @@ from tokentrim_hooks.api import patch
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.experiments.bench.memory import peak_bytes
 from tokentrim_hooks.experiments.bench.profile import profile
-from tokentrim_hooks.experiments.bench.targets import Target
+from tokentrim_hooks.experiments.bench.target import Target
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import ObservePolicy
 from tokentrim_hooks.testing.policies import ForcedPolicy
@@ -51,7 +51,7 @@ class Results:
         triggers: chunks that were pruned in the forced arm, and ``chunks`` of how many.
         dead: context rows that died in the forced arm.
         extra_calls, calls: of the denoiser in the forced arm.
-        shares: by arm, share of each section of the time.
+        shares: by arm, share of each of our scopes of the time, and the rest.
         syncs: by arm, tokentrim's own host synchronisations per chunk. theirs: the model's and its sampler's.
         memory: by arm, peak bytes.
     """

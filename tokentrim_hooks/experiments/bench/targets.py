@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from tokentrim_hooks.experiments.bench import fastvideo_target
+from tokentrim_hooks.experiments.bench.target import Size, Target
 from tokentrim_hooks.extras import require
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a target is; each reads what it knows.
-
-    Attributes:
-        device: a torch device.
-        chunks: chunks of one rollout.
-        full: the real model's size instead of one for a CPU.
-    """
-
-    device: str = "cpu"
-    chunks: int = 20
-    full: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """bfloat16 on a GPU, float32 on a CPU."""
-        return torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Target:
-    """A model and one rollout of it. ``run`` seeds itself; ``words`` say what the model is."""
-
-    model: Any
-    run: Callable[[], Any]
-    words: dict[str, Any] = field(default_factory=dict)
 
 
 def reference(size: Size) -> Target:
@@ -93,11 +65,8 @@ def skyreels(size: Size) -> Target:
     return Target(pipeline, run, words)
 
 
-def fastvideo(size: Size) -> Target:
-    """FastVideo's CausalWan; see :mod:`tokentrim_hooks.experiments.bench.fastvideo_target`."""
-    from tokentrim_hooks.experiments.bench.fastvideo_target import make
-
-    return make(size)
-
-
-TARGETS: dict[str, Callable[[Size], Target]] = {"reference": reference, "skyreels": skyreels, "fastvideo": fastvideo}
+TARGETS: dict[str, Callable[[Size], Target]] = {
+    "reference": reference,
+    "skyreels": skyreels,
+    "fastvideo": fastvideo_target.make,
+}

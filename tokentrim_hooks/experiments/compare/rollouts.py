@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.experiments.compare.settings import Setting
 from tokentrim_hooks.experiments.compare.store import Outcome, Store
 from tokentrim_hooks.experiments.compare.trials import Trial
-from tokentrim_hooks.report.record import ChunkRecord
+from tokentrim_hooks.report.record import Report
 
 Make = Callable[[Sequence[int]], Trial]
 
@@ -41,13 +42,26 @@ def compare(
             advance()
 
 
+@dataclass(frozen=True)
+class Take:
+    """One batch under one setting: what is stored of it, and what is not, the video and the report of a patched run."""
+
+    outcome: Outcome
+    video: Tensor
+    report: Report | None
+
+
 def outcome_of(trial: Trial, setting: Setting, seeds: Sequence[int]) -> Outcome:
-    """Roll out one batch under one setting and measure it.
+    """Roll out one batch under one setting and measure it; raises as :func:`roll_out`."""
+    return roll_out(trial, setting, seeds).outcome
+
+
+def roll_out(trial: Trial, setting: Setting, seeds: Sequence[int]) -> Take:
+    """Roll out one batch under one setting, measure it, keep everything.
 
     Raises:
-        TokenTrimError: a measure does not give one value a seed.
+        TokenTrimError: a measure does not give one value per seed.
     """
-    records: list[ChunkRecord] = []
     with ExitStack() as stack, torch.no_grad():
         handle = None
         if not setting.off:
@@ -58,8 +72,14 @@ def outcome_of(trial: Trial, setting: Setting, seeds: Sequence[int]) -> Outcome:
         began = time.perf_counter()
         video = trial.run()
         seconds = time.perf_counter() - began
-        if handle is not None:
-            records = list(handle.report)
+        report = handle.report if handle is not None else None
+    return Take(_outcome(trial, setting, seeds, video, report, round(seconds, 3)), video, report)
+
+
+def _outcome(
+    trial: Trial, setting: Setting, seeds: Sequence[int], video: Tensor, report: Report | None, seconds: float
+) -> Outcome:
+    records = list(report or ())
     values = {name: _column(name, column, seeds) for name, column in trial.measure(video).items()}
     first = [r for r in records if r.sample == 0]
     mine = [[r for r in records if r.sample == sample] for sample in range(len(seeds))]
@@ -74,7 +94,7 @@ def outcome_of(trial: Trial, setting: Setting, seeds: Sequence[int]) -> Outcome:
         calls=sum(sum(r.phases.values()) for r in first),
         extra=sum(r.extra_calls for r in first),
         alone=[sum(r.extra_calls for r in own if r.pruned) for own in mine],
-        seconds=round(seconds, 3),
+        seconds=seconds,
     )
 
 

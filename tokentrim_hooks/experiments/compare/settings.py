@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
@@ -100,6 +100,14 @@ def parse_setting(text: str) -> Setting:
         return Setting(name.strip(), **values)
     except ValueError as failure:
         raise TokenTrimError(f"setting {text!r}: {failure}") from failure
+
+
+def changes(description: Mapping[str, Any]) -> str:
+    """What a setting (:meth:`Setting.as_dict`) changes of the paper's, in words."""
+    if description["off"]:
+        return "not patched"
+    usual = STANDARD[1].as_dict()
+    return ", ".join(f"{key}={value}" for key, value in description.items() if value != usual[key]) or "nothing"
 
 
 def choose(names: Iterable[str] | None, more: Iterable[str], anchors: bool) -> list[Setting]:

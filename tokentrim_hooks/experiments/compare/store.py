@@ -1,4 +1,4 @@
-"""Results on disk, one JSON line a (setting, batch of seeds), written as they come: an interrupted run goes on."""
+"""Results on disk, one JSON line per setting and batch of seeds, written as they come: an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from tokentrim_hooks.errors import ReportError, TokenTrimError
 from tokentrim_hooks.experiments.compare.settings import Setting
+from tokentrim_hooks.report.record import finite
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Outcome:
 
     Attributes:
         setting, description: name and meaning of the setting (:meth:`Setting.as_dict`).
-        seeds: one a sample; all lists below go with them.
+        seeds: one per sample; all lists below go with them.
         values: per column key a value for each sample; NaN where there was nothing to measure.
         judged: chunks that got a verdict, for each sample. pruned: ordinals of the chunks that were regenerated.
         chunks, calls, extra: chunks, denoiser calls of the sampler and further ones, of the batch.
@@ -79,8 +80,7 @@ class Store:
 
     def add(self, outcome: Outcome) -> None:
         """Append one outcome and see it on disk."""
-        values = {key: [_or_null(v) for v in column] for key, column in outcome.values.items()}
-        line = json.dumps({**asdict(outcome), "values": values}, allow_nan=False)
+        line = json.dumps(finite(asdict(outcome)), allow_nan=False)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.outcomes.append(outcome)
@@ -105,7 +105,3 @@ def _outcome(line: str, place: str) -> Outcome:
         return Outcome(**{**found, "values": values})
     except (ValueError, TypeError, KeyError, AttributeError) as failure:
         raise ReportError(f"{place} is not an outcome of a comparison: {failure}") from failure
-
-
-def _or_null(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -7,11 +7,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tokentrim_hooks.console import markdown_table
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.experiments.compare.settings import BASE
 from tokentrim_hooks.experiments.compare.store import Outcome
 from tokentrim_hooks.experiments.compare.trials import Column
-from tokentrim_hooks.experiments.demo.table import number, percent
 from tokentrim_hooks.metrics.intervals import NOTHING, TOO_FEW, Difference, adjusted, paired_difference
 
 CELL = 16
@@ -42,7 +42,7 @@ class Row:
 
 
 def summarise(outcomes: Sequence[Outcome], columns: Sequence[Column], watch: int | None = None) -> list[Row]:
-    """One row a setting, the base first, over the seeds that both have.
+    """One row per setting, the base first, over the seeds that both have.
 
     Raises:
         ReportError: no outcome of the unpatched model.
@@ -91,6 +91,24 @@ def _by_seed(outcomes: Sequence[Outcome]) -> dict[int, Mapping[str, float]]:
     }
 
 
+def number(value: float, sign: bool = False) -> str:
+    """Three decimals, more where they would hide that it is not zero; a dash where there was nothing to measure."""
+    if math.isnan(value):
+        return "-"
+    digits = ".3f" if value == 0 or abs(value) >= 0.0005 else ".0e"
+    return f"{value:{'+' if sign else ''}{digits}}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with one decimal; a dash where there was nothing to count."""
+    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def span(difference: Difference) -> str:
+    """The interval's ends, signed."""
+    return f"[{number(difference.low, sign=True)}, {number(difference.high, sign=True)}]"
+
+
 def by_window(columns: Sequence[Column]) -> dict[str, list[Column]]:
     """Columns of each window, stability before identity before motion, as they were declared within these."""
     order = {"stability": 0, "identity": 1, "motion": 2}
@@ -107,14 +125,13 @@ def cell(row: Row, column: Column) -> list[str]:
         return [number(d.base)]
     if not d.pairs:
         return ["-"]
-    interval = f"[{number(d.low, sign=True)}, {number(d.high, sign=True)}]"
-    return [number(d.mean, sign=True), interval, d.words(column.better)]
+    return [number(d.mean, sign=True), span(d), d.words(column.better)]
 
 
 def shares(row: Row, watch: int | None) -> list[str]:
     """Pairs, chunks pruned, extra calls and, where a chunk is watched, how often that one was pruned."""
     values = [row.pruned, row.extra, *([row.watched] if watch is not None else [])]
-    return [str(row.pairs), *("-" if math.isnan(v) else percent(v) for v in values)]
+    return [str(row.pairs), *map(percent, values)]
 
 
 def share_heads(watch: int | None) -> list[str]:
@@ -127,11 +144,9 @@ def markdown(rows: Sequence[Row], columns: Sequence[Column], watch: int | None =
     tables = []
     for window, some in by_window(columns).items():
         heads = [f"{c.aspect}: {c.name}" if c.aspect else c.name for c in some]
-        lines = [["setting", *share_heads(watch), *heads]]
-        lines.append(["---"] * len(lines[0]))
-        lines += [[r.setting, *shares(r, watch), *(_short(cell(r, c)) for c in some)] for r in rows]
-        table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-        tables.append(f"**{window}**\n\n{table}" if window else table)
+        lines = [[r.setting, *shares(r, watch), *(_short(cell(r, c)) for c in some)] for r in rows]
+        table = markdown_table(["setting", *share_heads(watch), *heads], lines)
+        tables.append(f"**{window}**\n\n{table}\n" if window else f"{table}\n")
     return "\n".join(tables)
 
 
@@ -145,24 +160,19 @@ def _short(texts: Sequence[str]) -> str:
 def terminal(
     rows: Sequence[Row], columns: Sequence[Column], watch: int | None = None
 ) -> list[tuple[list[str], list[list[str]]]]:
-    """A table a window for the terminal, headings and rows: short lines, measures without a direction left out."""
+    """One table per window for the terminal, headings and rows: short lines, measures without a direction left out."""
     tables = []
     for window, some in by_window(columns).items():
         shown = [c for c in some if c.better] or some
-        lines = _stacked([[window or "all"], *(textwrap.wrap(c.name, CELL) for c in shown)])
+        lines = [[_narrow([window or "all"]), *(_narrow([c.name]) for c in shown)]]
         for row in rows:
             numbers = zip(share_heads(watch), shares(row, watch), strict=True)
             about = [row.setting, *(f"{head} {text}" for head, text in numbers)]
-            lines += _stacked([_narrow(about), *(_narrow(cell(row, c)) for c in shown)])
+            lines.append([_narrow(about), *(_narrow(cell(row, c)) for c in shown)])
         tables.append((["", *(c.aspect or "measure" for c in shown)], lines))
     return tables
 
 
-def _narrow(texts: Sequence[str]) -> list[str]:
-    return [line for text in texts for line in textwrap.wrap(text, CELL)]
-
-
-def _stacked(cells: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Cells of several lines as several rows, and an empty row after them."""
-    height = max(map(len, cells)) + 1
-    return [[cell[i] if i < len(cell) else "" for cell in cells] for i in range(height)]
+def _narrow(texts: Sequence[str]) -> str:
+    """A cell of short lines, and an empty one to keep rows apart."""
+    return "\n".join([*(line for text in texts for line in textwrap.wrap(text, CELL)), ""])

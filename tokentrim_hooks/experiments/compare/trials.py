@@ -26,7 +26,7 @@ same noise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +35,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.reference.fault import Blotch, Planter, Where
 from tokentrim_hooks.reference.pipeline import WEIGHTS, ReferencePipeline
 from tokentrim_hooks.reference.quality import METRICS, window
 from tokentrim_hooks.reference.scenes import Scene, scenes
 
-FRAMES = 3
-"""Frames of a chunk of the reference model."""
 ASPECTS = {
     "colour histogram error": "stability",
     "saturation error": "stability",
@@ -103,6 +102,7 @@ class ReferenceMaker:
         fault: where a blotch is planted in chunk HEALTHY + 1, or None for the natural drift.
         weights: what the model is, for the settings.
         sink: frames of the sink (anchor).
+        on_chunk: called after every generated chunk.
     """
 
     pipeline: ReferencePipeline
@@ -110,16 +110,33 @@ class ReferenceMaker:
     fault: Where | None = None
     weights: str = "untrained"
     sink: int = 0
+    on_chunk: Callable[..., None] | None = None
 
     @classmethod
-    def load(cls, chunks: int, fault: Where | None, sink: int, trained: bool, device: str) -> ReferenceMaker:
-        """The trained model, or a tiny random one on the same frames."""
+    def load(
+        cls,
+        chunks: int,
+        fault: Where | None,
+        sink: int,
+        trained: bool,
+        device: str,
+        on_chunk: Callable[..., None] | None = None,
+    ) -> ReferenceMaker:
+        """The trained model, or a tiny random one on the same frames.
+
+        Raises:
+            TokenTrimError: too few chunks for a fault.
+        """
+        if fault and chunks < HEALTHY + 2:
+            raise TokenTrimError(f"a fault needs at least {HEALTHY + 2} chunks: it is planted in chunk {HEALTHY + 1}")
         if trained:
             pipeline = ReferencePipeline.pretrained(device=device, sink_size=sink)
-            return cls(pipeline, chunks, fault, hashlib.sha256(Path(WEIGHTS).read_bytes()).hexdigest()[:12], sink)
-        return cls(ReferencePipeline.random(grid=(8, 8), sink_size=sink, device=device), chunks, fault, sink=sink)
+            weights = hashlib.sha256(Path(WEIGHTS).read_bytes()).hexdigest()[:12]
+            return cls(pipeline, chunks, fault, weights, sink, on_chunk)
+        pipeline = ReferencePipeline.random(grid=(8, 8), sink_size=sink, device=device)
+        return cls(pipeline, chunks, fault, sink=sink, on_chunk=on_chunk)
 
-    def __call__(self, seeds: Sequence[int]) -> Trial:
+    def __call__(self, seeds: Sequence[int]) -> ReferenceTrial:
         """A batch: for each seed its scene, its first noise and, for a fault, its blotch."""
         return ReferenceTrial(self, seeds)
 
@@ -129,7 +146,8 @@ class ReferenceTrial:
 
     def __init__(self, maker: ReferenceMaker, seeds: Sequence[int]) -> None:
         self.maker, self.model, self.seeds = maker, maker.pipeline, seeds
-        self.scene = joined([scenes(seed, 1, FRAMES * (1 + maker.chunks)) for seed in seeds])
+        self.frames = self.model.num_frame_per_block
+        self.scene = joined([scenes(seed, 1, self.frames * (1 + maker.chunks)) for seed in seeds])
         blotches = [Blotch.draw(1, self.model.generator.model.grid, (4, 4), seed) for seed in seeds]
         corner, color = (torch.cat([getattr(b, name) for b in blotches]) for name in ("corner", "color"))
         self.blotch = Blotch(corner, color, (4, 4))
@@ -146,20 +164,21 @@ class ReferenceTrial:
     def run(self) -> Tensor:
         """Generate after the given true chunk; returns pixels in about [-1, 1], on the CPU."""
         truth = self.scene.video.to(self._like)
-        shape = (FRAMES * self.maker.chunks, *truth.shape[2:])
+        shape = (self.frames * self.maker.chunks, *truth.shape[2:])
         draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
         with ExitStack() as stack:
             if self.maker.fault:
                 stack.enter_context(self._planter(truth, self.maker.fault))
             noise = torch.stack(draws).to(truth)
-            video = self.model.inference(noise, initial_latent=truth[:, :FRAMES].clone(), return_latents=True)[1]
+            given, on_chunk = truth[:, : self.frames].clone(), self.maker.on_chunk
+            video = self.model.inference(noise, initial_latent=given, return_latents=True, on_chunk=on_chunk)[1]
         return video.float().cpu()
 
     def measure(self, video: Tensor) -> dict[str, Tensor]:
         """Measures of :mod:`tokentrim_hooks.reference.quality`, or the error around the planted fault."""
         found = self._fault_errors(video) if self.maker.fault else {}
         for low, high in windows(self.maker.chunks, HEALTHY + 2 if self.maker.fault else 1):
-            frames = slice(low * FRAMES, (high + 1) * FRAMES)
+            frames = slice(low * self.frames, (high + 1) * self.frames)
             part = window(self.scene, frames)
             for metric in METRICS:
                 found[f"{metric.name} @ {_name(low, high)}"] = metric.measure(video[:, frames], part)
@@ -168,8 +187,8 @@ class ReferenceTrial:
     def _fault_errors(self, video: Tensor) -> dict[str, Tensor]:
         found = {}
         for column, offset in zip(self.columns, OFFSETS, strict=False):
-            first = (HEALTHY + 1 + offset) * FRAMES
-            here = slice(first, first + FRAMES)
+            first = (HEALTHY + 1 + offset) * self.frames
+            here = slice(first, first + self.frames)
             found[column.key] = self.blotch.error(video[:, here], self.scene.video[:, here])
         return found
 

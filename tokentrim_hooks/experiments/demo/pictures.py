@@ -1,4 +1,4 @@
-"""The demo's pictures: two contact sheets and a side-by-side film. Scenes are the first ones drawn, never chosen."""
+"""The demo's pictures: a film and a still of each act. Scenes are the first ones drawn, never chosen."""
 
 from __future__ import annotations
 
@@ -8,162 +8,139 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from tokentrim_hooks.experiments.demo.measures import fault_error
-from tokentrim_hooks.experiments.demo.runs import FRAMES, Arm, Runs
+from tokentrim_hooks.experiments.compare.rollouts import Take
+from tokentrim_hooks.experiments.compare.trials import HEALTHY
+from tokentrim_hooks.experiments.demo.acts import Act
 from tokentrim_hooks.reference.fault import TOKENS
 from tokentrim_hooks.report.filmstrip import (
     CUT,
+    FAINT,
     MARK,
-    Block,
     Box,
-    Row,
+    Colour,
     Tile,
-    contact_sheet,
+    above,
+    bar,
+    beside,
+    enlarged,
+    framed,
     frames_of,
-    save_video,
-    side_by_side,
+    save_film,
+    strip,
+    verdicts,
+    words,
+)  # fmt: skip
+from tokentrim_hooks.report.record import ChunkRecord
+
+SCENES = 4
+"""Scenes in a picture: the first one large, the others small."""
+COLUMNS = 8
+"""Moments of a still."""
+TOKEN = 4
+"""Side of a token of the reference model in pixels."""
+VERSIONS = ("truth", "unpatched", "pruned")
+LEGEND = (
+    "One cell per chunk: green accepted, orange pruned and generated again, grey not judged. "
+    "Orange squares: tokens pruned. Red: the planted fault."
 )
-
-SHOWN = 3
-"""Scenes on a contact sheet."""
-FILMED = 4
-"""Scenes in the film."""
-Outline = tuple[Box, tuple[int, int, int]]
+SHORT, LONG = 90, 400
+"""Milliseconds of a frame, and of one in which the large scene is pruned or its fault is planted."""
 
 
-def draw_all(runs: Runs, folder: Path) -> list[Path]:
-    """Write ``drift.png``, ``fault.png`` and ``side_by_side.mp4`` (or ``.gif``) into ``folder``; return their paths."""
-    sheets = {"drift.png": drift_sheet(runs), "fault.png": fault_sheet(runs)}
-    for name, sheet in sheets.items():
-        sheet.save(folder / name)
-    film = save_video(film_frames(runs), folder / "side_by_side.mp4")
-    return [*(folder / name for name in sheets), film]
+def draw_all(acts: Sequence[Act], folder: Path) -> list[Path]:
+    """Write ``NAME.gif`` and ``NAME.png`` of each act into ``folder``; return their paths."""
+    written = []
+    for act in acts:
+        pictures = Pictures(act)
+        written.append(save_film(pictures.film(), folder / f"{act.name}.gif", pictures.milliseconds()))
+        written.append(folder / f"{act.name}.png")
+        pictures.still().save(written[-1])
+    return written
 
 
-def drift_sheet(runs: Runs) -> Image.Image:
-    """Ground truth, unpatched and TokenTrim over time; marks under TokenTrim where it pruned."""
-    chunks = spread(runs.size.chunks, 11)
-    base, treated = runs.drift["unpatched"], runs.drift["tokentrim"]
-    blocks = []
-    for scene in range(min(SHOWN, runs.size.scenes)):
-        rows = [
-            Row("ground truth", [_tile(runs.scene.video, scene, c) for c in chunks]),
-            Row("unpatched", [_tile(base.video, scene, c) for c in chunks]),
-            Row(_label(treated, scene), [_cut_tile(treated, scene, c) for c in chunks], _ticks(runs, scene)),
-        ]
-        blocks.append(Block(f"scene {scene + 1}", rows))
-    notes = [
-        "All three begin with the same given chunk; unpatched and TokenTrim also share every noise.",
-        "Orange marks on the line: chunks that TokenTrim pruned and regenerated; orange squares: the tokens pruned.",
-    ]
-    labels = ["given" if c == 0 else f"chunk {c}" for c in chunks]
-    return contact_sheet("Natural drift: what 32x32 video looks like after many chunks", notes, labels, blocks)
+class Pictures:
+    """Draws one act."""
+
+    def __init__(self, act: Act) -> None:
+        self.act, self.frames = act, act.trial.frames
+        self.fault_at = HEALTHY + 1 if act.trial.maker.fault else None
+        self.scenes = range(min(SCENES, len(act.trial.seeds)))
+        videos = (act.trial.scene.video, act.off.video, act.paper.video)
+        self._videos = [[frames_of(self._with_fault(video, scene)) for video in videos] for scene in self.scenes]
+        self._records = [records_of(act.paper, scene) for scene in self.scenes]
+        self.chunks = len(self._records[0])
+
+    def film(self) -> list[Image.Image]:
+        """All frames: truth, unpatched and pruned beside each other, the verdicts so far and to come under them."""
+        return [self._moment(frame) for frame in range(self.chunks * self.frames)]
+
+    def milliseconds(self) -> list[int]:
+        """How long each frame of the film stays; the last one longest, before it begins again."""
+        slow = {r.chunk for r in self._records[0] if r.pruned} | {self.fault_at}
+        times = [LONG if frame // self.frames in slow else SHORT for frame in range(self.chunks * self.frames)]
+        return [*times[:-1], 1500]
+
+    def still(self) -> Image.Image:
+        """The same over time: around the fault chunk by chunk, else evenly over the whole video."""
+        if self.fault_at is not None:
+            chunks = list(range(self.fault_at - 1, min(self.fault_at - 1 + COLUMNS, self.chunks)))
+        else:
+            chunks = sorted({int(self.chunks * (i + 0.5) / COLUMNS) for i in range(COLUMNS)})
+        heads = f"chunks {', '.join(map(str, chunks))} of {self.chunks - 1}"
+        blocks = [above([self._strip(scene, version, chunks) for version in range(3)], gap=2) for scene in self.scenes]
+        return framed(above([words(self.act.title, 18), words(f"{heads}. {LEGEND}", 12, FAINT), *blocks], gap=10))
+
+    def _moment(self, frame: int) -> Image.Image:
+        chunk = frame // self.frames
+        head = f"{self.act.title}: chunk {chunk} of {self.chunks - 1}{'' if chunk else ' (given)'}"
+        large = [above([words(VERSIONS[v], 14), enlarged(self._tile(0, v, frame), 8)], gap=2) for v in range(3)]
+        shown = [self._with_bar(beside(large), 0, chunk)]
+        small = [beside([enlarged(self._tile(s, v, frame), 2) for v in range(3)], gap=2) for s in self.scenes[1:]]
+        shown += [beside([self._with_bar(p, s, chunk) for s, p in enumerate(small, 1)], gap=24)] if small else []
+        return framed(above([words(head, 18), *shown, words(LEGEND, 12, FAINT)], gap=8))
+
+    def _with_bar(self, picture: Image.Image, scene: int, chunk: int) -> Image.Image:
+        return above([picture, bar(verdicts(self._records[scene]), picture.width, chunk)], gap=2)
+
+    def _strip(self, scene: int, version: int, chunks: Sequence[int]) -> Image.Image:
+        tiles = [self._tile(scene, version, chunk * self.frames + self.frames // 2) for chunk in chunks]
+        every = self.chunks if self.fault_at is None else len(chunks)
+        first = 0 if self.fault_at is None else chunks[0]
+        colours = verdicts(self._records[scene])[first : first + every] if version == 2 else ()
+        return strip(VERSIONS[version], [enlarged(tile, 2 if scene else 3) for tile in tiles], colours)
+
+    def _tile(self, scene: int, version: int, frame: int) -> Tile:
+        """A frame with its outlines: the fault in all versions, what was pruned in the pruned one."""
+        chunk = frame // self.frames
+        cuts = token_boxes(self._records[scene][chunk]) if version == 2 else []
+        mark = [(self._fault_box(scene), MARK)] if self.fault_at is not None and chunk >= self.fault_at else []
+        return Tile(self._videos[scene][version][frame], [*cuts, *mark])
+
+    def _with_fault(self, video: Tensor, scene: int) -> Tensor:
+        """A scene's video; up to the fault it shows what stood in the context: true chunks, then the corrupted one."""
+        if self.fault_at is None:
+            return video[scene]
+        shown, first = video.clone(), self.fault_at * self.frames
+        shown[:, :first] = self.act.trial.scene.video[:, :first]
+        here = slice(first, first + self.frames)
+        shown[:, here] = self.act.trial.blotch.paint(self.act.trial.scene.video[:, here])
+        return shown[scene]
+
+    def _fault_box(self, scene: int) -> Box:
+        row, column = (int(i) for i in self.act.trial.blotch.corner[scene])
+        return _box(row, column, *TOKENS)
 
 
-def fault_sheet(runs: Runs) -> Image.Image:
-    """The same around the planted fault; the red outline is its place, the number the squared error around it."""
-    offsets = [o for o in (-1, 0, 1, 2, 4, 8) if o <= runs.size.after]
-    labels = ["1 before" if o < 0 else "the fault" if o == 0 else f"+{o}" for o in offsets]
-    blocks = []
-    for scene in range(min(SHOWN, runs.size.scenes)):
-        truth = [_truth_tile(runs, scene, offset) for offset in offsets]
-        rows = [Row("ground truth", truth)]
-        for label, name in (
-            ("unpatched", "unpatched"),
-            ("TokenTrim,\nfault in context", "context"),
-            ("TokenTrim,\nfault in chunk", "chunk"),
-        ):
-            rows.append(Row(label, [_fault_tile(runs, runs.fault[name], scene, offset) for offset in offsets]))
-        blocks.append(Block(f"scene {scene + 1}", rows))
-    notes = [
-        "A blotch is written over a true chunk (red outline), then the model goes on alone: columns are chunks later.",
-        "Error: squared error around the place. Orange squares: tokens that TokenTrim pruned for this chunk.",
-        "Fault in context: only the cache is corrupted. Fault in chunk: so is the chunk that TokenTrim compares with.",
-    ]
-    return contact_sheet("Planted fault: is it caught, and does the video recover?", notes, labels, blocks)
+def records_of(take: Take, scene: int) -> list[ChunkRecord]:
+    """A scene's records of a patched rollout, in order of chunks."""
+    return sorted((r for r in take.report or () if r.sample == scene), key=lambda r: r.chunk)
 
 
-def film_frames(runs: Runs) -> list[Image.Image]:
-    """All frames of the drift part, a few scenes beside each other."""
-    base, treated = runs.drift["unpatched"], runs.drift["tokentrim"]
-    videos = [frames_of(v) for v in (*runs.scene.video[:FILMED], *base.video[:FILMED], *treated.video[:FILMED])]
-    count = len(videos) // 3
-    images = []
-    for frame in range(base.video.shape[1]):
-        chunk = frame // FRAMES
-        scenes = [
-            [
-                Tile(videos[s][frame]),
-                Tile(videos[count + s][frame]),
-                Tile(videos[2 * count + s][frame], cuts(treated, s, chunk, whole=True)),
-            ]
-            for s in range(count)
-        ]
-        header = f"chunk {chunk} of {runs.size.chunks}" if chunk else "the given chunk"
-        text = f"{header}    (orange: pruned and regenerated)"
-        images.append(side_by_side(text, ["ground truth", "unpatched", "TokenTrim"], scenes))
-    return images
-
-
-def spread(last: int, count: int) -> list[int]:
-    """At most ``count`` whole numbers from 0 to ``last``, evenly spread."""
-    count = min(count, last + 1)
-    return [round(last * i / max(count - 1, 1)) for i in range(count)]
-
-
-def cuts(arm: Arm, scene: int, chunk: int, whole: bool = False) -> list[Outline]:
-    """Outlines of the tokens pruned for a chunk of a video; with ``whole`` the frame's outline too."""
-    for record in arm.report or ():
-        if record.chunk == chunk and record.sample == scene and record.pruned:
-            columns = record.grid[1]
-            boxes = [_token_box(token // columns, token % columns) for token in record.tokens]
-            frame = [_box(0, 0, *record.grid)] if whole else []
-            return [(box, CUT) for box in [*boxes, *frame]]
-    return []
-
-
-def _label(arm: Arm, scene: int) -> str:
-    count = sum(r.pruned for r in arm.report or () if r.sample == scene)
-    return f"TokenTrim\n({count or 'no'} chunk{'s' * (count != 1)} pruned)"
-
-
-def _ticks(runs: Runs, scene: int) -> list[float]:
-    records = runs.drift["tokentrim"].report or ()
-    return [r.chunk / max(runs.size.chunks, 1) for r in records if r.sample == scene and r.pruned]
-
-
-def _tile(video: Tensor, scene: int, chunk: int, boxes: Sequence[Outline] = (), caption: str = "") -> Tile:
-    """The middle frame of a chunk."""
-    return Tile(frames_of(video[scene, chunk * FRAMES + 1 : chunk * FRAMES + 2])[0], boxes, caption)
-
-
-def _cut_tile(arm: Arm, scene: int, chunk: int) -> Tile:
-    return _tile(arm.video, scene, chunk, cuts(arm, scene, chunk))
-
-
-def _truth_tile(runs: Runs, scene: int, offset: int) -> Tile:
-    return _tile(runs.scene.video, scene, runs.size.fault_at + offset, [(_fault_box(runs, scene), MARK)])
-
-
-def _fault_tile(runs: Runs, arm: Arm, scene: int, offset: int) -> Tile:
-    chunk, mark = runs.size.fault_at + offset, (_fault_box(runs, scene), MARK)
-    if offset == 0 and arm.planted is not None:
-        return _tile(arm.planted, scene, 0, [mark], "planted")
-    if offset < 0:
-        return _tile(arm.video, scene, chunk)
-    error = float(fault_error(runs, arm, offset)[scene])
-    return _tile(arm.video, scene, chunk, [*cuts(arm, scene, chunk), mark], f"error {error:.2f}")
-
-
-def _fault_box(runs: Runs, scene: int) -> Box:
-    row, column = (int(i) for i in runs.blotch.corner[scene])
-    return _box(row, column, *TOKENS)
-
-
-def _token_box(row: int, column: int) -> Box:
-    return _box(row, column, 1, 1)
+def token_boxes(record: ChunkRecord) -> list[tuple[Box, Colour]]:
+    """Outlines of the tokens that were pruned for a chunk."""
+    tokens = record.tokens if record.pruned else ()
+    return [(_box(*divmod(token, record.grid[1]), 1, 1), CUT) for token in tokens]
 
 
 def _box(row: int, column: int, rows: int, columns: int) -> Box:
-    """Tokens of the reference model are 4x4 pixels."""
-    return column * 4, row * 4, (column + columns) * 4, (row + rows) * 4
+    return column * TOKEN, row * TOKEN, (column + columns) * TOKEN, (row + rows) * TOKEN

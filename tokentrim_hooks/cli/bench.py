@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import platform
 import shlex
 import sys
@@ -14,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokentrim_hooks.cli.options import need, positive, write_json
 from tokentrim_hooks.console import progress, show_table
 from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.extras import require
 from tokentrim_hooks.report.provenance import versions
 
 if TYPE_CHECKING:
     from tokentrim_hooks.experiments.bench.measure import Results
 
+HELP = "Measure what being patched costs, in one run."
 NAMES = ("reference", "skyreels", "fastvideo")
 GOALS = {"observing / unpatched": 1.002, "forced trigger / unpatched": 1.03}
 """What the project aims for, at full size on an H100-class GPU; shown beside the figures, never asserted."""
@@ -33,8 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="the real model's size; wants a GPU")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--chunks", type=int, default=20, metavar="N", help="chunks of a rollout (default: 20)")
-    parser.add_argument("--rounds", type=int, default=8, metavar="N", help="rounds of all arms (default: 8)")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--rounds", type=positive, default=8, metavar="N", help="rounds of all arms (default: 8)")
+    parser.add_argument("--threads", type=positive, help="CPU threads of torch")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
 
 
@@ -44,13 +44,14 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         TokenTrimError: too few chunks, or a target that is not installed.
     """
-    if options.chunks < 3 or options.rounds < 1:
-        raise TokenTrimError("--chunks must be at least 3 (one of them is pruned), --rounds at least 1")
-    require("scipy", "demo")
+    if options.chunks < 3:
+        raise TokenTrimError("--chunks must be at least 3: one of them is pruned")
+    need("scipy", "tqdm")
     if options.threads:
         torch.set_num_threads(options.threads)
     from tokentrim_hooks.experiments.bench.measure import measure, rollouts
-    from tokentrim_hooks.experiments.bench.targets import TARGETS, Size
+    from tokentrim_hooks.experiments.bench.target import Size
+    from tokentrim_hooks.experiments.bench.targets import TARGETS
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = Size(device, options.chunks, options.full)
@@ -60,9 +61,7 @@ def run(options: argparse.Namespace) -> int:
         results = measure(target, options.chunks, options.rounds, device, advance)
     show(results, made_with)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(as_json(results, made_with), indent=2, allow_nan=False)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        write_json(options.json, {"settings": made_with, **dataclasses.asdict(results)})
     return 0
 
 
@@ -78,7 +77,7 @@ def settings(device: str, options: argparse.Namespace) -> dict[str, Any]:
         "full": options.full,
         "chunks": options.chunks,
         "rounds": options.rounds,
-        **versions(),
+        "versions": versions(),
     }
 
 
@@ -99,9 +98,9 @@ def show(results: Results, made_with: dict[str, Any]) -> None:
     base = results.seconds["unpatched"]
     clock = "wall clock" if made_with["kind"] == "cuda" else "CPU time"
     print(json.dumps(made_with, indent=1))
-    print(f"One rollout, unpatched: {base:.3f} s, {base / made_with['chunks']:.4f} s a chunk ({clock})")
+    print(f"One rollout, unpatched: {base:.3f} s, {base / made_with['chunks']:.4f} s per chunk ({clock})")
     added = {arm: 1000 * (seconds - base) / made_with["chunks"] for arm, seconds in results.seconds.items()}
-    print(f"Added a chunk: observing {added['observing']:+.2f} ms, forced trigger {added['forced trigger']:+.2f} ms "
+    print(f"Added per chunk: observing {added['observing']:+.2f} ms, forced trigger {added['forced trigger']:+.2f} ms "
           f"(unpatched again {added['unpatched again']:+.2f} ms)")  # fmt: skip
     print(f"Forced trigger: {results.triggers} of {results.chunks} chunks, {results.extra_calls} further denoiser "
           f"calls beside {results.calls}, {results.dead} context rows dead")  # fmt: skip
@@ -111,25 +110,16 @@ def show(results: Results, made_with: dict[str, Any]) -> None:
     ]
     show_table([clock, "median ratio", "95 % interval", "rounds", "aim (H100, full size)"], rows)
     arms = list(results.shares)
-    sections = list(results.shares[arms[0]])
+    scopes = dict.fromkeys(scope for shares in results.shares.values() for scope in shares)
     show_table(["share of time", *arms],
-               [[s, *(f"{100 * results.shares[arm][s]:.2f} %" for arm in arms)] for s in sections])  # fmt: skip
-    show_table(["host syncs a chunk", *arms],
+               [[s, *(f"{100 * results.shares[arm].get(s, 0.0):.2f} %" for arm in arms)] for s in scopes])  # fmt: skip
+    show_table(["host syncs per chunk", *arms],
                [["tokentrim's", *(f"{results.syncs[a]:.2f}" for a in arms)],
                 ["the model's and its sampler's", *(f"{results.theirs[a]:.2f}" for a in arms)]])  # fmt: skip
     light = results.memory["unpatched"]
     rows = [[arm, f"{peak / 2**20:.2f} MiB", f"x {peak / light:.4f}"] for arm, peak in results.memory.items()]
     show_table(["peak memory", "bytes", "to unpatched (aim: x 1.02)"], rows)
     print(f"Peak memory: {WORDS[made_with['kind']]}.")
-
-
-def as_json(results: Results, made_with: dict[str, Any]) -> dict[str, Any]:
-    """Everything; an unbounded interval end is null."""
-    values = dataclasses.asdict(results)
-    for ratio in values["ratios"]:
-        for end in ("low", "high"):
-            ratio[end] = ratio[end] if math.isfinite(ratio[end]) else None
-    return {"settings": made_with, **values}
 
 
 def _goal(name: str) -> str:

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from tokentrim_hooks.cli.options import need, positive
 from tokentrim_hooks.console import progress, show_table
 from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.experiments.compare.settings import STANDARD, choose
-from tokentrim_hooks.extras import imported, require
+from tokentrim_hooks.experiments.compare.settings import STANDARD, changes, choose
+from tokentrim_hooks.extras import imported
 from tokentrim_hooks.report.provenance import versions
 
+HELP = "Compare settings over paired rollouts, with controls."
 COLUMNS = ("name", "aspect", "better", "window")
 
 
@@ -23,15 +25,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", nargs="?", metavar="MODULE:FUNCTION", help="makes a trial from a list of seeds")
     parser.add_argument("--reference", action="store_true", help="compare on the small trained model instead")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder; a second call goes on in it")
-    parser.add_argument("--seeds", type=int, default=8, metavar="N", help="number of pairs (default: 8)")
+    parser.add_argument("--seeds", type=positive, default=8, metavar="N", help="number of pairs (default: 8)")
     parser.add_argument("--first-seed", type=int, default=1, metavar="N")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="seeds rolled out together (default: 8)")
+    parser.add_argument("--batch", type=positive, default=8, metavar="N", help="seeds rolled out together (default: 8)")
     parser.add_argument("--only", help="standard settings by name, separated by commas; empty for none of them")
     parser.add_argument("--setting", action="append", default=[], metavar="'NAME: key=value, ...'", help="one more")
     parser.add_argument("--list", action="store_true", help="print the standard settings and stop")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--threads", type=positive, help="CPU threads of torch")
     own = parser.add_argument_group("reference model")
-    own.add_argument("--chunks", type=int, default=24, metavar="N", help="chunks to generate (default: 24)")
+    own.add_argument("--chunks", type=positive, default=24, metavar="N", help="chunks to generate (default: 24)")
     own.add_argument("--fault", choices=("context", "chunk"), help="plant a blotch and measure the error around it")
     own.add_argument("--sink", type=int, default=0, metavar="FRAMES", help="frames that are an anchor (default: 0)")
     own.add_argument("--device", default="cpu")
@@ -45,14 +47,11 @@ def run(options: argparse.Namespace) -> int:
         TokenTrimError: wrong options, or a folder that holds another comparison.
     """
     if options.list:
-        show_table(["setting", "differs from the paper's in"], [[s.name, _changes(s.as_dict())] for s in STANDARD])
+        show_table(["setting", "differs from the paper's in"], [[s.name, changes(s.as_dict())] for s in STANDARD])
         return 0
     if bool(options.target) == options.reference:
         raise TokenTrimError("give either MODULE:FUNCTION or --reference")
-    if options.seeds < 1 or options.batch < 1 or options.chunks < 1:
-        raise TokenTrimError("--seeds, --batch and --chunks must be at least 1")
-    for module in ("scipy", "numpy"):
-        require(module, "demo")
+    need("scipy", "numpy", "jinja2", "tqdm")
     if options.threads:
         torch.set_num_threads(options.threads)
     _compare(options)
@@ -76,16 +75,14 @@ def _compare(options: argparse.Namespace) -> None:
 
 def make_of(options: argparse.Namespace) -> Any:
     """The function that makes trials."""
-    if options.reference:
-        if options.fault and options.chunks < 8:
-            raise TokenTrimError("a fault needs at least 8 chunks: it is planted in chunk 7")
-        require("safetensors", "demo")
-        from tokentrim_hooks.experiments.compare.trials import ReferenceMaker
+    if not options.reference:
+        return imported(options.target)
+    need("safetensors")
+    from tokentrim_hooks.experiments.compare.trials import ReferenceMaker
 
-        return ReferenceMaker.load(
-            options.chunks, options.fault, options.sink, trained=not options.untrained, device=options.device
-        )
-    return imported(options.target)
+    return ReferenceMaker.load(
+        options.chunks, options.fault, options.sink, trained=not options.untrained, device=options.device
+    )
 
 
 def made_with(options: argparse.Namespace, trial: Any) -> dict[str, Any]:
@@ -96,7 +93,7 @@ def made_with(options: argparse.Namespace, trial: Any) -> dict[str, Any]:
         "trial": dict(getattr(trial, "settings", {})),
         "columns": [{key: getattr(column, key) for key in COLUMNS} for column in trial.columns],
         "watch": getattr(trial, "watch", None),
-        **versions(),
+        "versions": versions(),
     }
 
 
@@ -106,19 +103,11 @@ def _present(folder: Path, store: Any, trial: Any) -> None:
 
     watch = getattr(trial, "watch", None)
     rows = summarise(store.outcomes, trial.columns, watch)
-    for table in terminal(rows, trial.columns, watch):
-        show_table(*table)
+    for columns, lines in terminal(rows, trial.columns, watch):
+        show_table(columns, lines)
     print(NOTES)
     made = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    made["settings"] = {o.setting: _changes(o.description) for o in store.outcomes}
+    made["settings"] = {o.setting: changes(o.description) for o in store.outcomes}
     (folder / "table.md").write_text(f"{markdown(rows, trial.columns, watch)}\n{BOLD}\n{NOTES}\n", encoding="utf-8")
     (folder / "compare.html").write_text(render(rows, trial.columns, made, watch), encoding="utf-8")
     print(f"Written: {folder / 'table.md'}, {folder / 'compare.html'}, {folder / 'results.jsonl'}")
-
-
-def _changes(description: dict[str, Any]) -> str:
-    """What a setting changes of the paper's."""
-    if description["off"]:
-        return "not patched"
-    usual = STANDARD[1].as_dict()
-    return ", ".join(f"{key}={value}" for key, value in description.items() if value != usual[key]) or "nothing"

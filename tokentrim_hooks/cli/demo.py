@@ -1,0 +1,108 @@
+"""``tokentrim demo``: see and measure what pruning does to a small trained video model, in about two minutes."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokentrim_hooks.cli.options import need, positive, write_json
+from tokentrim_hooks.console import plain_table, progress
+from tokentrim_hooks.report.provenance import versions
+
+if TYPE_CHECKING:
+    from tokentrim_hooks.experiments.demo.acts import Act, Size
+
+HELP = "See and measure it on a small trained model, in about two minutes."
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``tokentrim demo``."""
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write into (default: ./demo)")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="videos, each with its own scene and noise")
+    parser.add_argument("--chunks", type=positive, metavar="N", help="chunks to generate where nothing is planted")
+    parser.add_argument("--seed", type=int, default=1, help="first seed: other scenes, other noise (default: 1)")
+    parser.add_argument("--fast", action="store_true", help="few videos, few chunks: a look, not a measurement")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument(
+        "--untrained", action="store_true", help="tiny random weights: shows the plumbing, the video is noise"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Roll out, say what came of it, write the files.
+
+    Raises:
+        MissingExtraError: the ``demo`` extra is not installed.
+    """
+    need("safetensors", "scipy", "PIL", "jinja2", "matplotlib", "tqdm")
+    from tokentrim_hooks.experiments.compare.trials import ReferenceMaker
+    from tokentrim_hooks.experiments.demo.acts import play
+
+    size = size_of(options)
+    load = functools.partial(ReferenceMaker.load, sink=0, trained=not options.untrained, device=options.device)
+    with progress(f"{size.scenes} videos", size.total_chunks) as advance:
+        acts = play(load, size, lambda *_: advance())
+    print(said(acts))
+    print("Files:")
+    for path in write(acts, options.out, made_with(options)):
+        print(f"  {path}")
+    return 0
+
+
+def size_of(options: argparse.Namespace) -> Size:
+    """The size that the options ask for."""
+    from tokentrim_hooks.experiments.demo.acts import Size
+
+    size = Size(scenes=4, chunks=8, after=4) if options.fast else Size()
+    return Size(options.seeds or size.scenes, options.chunks or size.chunks, size.after, options.seed)
+
+
+def said(acts: Sequence[Act]) -> str:
+    """Three sentences, the small table, how to read it."""
+    from tokentrim_hooks.experiments.demo.words import COLUMNS, NOTES, sentences, table
+
+    return "\n\n".join([*sentences(acts), plain_table(COLUMNS, table(acts)), NOTES]) + "\n"
+
+
+def write(acts: Sequence[Act], folder: Path, made: dict[str, Any]) -> list[Path]:
+    """Write films, stills, figures, all measures and TokenTrim's own report into ``folder``; return the paths."""
+    from tokentrim_hooks.experiments.compare.page import render
+    from tokentrim_hooks.experiments.demo.pictures import draw_all
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = draw_all(acts, folder)
+    for act in acts:
+        page = folder / f"{act.name}.html"
+        about = {**made, "target": act.title, "trial": dict(act.trial.settings)}
+        page.write_text(render(act.rows, act.trial.columns, about, act.trial.watch), encoding="utf-8")
+        written.append(page)
+    outcomes = {act.name: [vars(take.outcome) for take in (act.off, act.paper)] for act in acts}
+    table = folder / "table.txt"
+    table.write_text(said(acts), encoding="utf-8")
+    return [*written, save_report(acts[0], folder / "report"), table,
+            write_json(folder / "results.json", {"settings": made, **outcomes})]  # fmt: skip
+
+
+def save_report(act: Act, folder: Path) -> Path:
+    """The patched run's log and its page, with drift maps over the first video and the unpatched one beside it."""
+    from tokentrim_hooks.metrics.metrics import as_frames
+    from tokentrim_hooks.report.page import write_page
+
+    assert act.paper.report is not None, "it is the patched run"
+    act.paper.report.save(folder)
+    return write_page(folder, *(as_frames(take.video[0] * 0.5 + 0.5) for take in (act.paper, act.off)))
+
+
+def made_with(options: argparse.Namespace) -> dict[str, Any]:
+    """What the results were made with."""
+    return {
+        "weights": "untrained" if options.untrained else "trained",
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }

@@ -1,0 +1,38 @@
+"""What a target of ``tokentrim bench`` is asked for, and what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a target is; each reads what it knows.
+
+    Attributes:
+        device: a torch device.
+        chunks: chunks of one rollout.
+        full: the real model's size instead of one for a CPU.
+    """
+
+    device: str = "cpu"
+    chunks: int = 20
+    full: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 on a GPU, float32 on a CPU."""
+        return torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model and one rollout of it. ``run`` seeds itself; ``words`` say what the model is."""
+
+    model: Any
+    run: Callable[[], Any]
+    words: dict[str, Any] = field(default_factory=dict)

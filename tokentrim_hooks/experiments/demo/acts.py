@@ -1,0 +1,74 @@
+"""What the demo rolls out: settings and trials of ``tokentrim compare``, whose videos are kept for the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokentrim_hooks.experiments.compare.rollouts import Take, roll_out
+from tokentrim_hooks.experiments.compare.settings import STANDARD
+from tokentrim_hooks.experiments.compare.table import Row, summarise
+from tokentrim_hooks.experiments.compare.trials import HEALTHY, ReferenceMaker, ReferenceTrial
+
+OFF, PAPER = STANDARD[:2]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo rolls out.
+
+    Attributes:
+        scenes: videos, rolled out as one batch; each is one pair of the comparison.
+        chunks: chunks generated after the given one, where nothing is planted.
+        after: chunks generated after a planted fault.
+        seed: of the first scene and its noise.
+    """
+
+    scenes: int = 12
+    chunks: int = 20
+    after: int = 8
+    seed: int = 1
+
+    @property
+    def fault_chunks(self) -> int:
+        """Chunks generated in the fault's act: true ones, the corrupted one, those after it."""
+        return HEALTHY + 1 + self.after
+
+    @property
+    def total_chunks(self) -> int:
+        """Chunks that all rollouts generate."""
+        return 2 * (self.fault_chunks + self.chunks)
+
+
+@dataclass(frozen=True)
+class Act:
+    """One comparison, rolled out: the model as it is, and under the paper's policy."""
+
+    name: str
+    title: str
+    trial: ReferenceTrial
+    off: Take
+    paper: Take
+
+    @property
+    def rows(self) -> list[Row]:
+        """The unpatched row and the patched one, as ``tokentrim compare`` would have them."""
+        return summarise([self.off.outcome, self.paper.outcome], self.trial.columns, self.trial.watch)
+
+
+def play(load: Callable[..., ReferenceMaker], size: Size, advance: Callable[..., Any]) -> list[Act]:
+    """Roll out all acts; ``load`` makes a :class:`ReferenceMaker`, ``advance`` is called after each chunk."""
+    seeds = range(size.seed, size.seed + size.scenes)
+    acts = []
+    for name, title, chunks, fault in (
+        ("fault", "A planted fault", size.fault_chunks, "context"),
+        ("drift", "Natural drift", size.chunks, None),
+    ):
+        acts.append(_act(name, title, load(chunks=chunks, fault=fault, on_chunk=advance), seeds))
+    return acts
+
+
+def _act(name: str, title: str, maker: ReferenceMaker, seeds: Sequence[int]) -> Act:
+    trial = maker(seeds)
+    return Act(name, title, trial, roll_out(trial, OFF, seeds), roll_out(trial, PAPER, seeds))
