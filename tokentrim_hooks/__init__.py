@@ -37,7 +37,7 @@ from tokentrim_hooks.inspection import bind, home_of, lacks, layers_of, nearest_
 from tokentrim_hooks.markers import hookimpl
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.plugins import AdapterInfo, ObserverInfo, installed_observers, make_observer
-from tokentrim_hooks.policy.base import History, Policy, Verdict
+from tokentrim_hooks.policy.base import Chunk, History, Policy, Verdict
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
 from tokentrim_hooks.pruning.context import CacheRows, Context, KeyLayout, Role, Segment
 from tokentrim_hooks.pruning.tap import CallTap
@@ -58,6 +58,7 @@ __all__ = [
     "CacheRows",
     "Call",
     "CallTap",
+    "Chunk",
     "ChunkRecord",
     "CompiledModelError",
     "Context",

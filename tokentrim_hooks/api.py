@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -19,15 +19,14 @@ from tokentrim_hooks.errors import (
     UnsupportedModelError,
     UnsupportedProbeError,
 )
-from tokentrim_hooks.handle import PatchHandle, handle_of, owners_of
+from tokentrim_hooks.failures import OnError
+from tokentrim_hooks.handle import PatchHandle, handle_of, judge_of, owners_of
 from tokentrim_hooks.patching.patches import Method
-from tokentrim_hooks.plugins import AdapterInfo, all_made, enabled, everything
+from tokentrim_hooks.plugins import AdapterInfo, all_made, installed_adapters, usable_adapters
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy
 from tokentrim_hooks.report.observers import Observer
 from tokentrim_hooks.rollout.rollout import Probe
-
-OnError = Literal["raise", "warn"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Detection:
 
 def patch(
     model: Any,
-    policy: Policy | None = None,
+    policy: Policy | Sequence[Policy] | None = None,
     *,
     adapter: str | None = None,
     probe: Probe = "first-step",
@@ -54,7 +53,8 @@ def patch(
 
     Args:
         model: a pipeline or generator that an installed adapter recognises; its source is never touched.
-        policy: when and what to prune; ``DriftPolicy()`` (the paper's constants) by default.
+        policy: when and what to prune; ``DriftPolicy()`` (the paper's constants) by default. Several policies are asked
+            in order; one of them may judge.
         adapter: name of the adapter to use, instead of detection.
         probe: which prediction is judged: ``"first-step"`` (the chunk's first denoising iteration, paper section 1;
             one extra denoiser call a trigger) or ``"candidate"`` (the finished chunk, Algorithm 1; a whole chunk).
@@ -70,8 +70,8 @@ def patch(
         UnsupportedModelError, AmbiguousModelError, UnknownAdapterError, AlreadyPatchedError, CompiledModelError,
         AttachError, UnsupportedProbeError, UnknownObserverError; TypeError or ValueError for a bad option.
     """
-    policy = DriftPolicy() if policy is None else policy
-    _check_options(policy, probe, on_error)
+    policies = _policies(policy)
+    _check_options(probe, on_error)
     chosen, match = _choose(model, adapter)
     if probe == "candidate" and chosen.carry is Adapter.carry:
         raise UnsupportedProbeError(f"adapter {chosen.name!r} cannot replay a whole chunk; use probe='first-step'")
@@ -81,7 +81,7 @@ def patch(
     watching = all_made(observers)
     for handle in existing:
         handle.unpatch()
-    return PatchHandle.attach(model, chosen(), match, policy, probe, on_error, watching)
+    return PatchHandle.attach(model, chosen(), match, policies, probe, on_error, watching)
 
 
 def unpatch(model: Any) -> None:
@@ -92,7 +92,7 @@ def unpatch(model: Any) -> None:
 
 
 @contextmanager
-def patched(model: Any, policy: Policy | None = None, **options: Any) -> Iterator[PatchHandle]:
+def patched(model: Any, policy: Policy | Sequence[Policy] | None = None, **options: Any) -> Iterator[PatchHandle]:
     """``with patched(model) as handle:`` patch for the duration of a block; options as for :func:`patch`."""
     with patch(model, policy, **options) as handle:
         yield handle
@@ -110,12 +110,25 @@ def detect(model: Any) -> list[Detection]:
 
 def adapters() -> list[AdapterInfo]:
     """List installed adapters with their distributions, and plugins that failed to load with the reason."""
-    return everything()
+    return installed_adapters()
 
 
-def _check_options(policy: Any, probe: str, on_error: str) -> None:
-    if not isinstance(policy, Policy) or isinstance(policy, type):
-        raise TypeError(f"policy must be an object with judge(drift, history), got {policy!r}")
+def _policies(given: Policy | Sequence[Policy] | None) -> list[Policy]:
+    """The policies as a list, checked."""
+    if given is None:
+        return [DriftPolicy()]
+    policies: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
+    for policy in policies:
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                "policy must be an object derived from tokentrim_hooks.Policy, with judge(chunk, history), "
+                f"got {policy!r}"
+            )
+    judge_of(policies)
+    return policies
+
+
+def _check_options(probe: str, on_error: str) -> None:
     if probe not in ("first-step", "candidate"):
         raise ValueError(f"probe must be 'first-step' or 'candidate', got {probe!r}")
     if on_error not in ("raise", "warn"):
@@ -123,13 +136,12 @@ def _check_options(policy: Any, probe: str, on_error: str) -> None:
 
 
 def _ask_all(model: Any) -> list[tuple[Detection, Match | None]]:
-    return [_ask(info, model) for info in enabled()]
+    return [_ask(info, model) for info in usable_adapters()]
 
 
 def _ask(info: AdapterInfo, model: Any) -> tuple[Detection, Match | None]:
-    assert info.adapter is not None
     try:
-        answer = info.adapter.probe(model)
+        answer = info.loaded.probe(model)
     except Exception as failure:
         reason = f"its probe failed with {type(failure).__name__}: {failure}"
         return Detection(info.name, info.distribution, False, reason), None
@@ -139,7 +151,7 @@ def _ask(info: AdapterInfo, model: Any) -> tuple[Detection, Match | None]:
 
 
 def _choose(model: Any, name: str | None) -> tuple[type[Adapter[Any]], Match]:
-    by_name = {info.name: info for info in enabled()}
+    by_name = {info.name: info for info in usable_adapters()}
     if name is not None and name not in by_name:
         raise UnknownAdapterError(f"no adapter named {name!r}; installed: {', '.join(by_name) or 'none'}")
     infos = [by_name[name]] if name is not None else list(by_name.values())
@@ -151,8 +163,7 @@ def _choose(model: Any, name: str | None) -> tuple[type[Adapter[Any]], Match]:
     if not hits:
         raise UnsupportedModelError(_refusal(model, [found for _, found, _ in answers]))
     info, match = hits[0]
-    assert info.adapter is not None
-    return info.adapter, match
+    return info.loaded, match
 
 
 def _refusal(model: Any, found: list[Detection]) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.errors import TokenTrimWarning
+from tokentrim_hooks.failures import FailurePolicy, OnError
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.patching.tap_site import eagerly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.report.observers import Guarded, Observer, tell
 from tokentrim_hooks.report.provenance import versions
 from tokentrim_hooks.report.record import Report
+from tokentrim_hooks.rollout.records import Recorder
 from tokentrim_hooks.rollout.rollout import Probe, Rollout
+
+_logger = logging.getLogger(__name__)
 
 ATTRIBUTE = "_tokentrim_handle"
 
@@ -26,12 +28,20 @@ ATTRIBUTE = "_tokentrim_handle"
 class PatchHandle:
     """What :func:`tokentrim_hooks.patch` returns. Leaving it as a context manager takes the patch off."""
 
-    def __init__(self, adapter: Adapter, patches: Patches, rollout: Rollout, on_error: str) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        policies: Sequence[Policy],
+        patches: Patches,
+        rollout: Rollout,
+        failures: FailurePolicy,
+    ) -> None:
         self.adapter = adapter
+        self.policies = tuple(policies)
+        """The policies in force, in order."""
         self._patches = patches
         self._rollout = rollout
-        self._on_error = on_error
-        self._gave_up = False
+        self._failures = failures
 
     @classmethod
     def attach(
@@ -39,40 +49,35 @@ class PatchHandle:
         model: Any,
         adapter: Adapter,
         match: Match,
-        policy: Policy,
+        policies: Sequence[Policy],
         probe: Probe,
-        on_error: str,
+        on_error: OnError,
         observers: Sequence[Observer] = (),
     ) -> PatchHandle:
         """Attach to a recognised model; if any step fails, everything is rolled back and the failure raised."""
-        patches = Patches()
+        failures = FailurePolicy(on_error)
+        patches = Patches(failures)
         try:
             adapter.attach(model, patches)
             patches.require_tap(adapter.name)
-            report = Report(_settings(adapter, match, policy, probe))
-            guarded = [Guarded(observer) for observer in observers]
-            rollout = Rollout(adapter, match, policy, probe, report, patches.layers, guarded)
-            handle = cls(adapter, patches, rollout, on_error)
-            patches.forgive = rollout.forgive = handle._forgive
-            before, after = handle._guard(rollout.before), handle._guard(rollout.after)
-            if isinstance(match.denoiser, Method):
-                patches.watch(match.denoiser, before, after, rollout.leave)
-            else:
-                patches.hook(match.denoiser, before, after, rollout.leave)
-            for other in match.also:
-                patches.hook(other, before, after, rollout.leave)
+            recorder = Recorder(Report(_settings(adapter, match, policies, probe)), [Guarded(o) for o in observers])
+            rollout = Rollout(adapter, match, judge_of(policies), probe, recorder, patches.layers, failures)
+            failures.on_step_aside(rollout.abandon)
+            handle = cls(adapter, policies, patches, rollout, failures)
+            handle._watch(match)
             for owner in {id(o): o for o in (model, *owners_of(match))}.values():
                 handle._leave_card(owner)
-            tell(guarded, "on_start", report.settings)
+            tell(recorder.observers, "on_start", recorder.report.settings)
         except BaseException:
             patches.undo()
             raise
+        _logger.info("patched %s with adapter %r and %s", type(model).__qualname__, adapter.name, handle.policy)
         return handle
 
     @property
     def active(self) -> bool:
         """Whether the patch is on and working."""
-        return self._patches.active and not self._gave_up
+        return self._patches.active and not self._failures.stepped_aside
 
     @property
     def report(self) -> Report:
@@ -81,7 +86,7 @@ class PatchHandle:
 
     @property
     def policy(self) -> Policy:
-        """The policy in force."""
+        """The policy that judges."""
         return self._rollout.policy
 
     def reset(self) -> None:
@@ -97,8 +102,9 @@ class PatchHandle:
         finally:
             self._patches.undo()
             self._rollout.release()
-        tell(self._rollout.observers, "on_end")
-        if not self._gave_up and self._rollout.unread_calls and not len(self._rollout.report):
+        tell(self._rollout.recorder.observers, "on_end")
+        _logger.info("unpatched: %s", self._rollout.recorder.report.summary().splitlines()[0])
+        if not self._failures.stepped_aside and self._rollout.unread_calls and not len(self._rollout.recorder.report):
             warnings.warn(
                 "tokentrim was patched in and the denoiser was called, but no chunk was recognised: nothing was "
                 "judged or pruned",
@@ -130,35 +136,30 @@ class PatchHandle:
         put(owner, ATTRIBUTE, self)
         self._patches.on_undo(lambda: take(owner, ATTRIBUTE))
 
+    def _watch(self, match: Match) -> None:
+        """Hook the rollout onto the denoiser's calls, and onto those of further denoisers."""
+        before, after, leave = self._guard(self._rollout.before), self._guard(self._rollout.after), self._rollout.leave
+        if isinstance(match.denoiser, Method):
+            self._patches.watch(match.denoiser, before, after, leave)
+        else:
+            self._patches.hook(match.denoiser, before, after, leave)
+        for other in match.also:
+            self._patches.hook(other, before, after, leave)
+
     def _guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Run our part of a call so that its failure follows ``on_error``: raise, or warn and step aside."""
 
         def guarded(module: Any, args: Any, kwargs: Any, *output: Any) -> Any:
-            if self._gave_up:
+            if self._failures.stepped_aside:
                 return None
             try:
                 return function(module, args, kwargs, *output)
             except Exception as failure:
-                if not self._forgive(failure):
+                if not self._failures.forgives(failure):
                     raise
                 return None
 
         return eagerly(guarded)
-
-    def _forgive(self, failure: Exception) -> bool:
-        """Whether generation goes on after a failure of ours: with ``on_error="warn"``, unpatched."""
-        if self._on_error == "warn" and not self._gave_up:
-            self._give_up(failure)
-        return self._gave_up
-
-    def _give_up(self, failure: Exception) -> None:
-        self._gave_up = True
-        self._rollout.abandon()
-        warnings.warn(
-            f"tokentrim stepped aside, generation goes on unpatched: {type(failure).__name__}: {failure}",
-            TokenTrimWarning,
-            stacklevel=4,
-        )
 
 
 def owners_of(match: Match) -> list[Any]:
@@ -181,15 +182,31 @@ def _nothing() -> None:
     """What a pickled handle becomes."""
 
 
-def _settings(adapter: Adapter, match: Match, policy: Policy, probe: str) -> dict[str, Any]:
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
+def judge_of(policies: Sequence[Policy]) -> Policy:
+    """The policy that judges; one that judges nothing where there is none.
+
+    Raises:
+        ValueError: there are two.
+    """
+    judges = [policy for policy in policies if policy.judges]
+    if len(judges) > 1:
+        names = " and ".join(type(policy).__name__ for policy in judges)
+        raise ValueError(f"two policies judge a chunk, {names}: give one of them")
+    return judges[0] if judges else Policy()
+
+
+def _settings(adapter: Adapter, match: Match, policies: Sequence[Policy], probe: str) -> dict[str, Any]:
+    """What the log records of a patch: the judge's options as ``policy.option``, others' with their policy's name."""
+    options: dict[str, Any] = {}
+    for policy in policies:
+        prefix = "policy" if policy.judges else f"policy.{type(policy).__name__}"
+        options |= {f"{prefix}.{name}": value for name, value in policy.settings().items()}
     return {
         "adapter": adapter.name,
-        "policy": type(policy).__name__,
-        **{f"policy.{field.name}": getattr(policy, field.name) for field in fields},
+        "policy": " + ".join(type(policy).__name__ for policy in policies),
+        **options,
         "probe": probe,
         "patch_size": list(match.patch_size),
         "denoiser": _denoiser_name(match),
-        "torch": torch.__version__,
         "versions": versions(),
     }

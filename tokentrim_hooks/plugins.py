@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,17 @@ class AdapterInfo:
     error: str = ""
     disabled: bool = False
 
+    @property
+    def loaded(self) -> type[Adapter]:
+        """The adapter's class.
+
+        Raises:
+            PluginError: the plugin failed to load.
+        """
+        if self.adapter is None:
+            raise PluginError(f"plugin {self.name!r} ({self.distribution}) failed to load: {self.error}")
+        return self.adapter
+
 
 @dataclass(frozen=True)
 class ObserverInfo:
@@ -82,22 +93,18 @@ def found() -> Found:
     return load(list(entry_points(group=GROUP)))
 
 
-def installed() -> tuple[AdapterInfo, ...]:
-    """All installed adapters, and plugins that failed to load."""
-    return found().adapters
+def installed_adapters() -> list[AdapterInfo]:
+    """All installed adapters, those that failed to load included; which are disabled is read from the environment anew.
 
-
-def enabled() -> list[AdapterInfo]:
-    """Adapters that take part in detection: loaded, and not named in ``TOKENTRIM_DISABLE_ADAPTERS``."""
-    return [info for info in everything() if info.adapter is not None and not info.disabled]
-
-
-def everything() -> list[AdapterInfo]:
-    """All installed adapters, the disabled ones marked; ``TOKENTRIM_DISABLE_ADAPTERS=name,name`` is read each time."""
+    ``TOKENTRIM_DISABLE_ADAPTERS=name,name`` disables adapters by name.
+    """
     off = {name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
-    return [
-        AdapterInfo(i.name, i.distribution, i.adapter, i.error, disabled=i.name in off) for i in installed()
-    ]
+    return [replace(info, disabled=info.name in off) for info in found().adapters]
+
+
+def usable_adapters() -> list[AdapterInfo]:
+    """Those of them that take part in detection: loaded and not disabled."""
+    return [info for info in installed_adapters() if info.adapter is not None and not info.disabled]
 
 
 def _load_one(point: EntryPoint) -> Found:
@@ -185,7 +192,7 @@ def find_observer(name: str) -> ObserverInfo:
     named = [info for info in found().observers if info.name == name]
     if not named:
         known = ", ".join(sorted({info.name for info in found().observers})) or "none"
-        broken = [f"{i.name} ({i.distribution}): {i.error}" for i in installed() if i.adapter is None]
+        broken = [f"{i.name} ({i.distribution}): {i.error}" for i in found().adapters if i.adapter is None]
         failures = f"; plugins that failed to load: {'; '.join(broken)}" if broken else ""
         raise UnknownObserverError(f"no observer named {name!r}; installed: {known}{failures}")
     if len(named) > 1:

@@ -18,6 +18,7 @@ Hide = Callable[[int], "Tensor | None"]
 
 
 @dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AllPolicy(ForcedPolicy):
     """Forced, and a coarse key dies only with all its tokens."""
 

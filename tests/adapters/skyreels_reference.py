@@ -16,7 +16,7 @@ from diffusers.models.transformers import transformer_skyreels_v2 as upstream
 from PIL import Image
 
 from tests.adapters import skyreels_tiny as tiny
-from tokentrim_hooks import Verdict
+from tokentrim_hooks import Policy, Verdict
 
 torch.set_num_threads(1)
 N = tiny.TOKENS
@@ -34,19 +34,18 @@ SHORT = {"num_frames": 13, "overlap_history": None}
 
 
 @dataclass(frozen=True)
-class Forced:
+class Forced(Policy):
     """Prunes ``tokens`` at one chunk, in the samples named."""
 
     chunk: int
     tokens: tuple[int, ...] = DEAD
     samples: tuple[int, ...] = (0, 1)
-    persist: bool = True
-    max_regenerations: int = 1
 
-    def judge(self, drift, history):
+    def judge(self, chunk, history):
+        drift = chunk.drift
         batch = drift.shape[0]
         tokens = torch.tensor([self.tokens] * batch)
-        prune = torch.tensor([history.chunk == self.chunk and b in self.samples for b in range(batch)])
+        prune = torch.tensor([chunk.index == self.chunk and b in self.samples for b in range(batch)])
         severity = drift.gather(1, tokens).mean(1)
         return Verdict(tokens, severity, torch.zeros(batch), prune)
 

@@ -127,7 +127,7 @@ def _home(layer):
 
 def _trial(monkeypatch, broken, only, **settings):
     info = AdapterInfo("broken", "tests", broken)
-    monkeypatch.setattr(plugins, "installed", lambda: (info,))
+    monkeypatch.setattr(plugins, "found", lambda: plugins.Found((info,), ()))
     monkeypatch.setattr("warnings.warn", lambda *_args, **_kwargs: None)
     return failures(type("Trial", (Reference,), {"adapter": broken, **settings}), only)
 

@@ -8,32 +8,33 @@ import tokentrim_hooks as tokentrim
 from tokentrim_hooks.policy.base import History
 from tokentrim_hooks.policy.controls import AlwaysPolicy, ChooseTokens, FreshNoise
 from tokentrim_hooks.policy.token_trim import DriftPolicy
+from tokentrim_hooks.testing import chunk_of
 
 DRIFT = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 0.1, 0.2, 0.3, 0.4], [0.0, 9, 8, 7, 6, 5, 4, 3, 2, 1]])
 PAPER = DriftPolicy(fraction=0.2, sensitivity=0.0)
-CALM = History(5, 5, torch.tensor([4.0, 99.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+CALM = History(5, torch.tensor([4.0, 99.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
 
 
 def test_least_drifting_tokens_die_when_the_policy_triggers():
-    verdict = ChooseTokens(PAPER, "least").judge(DRIFT, CALM)
+    verdict = ChooseTokens(PAPER, "least").judge(chunk_of(DRIFT, index=5), CALM)
     assert [sorted(row) for row in verdict.tokens.tolist()] == [[6, 7], [0, 9]]
     assert verdict.severity.tolist() == [4.5, 8.5] and verdict.prune.tolist() == [True, False]
 
 
 def test_random_tokens_are_as_many_distinct_and_repeatable():
     before = torch.get_rng_state()
-    picks = [ChooseTokens(PAPER, "random", seed).judge(DRIFT, CALM).tokens for seed in range(40)]
+    picks = [ChooseTokens(PAPER, "random", seed).judge(chunk_of(DRIFT, index=5), CALM).tokens for seed in range(40)]
     assert torch.equal(before, torch.get_rng_state())
     assert all(len(set(row)) == 2 for pick in picks for row in pick.tolist())
-    assert torch.equal(picks[3], ChooseTokens(PAPER, "random", 3).judge(DRIFT, CALM).tokens)
+    assert torch.equal(picks[3], ChooseTokens(PAPER, "random", 3).judge(chunk_of(DRIFT, index=5), CALM).tokens)
     counts = torch.bincount(torch.stack(picks)[:, 0].flatten(), minlength=10)
     assert counts.sum() == 80 and counts.min() > 0 and counts.max() < 25
 
 
 def test_always_prunes_after_the_warmup_only():
-    early = History(2, 1, CALM.mean, CALM.std)
-    assert AlwaysPolicy(0.2).judge(DRIFT, early).prune.tolist() == [False, False]
-    verdict = AlwaysPolicy(0.2).judge(DRIFT, CALM)
+    early = History(1, CALM.mean, CALM.std)
+    assert AlwaysPolicy(0.2).judge(chunk_of(DRIFT, index=5), early).prune.tolist() == [False, False]
+    verdict = AlwaysPolicy(0.2).judge(chunk_of(DRIFT, index=5), CALM)
     assert verdict.prune.tolist() == [True, True]
     assert [sorted(row) for row in verdict.tokens.tolist()] == [[0, 2], [1, 2]]
 

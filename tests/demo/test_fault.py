@@ -18,9 +18,9 @@ class Spy(tokentrim.ObservePolicy):
 
     drifts: list
 
-    def judge(self, drift, history):
-        self.drifts.append(drift.clone())
-        return super().judge(drift, history)
+    def judge(self, chunk, history):
+        self.drifts.append(chunk.drift.clone())
+        return super().judge(chunk, history)
 
 
 def roll(at, where, chunks=AT, policy=None):

@@ -18,6 +18,7 @@ from tokentrim_hooks.policy.drift import (
     unstable_count,
     unstable_tokens,
 )
+from tokentrim_hooks.testing import chunk_of
 from tokentrim_hooks.testing import strategies as some
 
 WIDE = (torch.float32, torch.float64)
@@ -102,8 +103,8 @@ def _judge(policy, current, previous, severities):
     statistics = RunningStatistics.empty(current.shape[0])
     for severity in severities:
         statistics = statistics.updated(severity)
-    history = History(len(severities) + 1, statistics.count, statistics.mean, statistics.std)
-    return policy.judge(drift_of(current, previous), history)
+    history = History(statistics.count, statistics.mean, statistics.std)
+    return policy.judge(chunk_of(drift_of(current, previous)), history)
 
 
 @given(st.integers(1, 3), st.integers(1, 40), some.seeds(), st.floats(-3, 6))

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokentrim_hooks import CacheRows, KeyLayout, Role, Segment, UnsupportedContextError
-from tokentrim_hooks.pruning.key_selection import Ledger, QueryGroup
-from tokentrim_hooks.pruning.tap import CallTap, attend_live, keeps_of
+from tokentrim_hooks.pruning.key_selection import DeadTokens, QueryGroup
+from tokentrim_hooks.pruning.tap import CallTap, attend_live, live_keys
 from tokentrim_hooks.pruning.tombstones import Tombstones, alive_rows, clear_marks
 from tokentrim_hooks.testing import strategies as some
 
@@ -44,7 +44,7 @@ def test_live_attention_equals_minus_infinity(size, seed, dtype, masked, data):
     q, k, v = qkv(batch, queries, keys, seed, dtype)
     dead = data.draw(some.dead_keys(batch, keys))
     mask, bias = _mask(masked, batch, queries, keys, dead, seed, dtype)
-    keeps = keeps_of([QueryGroup(0, None, ~dead)], CPU)
+    keeps = live_keys([QueryGroup(0, None, ~dead)], CPU)
     expected = by_hand(q, k, v, bias + _minus_infinity(dead))
     actual = attend_live(attend, q, k, v, mask, keeps)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=TOLERANCE[dtype])
@@ -75,7 +75,7 @@ def test_query_groups_see_their_own_keys(size, seed, data):
     groups = [QueryGroup(0, cut, ~dead[0]), QueryGroup(cut, queries + 1, ~dead[1])]
     bias = torch.cat([_minus_infinity(dead[0]).expand(-1, 2, cut, -1),
                       _minus_infinity(dead[1]).expand(-1, 2, queries + 1 - cut, -1)], dim=2)  # fmt: skip
-    actual = attend_live(attend, q, k, v, None, keeps_of(groups, CPU))
+    actual = attend_live(attend, q, k, v, None, live_keys(groups, CPU))
     torch.testing.assert_close(actual.double(), by_hand(q, k, v, bias), rtol=0, atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_a_sample_without_any_key_is_refused(batch, seed):
     alive = torch.ones(batch, 4, dtype=torch.bool)
     alive[seed % batch] = False
     with pytest.raises(UnsupportedContextError, match="no key"):
-        keeps_of([QueryGroup(0, None, alive)], CPU)
+        live_keys([QueryGroup(0, None, alive)], CPU)
 
 
 # ----------------------------------------------------------------------------------------------- tombstones
@@ -144,7 +144,7 @@ def test_the_tap_drops_marked_rows(tokens, seed):
     k, clean = k[:, :, :, :3], values[0].clone()
     Tombstones().mark(CacheRows(values, 0, PER_FRAME * FRAMES, PER_FRAME), tokens)
     dead = torch.tensor([[r % PER_FRAME in chosen for r in range(PER_FRAME * FRAMES)] for chosen in tokens])
-    actual = CallTap(None, Ledger()).attend(attend, q[..., :3], k, values[0], None)
+    actual = CallTap(None, DeadTokens()).attend(attend, q[..., :3], k, values[0], None)
     expected = by_hand(q[..., :3], k, clean, _minus_infinity(dead))
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
 
@@ -160,16 +160,16 @@ def test_fp8_marks_are_seen():
     assert alive_rows(value).tolist() == [[True, False, True, True, True, False, True, True]]
 
 
-# ----------------------------------------------------------------------------------------------- ledger
+# ----------------------------------------------------------------------------------------------- dead
 
 
 @given(some.key_layouts(), st.integers(1, 2), st.data())
 def test_the_ledger_kills_the_tokens_of_context_frames_only(layout, samples, data):
     height, width = layout.segments[0].height, layout.segments[0].width
     tokens = _tokens(data, samples, height * width)
-    ledger, current = Ledger(), layout.segments[-1].frames[0]
-    ledger.kill(layout, tokens, current, (height, width))
-    groups = ledger.live(layout, samples)
+    dead, current = DeadTokens(), layout.segments[-1].frames[0]
+    dead.kill(layout, tokens, current, (height, width))
+    groups = dead.live(layout, samples)
     assert (groups[0].start, groups[-1].stop) == (0, layout.length), "every query has a group"
     assert torch.equal(groups[-1].alive, ~_expected(layout, tokens, {Role.CONTEXT, Role.FLIGHT}))
 
@@ -179,9 +179,9 @@ def test_chunks_in_flight_do_not_lose_what_later_chunks_lose(layout, data):
     """Queries of a chunk in flight see its own frames whole; queries of the newest chunk do not."""
     height, width = layout.segments[0].height, layout.segments[0].width
     tokens = _tokens(data, 1, height * width)
-    ledger = Ledger()
-    ledger.kill(layout, tokens, layout.segments[-1].frames[0], (height, width))
-    groups = ledger.live(layout, 1)
+    dead = DeadTokens()
+    dead.kill(layout, tokens, layout.segments[-1].frames[0], (height, width))
+    groups = dead.live(layout, 1)
     if len(groups) == 1:
         return
     for segment, group in zip(layout.segments, groups, strict=True):
@@ -193,23 +193,23 @@ def test_chunks_in_flight_do_not_lose_what_later_chunks_lose(layout, data):
 def test_anchors_die_only_on_request(layout, data):
     height, width = layout.segments[0].height, layout.segments[0].width
     tokens = _tokens(data, 1, height * width)
-    ledger = Ledger(prune_anchors=True)
-    ledger.kill(layout, tokens, layout.segments[-1].frames[0], (height, width))
+    dead = DeadTokens(prune_anchors=True)
+    dead.kill(layout, tokens, layout.segments[-1].frames[0], (height, width))
     expected = _expected(layout, tokens, {Role.CONTEXT, Role.FLIGHT, Role.ANCHOR})
-    assert torch.equal(ledger.live(layout, 1)[-1].alive, ~expected)
+    assert torch.equal(dead.live(layout, 1)[-1].alive, ~expected)
 
 
 @given(some.key_layouts((Role.CONTEXT,)), st.data())
-def test_forgetting_a_chunk_brings_back_only_its_own(layout, data):
+def test_reviving_what_a_chunk_killed_brings_back_only_its_own(layout, data):
     height, width = layout.segments[0].height, layout.segments[0].width
     first, second = (_tokens(data, 1, height * width) for _ in range(2))
-    ledger = Ledger()
-    ledger.kill(layout, first, 100, (height, width))
-    ledger.kill(layout, second, 200, (height, width))
-    ledger.forget(200)
-    assert torch.equal(ledger.live(layout, 1)[-1].alive, ~_expected(layout, first, {Role.CONTEXT}))
-    ledger.forget(100)
-    assert ledger.live(layout, 1)[-1].alive.all()
+    dead = DeadTokens()
+    dead.kill(layout, first, 100, (height, width))
+    dead.kill(layout, second, 200, (height, width))
+    dead.revive(200)
+    assert torch.equal(dead.live(layout, 1)[-1].alive, ~_expected(layout, first, {Role.CONTEXT}))
+    dead.revive(100)
+    assert dead.live(layout, 1)[-1].alive.all()
 
 
 def _tokens(data, samples, count):
@@ -231,8 +231,8 @@ def _expected(layout, tokens, roles):
 
 def test_a_layout_that_does_not_fit_the_keys_is_refused():
     layout = KeyLayout((Segment(Role.CONTEXT, [0], 1, 2), Segment(Role.CURRENT, [1], 1, 2)))
-    ledger = Ledger()
-    ledger.kill(layout, [[0]], 1, (1, 2))
+    dead = DeadTokens()
+    dead.kill(layout, [[0]], 1, (1, 2))
     q, k, v = qkv(1, 2, 5, 0, torch.float32)
     with pytest.raises(UnsupportedContextError, match=r"5 keys.*says 4"):
-        CallTap(layout, ledger).attend(attend, q, k, v, None)
+        CallTap(layout, dead).attend(attend, q, k, v, None)

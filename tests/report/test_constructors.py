@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tokentrim_hooks.plugins import enabled
+from tokentrim_hooks.plugins import usable_adapters
 
 ADAPTERS = {
-    info.name: info.adapter.constructors for info in enabled() if info.distribution.startswith("tokentrim-hooks ")
+    info.name: info.loaded.constructors
+    for info in usable_adapters()
+    if info.distribution.startswith("tokentrim-hooks ")
 }
 IN_DIFFUSERS = sorted({place for places in ADAPTERS.values() for place in places if place.startswith("diffusers.")})
 

@@ -35,7 +35,7 @@ def test_unsupported_object(stranger):
 
 
 def test_unsupported_object_without_any_adapter(monkeypatch):
-    monkeypatch.setattr(plugins, "installed", tuple)
+    monkeypatch.setattr(plugins, "found", lambda: plugins.Found((), ()))
     with pytest.raises(tokentrim.UnsupportedModelError, match="no adapter is installed or enabled"):
         tokentrim.patch(object())
 
@@ -45,7 +45,7 @@ def test_two_adapters_matching(monkeypatch, pipeline):
 
     twin = type("Twin", (SelfForcing,), {"name": "twin"})
     both = (AdapterInfo("self-forcing", "a 1.0", SelfForcing), AdapterInfo("twin", "b 2.0", twin))
-    monkeypatch.setattr(plugins, "installed", lambda: both)
+    monkeypatch.setattr(plugins, "found", lambda: plugins.Found(both, ()))
     with pytest.raises(tokentrim.AmbiguousModelError, match=r"self-forcing \(a 1.0\), twin \(b 2.0\).*adapter="):
         tokentrim.patch(pipeline)
     assert not tokentrim.is_patched(pipeline)
@@ -68,7 +68,7 @@ def test_a_probe_that_crashes_is_a_reason(monkeypatch):
         raise RuntimeError("kaputt")
 
     bad = type("Bad", (), {"probe": staticmethod(crash)})
-    monkeypatch.setattr(plugins, "installed", lambda: (AdapterInfo("bad", "bad 1.0", bad),))
+    monkeypatch.setattr(plugins, "found", lambda: plugins.Found((AdapterInfo("bad", "bad 1.0", bad),), ()))
     with pytest.raises(tokentrim.UnsupportedModelError, match="bad: its probe failed with RuntimeError: kaputt"):
         tokentrim.patch(object())
     assert [d.matches for d in tokentrim.detect(object())] == [False]
@@ -134,7 +134,7 @@ def test_an_adapter_that_attaches_nothing(monkeypatch, pipeline):
         patches.hook(model.generator, before=lambda *_: None)
 
     idle = type("Idle", (SelfForcing,), {"name": "idle", "attach": attach})
-    monkeypatch.setattr(plugins, "installed", lambda: (AdapterInfo("idle", "idle 1.0", idle),))
+    monkeypatch.setattr(plugins, "found", lambda: plugins.Found((AdapterInfo("idle", "idle 1.0", idle),), ()))
     before = fingerprint(pipeline)
     with pytest.raises(tokentrim.AttachError, match="no attention function"):
         tokentrim.patch(pipeline)
@@ -149,7 +149,7 @@ def test_an_attach_that_fails_halfway_is_rolled_back(monkeypatch, pipeline):
         raise RuntimeError("half done")
 
     half = type("Half", (SelfForcing,), {"name": "half", "attach": attach})
-    monkeypatch.setattr(plugins, "installed", lambda: (AdapterInfo("half", "half 1.0", half),))
+    monkeypatch.setattr(plugins, "found", lambda: plugins.Found((AdapterInfo("half", "half 1.0", half),), ()))
     before = fingerprint(pipeline)
     with pytest.raises(RuntimeError, match="half done"):
         tokentrim.patch(pipeline)
@@ -160,7 +160,7 @@ def test_a_grid_that_the_patch_does_not_divide(monkeypatch):
     from tokentrim_hooks_adapters.self_forcing import SelfForcing
 
     odd = type("Odd", (SelfForcing,), {"name": "odd", "probe": classmethod(lambda cls, m: Match(m.generator, (3, 3)))})
-    monkeypatch.setattr(plugins, "installed", lambda: (AdapterInfo("odd", "odd 1.0", odd),))
+    monkeypatch.setattr(plugins, "found", lambda: plugins.Found((AdapterInfo("odd", "odd 1.0", odd),), ()))
     pipeline = tiny.make()
     with tokentrim.patched(pipeline), pytest.raises(tokentrim.LatentsError, match="8x8 latent is not divisible"):
         tiny.run(pipeline)

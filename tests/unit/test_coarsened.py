@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokentrim_hooks import KeyLayout, Role, Segment
-from tokentrim_hooks.pruning.key_selection import Ledger, coarsened
+from tokentrim_hooks.pruning.key_selection import DeadTokens, coarsened
 
 
 @pytest.mark.parametrize("rule", ["any", "all"])
@@ -26,7 +26,7 @@ def test_coarsened_agrees_with_counting(rule, shape, scale):
 @pytest.mark.parametrize(("rule", "dead"), [("any", [0, 3]), ("all", [0])])
 def test_ledger_selects_coarse_keys(rule, dead):
     """Tokens 0, 1, 4, 5 (one 2x2 cell) and 15 of a 4x4 grid."""
-    ledger = Ledger(coarse=rule)
+    ledger = DeadTokens(coarse=rule)
     layout = KeyLayout((Segment(Role.CONTEXT, (0, 1), 2, 2, (2, 2, 2)), Segment(Role.CURRENT, (2,), 4, 4)))
     assert ledger.kill(layout, [[0, 1, 4, 5, 15]], 2, (4, 4)) == 10
     (group,) = ledger.live(layout, 1)
@@ -37,6 +37,6 @@ def test_ledger_selects_coarse_keys(rule, dead):
 def test_a_coarse_key_with_a_live_frame_survives_all_but_not_any():
     layout = KeyLayout((Segment(Role.CONTEXT, (0, 1), 1, 1, (2, 1, 1)), Segment(Role.CURRENT, (2,), 1, 1)))
     for rule, alive in (("any", [False, True]), ("all", [True, True])):
-        ledger = Ledger(coarse=rule)
+        ledger = DeadTokens(coarse=rule)
         ledger.kill(KeyLayout((Segment(Role.CONTEXT, (0,), 1, 1),)), [[0]], 1, (1, 1))
         assert ledger.live(layout, 1)[0].alive[0].tolist() == alive

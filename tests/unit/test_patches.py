@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tokentrim_hooks import Patches, UnsupportedContextError
-from tokentrim_hooks.pruning.key_selection import Ledger
+from tokentrim_hooks.pruning.key_selection import DeadTokens
 from tokentrim_hooks.pruning.tap import CallTap, enter_tap, leave_tap
 
 
@@ -116,7 +116,7 @@ def test_a_tap_filters_only_inside_a_patched_call():
     patches.tap(module, "attention")
     q, k, v = marked()
     assert not torch.isfinite(module.attention(q, k, v)).all(), "outside a call it does nothing"
-    token = enter_tap(CallTap(None, Ledger()))
+    token = enter_tap(CallTap(None, DeadTokens()))
     try:
         filtered = module.attention(q, k=k, v=v)
     finally:
@@ -129,7 +129,7 @@ def test_a_tap_filters_only_inside_a_patched_call():
 def test_a_tap_refuses_what_it_cannot_do_exactly():
     module, patches = attention_module(), Patches()
     patches.tap(module, "attention", refuse=("lengths",))
-    token = enter_tap(CallTap(None, Ledger()))
+    token = enter_tap(CallTap(None, DeadTokens()))
     try:
         with pytest.raises(UnsupportedContextError, match="lengths"):
             module.attention(*marked(), lengths=[5])

@@ -10,7 +10,7 @@ from tokentrim_hooks.testing import ForcedPolicy
 
 
 class Failing(ForcedPolicy):
-    def judge(self, drift, history):
+    def judge(self, chunk, history):
         raise ZeroDivisionError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokentrim_hooks import DriftPolicy, History, ObservePolicy, Policy
-from tokentrim_hooks.testing import ForcedPolicy
+from tokentrim_hooks.testing import ForcedPolicy, chunk_of
 
 BAD = [
     ({"fraction": -0.1}, "fraction"),
@@ -44,7 +44,7 @@ def test_the_defaults_are_the_papers():
 
 def history(count, mean=1.0, std=0.5):
     wide = {"dtype": torch.float64}
-    return History(count + 1, count, torch.tensor([mean], **wide), torch.tensor([std], **wide))
+    return History(count, torch.tensor([mean], **wide), torch.tensor([std], **wide))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def history(count, mean=1.0, std=0.5):
 def test_trigger(severity, count, prune):
     drift = torch.full((1, 10), 0.1)
     drift[0, 7] = severity
-    verdict = DriftPolicy(fraction=0.1).judge(drift, history(count))
+    verdict = DriftPolicy(fraction=0.1).judge(chunk_of(drift), history(count))
     assert verdict.tokens.tolist() == [[7]]
     assert verdict.severity.item() == pytest.approx(severity)
     assert verdict.threshold.item() == (2.0 if count else math.inf)
@@ -69,14 +69,15 @@ def test_trigger(severity, count, prune):
 
 
 def test_no_warmup_still_needs_one_severity():
-    assert not DriftPolicy(warmup=0).judge(torch.ones(1, 10), history(0)).prune.any()
-    assert DriftPolicy(warmup=0).judge(torch.full((1, 10), 9.0), history(1)).prune.all()
+    assert not DriftPolicy(warmup=0).judge(chunk_of(torch.ones(1, 10)), history(0)).prune.any()
+    assert DriftPolicy(warmup=0).judge(chunk_of(torch.full((1, 10), 9.0)), history(1)).prune.all()
 
 
 def test_observe_measures_the_same_and_never_prunes():
     drift = torch.arange(20.0).view(2, 10)
-    both = History(4, 3, torch.ones(2), torch.zeros(2))
-    seen, judged = ObservePolicy(0.2, 1.0).judge(drift, both), DriftPolicy(0.2, 1.0).judge(drift, both)
+    both = History(3, torch.ones(2), torch.zeros(2))
+    chunk = chunk_of(drift)
+    seen, judged = ObservePolicy(0.2, 1.0).judge(chunk, both), DriftPolicy(0.2, 1.0).judge(chunk, both)
     assert torch.equal(seen.tokens, judged.tokens) and torch.equal(seen.severity, judged.severity)
     assert torch.equal(seen.threshold, judged.threshold)
     assert judged.prune.all() and not seen.prune.any()
@@ -100,11 +101,12 @@ def test_all_are_policies(policy):
 def test_forced_policy_prunes_what_it_is_told(plan, tokens, prune):
     drift = torch.arange(10.0).repeat(2, 1)
     policy = ForcedPolicy({} if plan is None else {3: plan})
-    verdict = policy.judge(drift, History(3, 2, torch.zeros(2), torch.zeros(2)))
+    verdict = policy.judge(chunk_of(drift, index=3), History(2, torch.zeros(2), torch.zeros(2)))
     assert verdict.tokens.tolist() == tokens
     assert verdict.prune.tolist() == prune
 
 
 def test_forced_policy_can_choose_samples():
     policy = ForcedPolicy({3: (1,)}, samples=(1,))
-    assert policy.judge(torch.ones(2, 4), History(3, 2, torch.zeros(2), torch.zeros(2))).prune.tolist() == [False, True]
+    verdict = policy.judge(chunk_of(torch.ones(2, 4), index=3), History(2, torch.zeros(2), torch.zeros(2)))
+    assert verdict.prune.tolist() == [False, True]

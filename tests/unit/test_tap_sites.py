@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import types
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from torch import Tensor, nn
 
 from tokentrim_hooks import CacheRows
 from tokentrim_hooks.patching.patches import Patches
-from tokentrim_hooks.patching.tap_site import _inside, depth_hooks
-from tokentrim_hooks.pruning.key_selection import Ledger
-from tokentrim_hooks.pruning.tap import BUSY, CallTap, enter_tap, leave_tap
+from tokentrim_hooks.pruning.key_selection import DeadTokens
+from tokentrim_hooks.pruning.tap import CallTap, enter_tap, leave_tap
 from tokentrim_hooks.pruning.tombstones import Tombstones
 
 Q, K, V = (torch.randn(1, n, 2, 4, generator=torch.Generator().manual_seed(n)) for n in (3, 6, 7))
@@ -40,7 +38,7 @@ class Attention(nn.Module):
 
 
 def through_tap(function: Any, *args: Any, **kwargs: Any) -> Any:
-    token = enter_tap(CallTap(None, Ledger()))
+    token = enter_tap(CallTap(None, DeadTokens()))
     try:
         return function(*args, **kwargs)
     finally:
@@ -116,48 +114,3 @@ def test_rows_of_the_current_chunk_amid_history_are_spared() -> None:
     rows = CacheRows([values], 0, 8, rows_per_frame=2, anchors=2, current=(4, 6))
     assert Tombstones().mark(rows, [[1]]) == 2
     assert [int(row) for row in values[0, :, 0, 0].isinf().nonzero()] == [3, 7]
-
-
-def test_depth_is_not_counted_while_only_another_thread_has_dead_tokens():
-    """BUSY tells of the whole process and may change between the two hooks; the depth belongs to one thread."""
-    go_inside, go_outside = depth_hooks()
-    BUSY.change(1)
-    try:
-        go_inside(None, (), {})
-    finally:
-        BUSY.change(-1)
-    go_outside(None, (), {}, None)
-    assert _inside.get() == 0
-
-
-def test_a_tap_that_somebody_wrapped_and_everybody_left_stays_inert_under_a_new_one():
-    home = types.ModuleType("home")
-    home.attention = lambda q, k, v: v
-    first = Patches()
-    first.tap(home, "attention")
-    below = home.attention
-    home.attention = lambda q, k, v: below(q, k, v)
-    first.undo()
-    second = Patches()
-    second.tap(home, "attention")
-    tap = CallTap(None, Ledger())
-    token = enter_tap(tap)
-    try:
-        values = torch.zeros(1, 4, 1, 1)
-        values[0, 2] = float("inf")
-        assert home.attention(values, values, values).shape[1] == 3
-    finally:
-        leave_tap(token)
-        second.undo()
-    assert tap.calls == 1
-
-
-def test_one_call_keeps_an_index_for_each_device():
-    """Layers of one model may lie on several devices; "meta" stands for the second one."""
-    keys = torch.zeros(1, 3, 1, 2)
-    keys[0, 1, 0, 0] = float("inf")
-    tap = CallTap(None, Ledger())
-    tap.attend(lambda q, k, v, mask: v, keys, keys, keys, None)
-    assert [place[1].type for place in tap._keeps] == ["cpu"]
-    with pytest.raises((NotImplementedError, RuntimeError)):  # it asks that device for its own marks
-        tap.attend(lambda q, k, v, mask: v, *[keys.to("meta")] * 3, None)

@@ -5,6 +5,7 @@ import tiny_reference as tiny
 import torch
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.patching.patches import Patches
 from tokentrim_hooks.pruning import tap as pruning
 from tokentrim_hooks.testing import ForcedPolicy
@@ -13,10 +14,10 @@ from tokentrim_hooks.testing import ForcedPolicy
 class Fragile(ForcedPolicy):
     """Fails when it judges chunk 3."""
 
-    def judge(self, drift, history):
-        if history.chunk == 3:
+    def judge(self, chunk, history):
+        if chunk.index == 3:
             raise ZeroDivisionError("the policy has a bug")
-        return super().judge(drift, history)
+        return super().judge(chunk, history)
 
 
 def poison(pipeline, at_call):
@@ -130,15 +131,15 @@ def test_max_regenerations_zero_prunes_nothing():
 def break_the_tap(monkeypatch, after):
     """The tap fails behind its call number ``after``: the first is the replay's, the others are the model's own."""
     calls = []
-    choose = pruning.keeps_of
+    choose = pruning.live_keys
 
-    def keeps_of(groups, device):
+    def live_keys(groups, device):
         calls.append(1)
         if len(calls) > after:
             raise tokentrim.UnsupportedContextError("a mask of a kind that nobody knew")
         return choose(groups, device)
 
-    monkeypatch.setattr(pruning, "keeps_of", keeps_of)
+    monkeypatch.setattr(pruning, "live_keys", live_keys)
 
 
 @pytest.mark.parametrize("after", [0, 1, 4])
@@ -170,6 +171,18 @@ def test_a_tap_that_fails_in_the_model_s_own_call_loses_no_video(monkeypatch, af
     assert torch.equal(tiny.run(pipeline), tiny.run(tiny.make()))
 
 
+class Forgiving(FailurePolicy):
+    """Forgives everything, and remembers it."""
+
+    def __init__(self):
+        super().__init__("warn")
+        self.seen = []
+
+    def forgives(self, failure):
+        self.seen.append(failure)
+        return True
+
+
 class Doubler:
     def double(self, x):
         if x is None:
@@ -189,15 +202,18 @@ def failing_wrapper(when):
 
 @pytest.mark.parametrize("when", ["before", "behind"])
 def test_an_adapters_wrapper_that_fails_costs_the_call_nothing_where_that_is_forgiven(when):
-    model, patches, seen = Doubler(), Patches(), []
-    patches.wrap(model, "double", failing_wrapper(when))
+    strict = Doubler()
+    Patches().wrap(strict, "double", failing_wrapper(when))
     with pytest.raises(ZeroDivisionError):
-        model.double(3)
-    patches.forgive = lambda failure: not seen.append(failure)
-    assert model.double(3) == 6 and isinstance(seen[0], ZeroDivisionError)
+        strict.double(3)
+    model, failures = Doubler(), Forgiving()
+    patches = Patches(failures)
+    patches.wrap(model, "double", failing_wrapper(when))
+    assert model.double(3) == 6 and isinstance(failures.seen[0], ZeroDivisionError)
     with pytest.raises(KeyError, match="own failure"):
         model.double(None)
-    assert all(isinstance(failure, ZeroDivisionError) for failure in seen), "what the model itself raises is not ours"
+    ours = [isinstance(failure, ZeroDivisionError) for failure in failures.seen]
+    assert all(ours), "what the model itself raises is not ours"
     patches.undo()
     assert "double" not in vars(model)
 
@@ -208,9 +224,9 @@ def test_stepping_aside_takes_our_marks_out_of_v_and_leaves_the_model_s_own_nan(
     values = torch.ones(1, 3, 2, 4)
     values[0, 1, 0, 0], values[0, 2, 1, 3] = float("inf"), float("nan")
     given = values.transpose(1, 2) if heads_first else values
-    namespace, patches, tap = {"attend": lambda q, k, v: v}, Patches(), pruning.CallTap(None, None)
+    failures = Forgiving()
+    namespace, patches, tap = {"attend": lambda q, k, v: v}, Patches(), pruning.CallTap(None, None, failures=failures)
     patches.tap(namespace, "attend", heads_first=heads_first)
-    tap.forgive = lambda failure: True
     monkeypatch.setattr(tap, "attend", lambda *_: 1 / 0)
     token = pruning.enter_tap(tap)
     try:

@@ -6,28 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from tokentrim_hooks import History, Verdict
+from tokentrim_hooks import Chunk, History, Policy, Verdict
 
 Plan = Mapping[int, Sequence[Sequence[int]]]
 
 
-@dataclass
-class ForcedPolicy:
-    """Prunes ``plan[chunk]`` (a token list per sample, empty = spare it) at the chunk of that number."""
+@dataclass(frozen=True)
+class ForcedPolicy(Policy):
+    """Prunes ``plan[chunk]`` (one token list per sample, empty = spare it) at the chunk of that number."""
 
     plan: Plan
-    persist: bool = True
-    prune_anchors: bool = False
-    max_regenerations: int = 1
 
-    def judge(self, drift: Tensor, history: History) -> Verdict:
+    def judge(self, chunk: Chunk, history: History) -> Verdict:
         """Return the plan's tokens; samples that are spared carry token numbers that nobody may use."""
-        batch = drift.shape[0]
-        wanted = self.plan.get(history.chunk, [[] for _ in range(batch)])
+        batch = chunk.drift.shape[0]
+        wanted = self.plan.get(chunk.index, [[] for _ in range(batch)])
         width = max([1, *map(len, wanted)])
         tokens = torch.tensor([list(some) or [0] * width for some in wanted])
         flagged = torch.tensor([bool(some) for some in wanted])
-        severity = drift.mean(1)
+        severity = chunk.drift.mean(1)
         return Verdict(tokens, severity, torch.full_like(severity, torch.inf), flagged)

@@ -216,14 +216,14 @@ class Poisoner(ForcedPolicy):
 
     def __init__(self, plan: Any, poison: float | None, tokens: tuple[int, ...], calls: list[Any]) -> None:
         super().__init__(plan)
-        self.poison, self.positions, self.calls = poison, tokens, calls
+        vars(self).update(poison=poison, positions=tokens, calls=calls)  # policies are frozen
 
-    def judge(self, drift: Tensor, history: Any) -> Any:
-        if history.chunk == 4 and self.poison is not None:
+    def judge(self, chunk: tokentrim.Chunk, history: Any) -> Any:
+        if chunk.index == 4 and self.poison is not None:
             call = self.calls[-1]
             assert call.options["slice_point"] > 0
             rows = [frame + token for frame in range(0, CHUNK_ROWS, TOKENS) for token in self.positions]
             for memory in call.memory.key_value_memory_dict.values():
                 memory[rows] = self.poison
-            self.poison = None
-        return super().judge(drift, history)
+            vars(self).update(poison=None)
+        return super().judge(chunk, history)

@@ -23,7 +23,7 @@ import wrapt
 from tokentrim_hooks.api import patch
 from tokentrim_hooks.errors import AlreadyPatchedError, TokenTrimError, TokenTrimWarning, UnsupportedModelError
 from tokentrim_hooks.handle import PatchHandle
-from tokentrim_hooks.plugins import enabled, find_observer, make_observer
+from tokentrim_hooks.plugins import find_observer, make_observer, usable_adapters
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy
 from tokentrim_hooks.report.observers import JsonLines, Observer, ProgressLine
@@ -110,7 +110,7 @@ def folder_of_process(folder: Path) -> Path:
 
 def constructors() -> list[str]:
     """All class names (``module:Class``) that enabled adapters ask to look at."""
-    return sorted({place for info in enabled() if info.adapter for place in info.adapter.constructors})
+    return sorted({place for info in usable_adapters() for place in info.loaded.constructors})
 
 
 def run_script(script: Path, arguments: Sequence[str], run: Run) -> None:

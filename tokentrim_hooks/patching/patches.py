@@ -17,8 +17,9 @@ import wrapt
 from torch import nn
 
 from tokentrim_hooks.errors import AttachError
+from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.patching.tap_site import MISSING, TapNames, TapSite, depth_hooks, eagerly, same
-from tokentrim_hooks.pruning.tap import BUSY, current_tap, unforgiving
+from tokentrim_hooks.pruning.tap import BUSY, current_tap
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Wrapper(wrapt.FunctionWrapper[Any, Any]):
         return self.__reduce__()
 
 
-class Answer:
+class WatchedCall:
     """A wrapped function that remembers what came of its call: a value, or a failure of its own."""
 
     def __init__(self, wrapped: Callable[..., Any]) -> None:
@@ -85,7 +86,7 @@ class Answer:
         self.failure: Exception | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it."""
+        """Call the wrapped function."""
         try:
             self.value = self._wrapped(*args, **kwargs)
         except Exception as failure:
@@ -96,14 +97,17 @@ class Answer:
 
 
 class Patches:
-    """Undo stack of one patched model. Adapters call :meth:`tap` and :meth:`wrap`; undoing is the core's business."""
+    """Undo stack of one patched model. Adapters call :meth:`tap` and :meth:`wrap`; undoing is the core's business.
 
-    def __init__(self) -> None:
+    Args:
+        failures: what follows a failure of an adapter's wrapper.
+    """
+
+    def __init__(self, failures: FailurePolicy | None = None) -> None:
         self.active = True
         self.taps = 0
         self.layers = 0
-        self.forgive: Callable[[Exception], bool] = unforgiving
-        """Told of a failure of an adapter's wrapper; True if generation goes on without us."""
+        self._failures = failures or FailurePolicy()
         self._undo: list[Callable[[], None]] = []
 
     def hook(
@@ -173,15 +177,13 @@ class Patches:
             tap = current_tap()
             if tap is None or tap.off:
                 return attention(*args, **kwargs)
-            before = tap.asked
             try:
-                output = attend(tap, attention, *args, **kwargs)
+                with tap.counting_ranges():
+                    return attend(tap, attention, *args, **kwargs)
             except Exception as failure:
                 if not tap.steps_aside(failure):
                     raise
                 return attention(*args, **kwargs)
-            tap.calls += tap.asked > before
-            return output
 
         through = eagerly(through)
 
@@ -200,11 +202,11 @@ class Patches:
         """
 
         def guarded(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            original = Answer(wrapped)
+            original = WatchedCall(wrapped)
             try:
                 return wrapper(original, instance, args, kwargs)
             except Exception as failure:
-                if failure is original.failure or not self.forgive(failure):
+                if failure is original.failure or not self._failures.forgives(failure):
                     raise
                 return original.value if original.given else wrapped(*args, **kwargs)
 

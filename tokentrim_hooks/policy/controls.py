@@ -12,79 +12,88 @@ pruning does, another draw, is ``FreshNoise(ChooseTokens(policy, "none"))``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.policy.base import History, Policy, Verdict
-from tokentrim_hooks.policy.drift import severity_of, unstable_tokens
-from tokentrim_hooks.policy.token_trim import DriftPolicy
+from tokentrim_hooks.policy.base import Chunk, History, Policy, Verdict
+from tokentrim_hooks.policy.token_trim import DriftPolicy, measured
 
 Choice = Literal["random", "least", "none"]
 
 
 @dataclass(frozen=True)
 class AlwaysPolicy(DriftPolicy):
-    """Prunes the most drifting tokens of every chunk after the warm-up; ``sensitivity`` is ignored."""
+    """Prune the most drifting tokens of every chunk after the warm-up; ``sensitivity`` is ignored."""
 
-    def judge(self, drift: Tensor, history: History) -> Verdict:
+    def judge(self, chunk: Chunk, history: History) -> Verdict:
         """Flag every sample, with a threshold of -inf."""
-        tokens = unstable_tokens(drift, self.fraction)
-        severity = severity_of(drift, tokens)
-        prune = torch.full_like(severity, history.count >= max(self.warmup, 1), dtype=torch.bool)
-        return Verdict(tokens, severity, torch.full_like(severity, -math.inf), prune)
+        verdict = measured(chunk.drift, history, self.fraction, self.sensitivity)
+        ready = history.count >= max(self.warmup, 1)
+        return replace(
+            verdict,
+            threshold=torch.full_like(verdict.severity, -math.inf),
+            prune=torch.full_like(verdict.prune, ready),
+        )
 
 
 @dataclass(frozen=True)
-class Wrapper:
-    """A policy around ``policy`` that answers the optional questions (see :class:`Policy`) as that one does."""
+class Wrapper(Policy):
+    """A policy around ``policy``: it judges, regenerates, persists and spares anchors as that one does.
 
-    policy: Policy
+    Raises:
+        ValueError: one of :class:`Policy`'s options is given here; it belongs to the wrapped policy.
+    """
 
-    @property
-    def max_regenerations(self) -> int:
-        """As the wrapped policy's."""
-        return int(getattr(self.policy, "max_regenerations", 1))
+    policy: Policy = field(default_factory=DriftPolicy)
 
-    @property
-    def persist(self) -> bool:
-        """As the wrapped policy's."""
-        return bool(getattr(self.policy, "persist", True))
+    def __post_init__(self) -> None:
+        for name, default in Policy().settings().items():
+            if getattr(self, name) not in (default, getattr(self.policy, name)):
+                raise ValueError(f"{name} is an option of the wrapped policy: give it to {type(self.policy).__name__}")
+            object.__setattr__(self, name, getattr(self.policy, name))
+        super().__post_init__()
 
-    @property
-    def prune_anchors(self) -> bool:
-        """As the wrapped policy's."""
-        return bool(getattr(self.policy, "prune_anchors", False))
+    def judge(self, chunk: Chunk, history: History) -> Verdict | None:
+        """The wrapped policy's verdict."""
+        return self.policy.judge(chunk, history)
 
-    @property
-    def coarse(self) -> str:
-        """As the wrapped policy's."""
-        return str(getattr(self.policy, "coarse", "any"))
+    def redraw(self, latents: Tensor, start: int) -> Tensor | None:
+        """The wrapped policy's noise."""
+        return self.policy.redraw(latents, start)
+
+    def settings(self) -> dict[str, Any]:
+        """Our own options and the wrapped policy's, flat; ``policy`` is the name of the policy inside."""
+        return {**self.policy.settings(), **super().settings(), "policy": type(self.policy).__name__}
 
 
 @dataclass(frozen=True)
 class ChooseTokens(Wrapper):
     """When the wrapped policy triggers, prune as many other tokens: random ones, the least drifting ones, or none.
 
-    ``seed`` is of the random choice, which differs by sample and by chunk.
+    Args:
+        choice: which tokens die.
+        seed: of the random choice, which differs by sample and by chunk.
     """
 
     choice: Choice = "random"
     seed: int = 0
 
-    def judge(self, drift: Tensor, history: History) -> Verdict:
+    def judge(self, chunk: Chunk, history: History) -> Verdict | None:
         """The wrapped policy's verdict with its tokens exchanged; severity and threshold stay."""
-        verdict = self.policy.judge(drift, history)
-        return replace(verdict, tokens=self._tokens(drift, verdict.tokens.shape[1], history.chunk))
+        verdict = self.policy.judge(chunk, history)
+        if verdict is None:
+            return None
+        return replace(verdict, tokens=self._tokens(chunk.drift, verdict.tokens.shape[1], chunk.index))
 
-    def _tokens(self, drift: Tensor, count: int, chunk: int) -> Tensor:
+    def _tokens(self, drift: Tensor, count: int, index: int) -> Tensor:
         if self.choice == "none":
             return torch.empty(drift.shape[0], 0, dtype=torch.long, device=drift.device)
         if self.choice == "least":
             return drift.argsort(dim=-1)[:, :count]
-        rng = torch.Generator(drift.device).manual_seed(_mixed(self.seed, chunk))
+        rng = torch.Generator(drift.device).manual_seed(_mixed(self.seed, index))
         return torch.rand(drift.shape, generator=rng, device=drift.device).argsort(dim=-1)[:, :count]
 
 
@@ -94,13 +103,12 @@ class FreshNoise(Wrapper):
 
     For samplers whose first call starts from pure noise of unit variance and that go on from the predicted x0 alone
     (Self-Forcing and its kin). A sampler that integrates its own latents would mix two draws.
+
+    Args:
+        seed: of the noise, which differs by chunk.
     """
 
     seed: int = 0
-
-    def judge(self, drift: Tensor, history: History) -> Verdict:
-        """The wrapped policy's verdict."""
-        return self.policy.judge(drift, history)
 
     def redraw(self, latents: Tensor, start: int) -> Tensor:
         """Noise like ``latents`` for the chunk at latent frame ``start``, the same in every repetition."""

@@ -1,13 +1,14 @@
 """The attention tap: dead tokens never reach the attention kernel.
 
-Caches carry tombstones (tombstones.py), contexts in the sequence have a ledger (ledger.py). Either way the tap computes
-once per denoiser call which rows of K and V are live, and hands only those to the kernel.
+Caches carry tombstones (tombstones.py); of contexts in the sequence we remember the dead (key_selection.py). Either way
+the tap computes once per denoiser call which rows of K and V are live, and hands only those to the kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.pruning.block_mask import is_block_mask, without_dead
 from tokentrim_hooks.pruning.context import KeyLayout
-from tokentrim_hooks.pruning.key_selection import Ledger, QueryGroup
+from tokentrim_hooks.pruning.key_selection import DeadTokens, QueryGroup
 from tokentrim_hooks.pruning.tombstones import alive_rows
 
 _current: ContextVar[CallTap | None] = ContextVar("tokentrim_call", default=None)
@@ -46,47 +48,44 @@ BUSY = Busy()
 
 
 @dataclass(frozen=True)
-class Keep:
-    """A query group ready for the kernel: one index for all samples, or one a sample."""
+class LiveKeys:
+    """What a group of queries may see: one index of keys for all samples, or one per sample."""
 
     start: int
     stop: int | None
     index: tuple[Tensor, ...]
 
 
-def keeps_of(groups: Sequence[QueryGroup], device: torch.device) -> tuple[Keep, ...]:
+def live_keys(groups: Sequence[QueryGroup], device: torch.device) -> tuple[LiveKeys, ...]:
     """Turn masks into key indices on the device; a single index where all samples keep the same keys."""
-    keeps = []
+    found = []
     for group in groups:
         rows = group.alive[:1] if bool((group.alive == group.alive[:1]).all()) else group.alive
         if not bool(rows.any(dim=1).all()):
             raise UnsupportedContextError("pruning would leave a sample with no key at all")
         index = tuple(row.nonzero().squeeze(1).to(device, non_blocking=True) for row in rows)
-        keeps.append(Keep(group.start, group.stop, index))
-    return tuple(keeps)
-
-
-def unforgiving(_failure: Exception) -> bool:
-    """The answer to a failure where it shall be raised."""
-    return False
+        found.append(LiveKeys(group.start, group.stop, index))
+    return tuple(found)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
-def attend_live(attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keeps: Sequence[Keep]) -> Tensor:
+def attend_live(
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: Sequence[LiveKeys]
+) -> Tensor:
     """Run ``attend`` on live keys only.
 
     q, k, v are ``[B, length, heads, head_dim]``; ``mask`` broadcasts over ``[B, heads, queries, keys]``. Queries of
     different groups, and samples that keep different keys, run one after the other.
     """
     outputs = []
-    for keep in keeps:
+    for group in groups:
         some_q, some_mask = q, mask
-        if len(keeps) > 1:
-            some_q = q[:, keep.start : keep.stop]
-            some_mask = _rows(mask, keep.start, keep.stop)
-        outputs.append(_attend_group(attend, some_q, k, v, some_mask, keep.index))
+        if len(groups) > 1:
+            some_q = q[:, group.start : group.stop]
+            some_mask = _rows(mask, group.start, group.stop)
+        outputs.append(_attend_group(attend, some_q, k, v, some_mask, group.index))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
@@ -114,47 +113,72 @@ def _rows(mask: Tensor | None, start: int, stop: int | None) -> Tensor | None:
 
 
 class CallTap:
-    """What the attention tap knows during one denoiser call: live keys, computed once and shared by all layers."""
+    """What the attention tap knows during one denoiser call: live keys, computed once and shared by all layers.
 
-    def __init__(self, layout: KeyLayout | None, ledger: Ledger, gated: bool = False) -> None:
+    Args:
+        layout: where the context lies in the sequence; None for a KV cache, whose dead rows carry tombstones.
+        dead: the dead tokens of a context in the sequence.
+        gated: whether the tapped function also serves cross attention, and counts only inside self attention.
+        failures: what follows a failure of ours in the middle of the model's own call.
+
+    Attributes:
+        off: True once we have stepped aside: the original attention answers alone.
+        calls: attention calls that were tapped. dropped: keys left out, at most in one of them.
+    """
+
+    def __init__(
+        self,
+        layout: KeyLayout | None,
+        dead: DeadTokens,
+        gated: bool = False,
+        failures: FailurePolicy | None = None,
+    ) -> None:
         self.layout = layout
-        self.ledger = ledger
+        self.dead = dead
         self.gated = gated
-        self.forgive: Callable[[Exception], bool] = unforgiving
-        """Told of a failure of ours; True if generation goes on without us, and then this tap is ``off``."""
         self.off = False
         self.calls = 0
         self.dropped = 0
-        self.asked = 0
-        self._keeps: dict[tuple[int, torch.device], tuple[Keep, ...]] = {}
+        self._failures = failures or FailurePolicy()
+        self._ranges_asked = 0
+        self._live: dict[tuple[int, torch.device], tuple[LiveKeys, ...]] = {}
         self._ranges: dict[tuple[int, int, int], Tensor | None] = {}
         self._masks: dict[int, tuple[Any, Any]] = {}
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with the live keys only, counting what was dropped."""
-        # By device too: the layers of one model may lie on several.
+        # Found for the first layer, shared by the others. By length too, for a call may attend over parts of its keys;
+        # by device, for the layers of one model may lie on several.
         place = k.shape[1], k.device
-        keeps = self._keeps.get(place)
-        if keeps is None:
-            keeps = self._keeps[place] = keeps_of(self._groups(k, v), k.device)
+        groups = self._live.get(place)
+        if groups is None:
+            groups = self._live[place] = live_keys(self._groups(k, v), k.device)
         self.calls += 1
-        dropped = max(k.shape[1] - index.numel() for keep in keeps for index in keep.index)
+        dropped = max(k.shape[1] - index.numel() for group in groups for index in group.index)
         self.dropped = max(self.dropped, dropped)
         if dropped and is_block_mask(mask):
-            return attend(q, k, v, self._hidden(mask, keeps, k))
-        return attend_live(attend, q, k, v, mask, keeps) if dropped else attend(q, k, v, mask)
+            return attend(q, k, v, self._hidden(mask, groups, k))
+        # With nothing to drop the model's tensors go through untouched: bit-identical, and no copy.
+        return attend_live(attend, q, k, v, mask, groups) if dropped else attend(q, k, v, mask)
 
     def steps_aside(self, failure: Exception) -> bool:
         """Whether a failure of ours is forgiven: then nothing more is dropped in this call."""
-        self.off = self.off or self.forgive(failure)
+        self.off = self.off or self._failures.forgives(failure)
         return self.off
 
-    def _hidden(self, mask: Any, keeps: Sequence[Keep], k: Tensor) -> Any:
-        """The block mask without the dead keys, made once a call: all layers are given the same mask."""
-        if len(keeps) > 1:
+    @contextlib.contextmanager
+    def counting_ranges(self) -> Iterator[None]:
+        """Count a packed attention call as tapped if it asks for a live range meanwhile."""
+        before = self._ranges_asked
+        yield
+        self.calls += self._ranges_asked > before
+
+    def _hidden(self, mask: Any, groups: Sequence[LiveKeys], k: Tensor) -> Any:
+        """The block mask without the dead keys, made once per call: all layers are given the same mask."""
+        if len(groups) > 1:
             raise UnsupportedContextError("cannot prune chunks in flight apart in a block mask of flex attention")
         if id(mask) not in self._masks:
-            self._masks[id(mask)] = (mask, without_dead(mask, keeps[0].index, k.shape[0], k.shape[1]))
+            self._masks[id(mask)] = (mask, without_dead(mask, groups[0].index, k.shape[0], k.shape[1]))
         return self._masks[id(mask)][1]
 
     def live_range(self, start: int, first: int, stop: int, keys: Tensor) -> Tensor | None:
@@ -170,7 +194,7 @@ class CallTap:
             LongTensor, positions counted from ``first``, on the keys' device; None if all keys of the range live.
         """
         layout = self._layout_of(keys.shape[0])
-        self.asked += 1
+        self._ranges_asked += 1
         place = (start, first, stop)
         if place not in self._ranges:
             self._ranges[place] = self._live_range(layout, start, first, stop, keys.device)
@@ -181,7 +205,7 @@ class CallTap:
     def _live_range(
         self, layout: KeyLayout, start: int, first: int, stop: int, device: torch.device
     ) -> Tensor | None:
-        alive = self.ledger.live_for(layout, 1, start)[0, first:stop]
+        alive = self.dead.live_for(layout, 1, start)[0, first:stop]
         if bool(alive.all()):
             return None
         if not bool(alive.any()):
@@ -191,7 +215,7 @@ class CallTap:
     def _groups(self, k: Tensor, v: Tensor) -> list[QueryGroup]:
         if self.layout is None:
             return [QueryGroup(0, None, alive_rows(v).cpu())]
-        return self.ledger.live(self._layout_of(k.shape[1]), k.shape[0])
+        return self.dead.live(self._layout_of(k.shape[1]), k.shape[0])
 
     def _layout_of(self, keys: int) -> KeyLayout:
         """The key layout; raises unless it describes as many keys as self attention sees."""

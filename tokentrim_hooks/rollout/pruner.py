@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 
 from tokentrim_hooks.adapter import Adapter, Call
+from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import grid_of
 from tokentrim_hooks.pruning.context import CacheRows, anchor_frames
-from tokentrim_hooks.pruning.key_selection import Ledger
+from tokentrim_hooks.pruning.key_selection import DeadTokens
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import Tombstones, Traces
+
+_logger = logging.getLogger(__name__)
 
 
 class Pruner:
     """Applies verdicts to contexts and gives every denoiser call its tap.
 
-    ``enabled`` turns False when the self-check of the first prune failed; ``proven`` turns True when it passed.
+    Args:
+        adapter, patch_size: of the model.
+        policy: its options ``prune_anchors`` and ``coarse`` say which rows die.
+        layers: self-attention modules whose tapped function also serves cross attention; 0 if it does not.
+        failures: what follows a failure of a tap.
+
+    Attributes:
+        enabled: False once the self-check of the first prune failed. proven: True once it passed.
+        finding: what the self-check found, in words.
+        anchors: latent frames that the latest prune spared as sinks or anchors.
     """
 
-    def __init__(self, adapter: Adapter, patch_size: tuple[int, int], policy: Policy, layers: int = 0) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        patch_size: tuple[int, int],
+        policy: Policy,
+        layers: int = 0,
+        failures: FailurePolicy | None = None,
+    ) -> None:
         self.enabled = True
         self.proven = False
         self.finding = ""
         self.anchors = 0
-        """Frames of the context that the latest prune spared as sinks or anchors."""
-        self._adapter = adapter
-        self._patch_size = patch_size
-        self._anchors = bool(getattr(policy, "prune_anchors", False))
+        self._adapter, self._patch_size, self._policy, self._failures = adapter, patch_size, policy, failures
         self._layers = layers
-        self._ledger = Ledger(self._anchors, getattr(policy, "coarse", "any"))
+        self._dead_tokens = DeadTokens(policy.prune_anchors, policy.coarse)
         self._tombstones = Tombstones()
         # Weak: a sampler that drops its cache must get the memory back, marks or no marks.
         self._marked: dict[Hashable, Traces] = {}
@@ -39,30 +56,45 @@ class Pruner:
     @property
     def dead(self) -> bool:
         """Whether anything may be dead in the context."""
-        return bool(self._marked or self._ledger.killed)
+        return bool(self._marked or self._dead_tokens)
 
     def tap(self, call: Call) -> CallTap | None:
         """Tap for one denoiser call; None while nothing is dead, so that nothing is computed."""
         if not self.dead:
             return None
         layout = None
-        if self._ledger.killed:
+        if self._dead_tokens:
             context = self._adapter.context(call)
             assert not isinstance(context, CacheRows), "a model keeps its context in one way"
             layout = context
-        self._last = CallTap(layout, self._ledger, gated=self._layers > 0)
+        self._last = CallTap(layout, self._dead_tokens, self._layers > 0, self._failures)
         return self._last
 
-    def prune(self, call: Call, tokens: Sequence[Sequence[int]], chunk: int) -> int:
-        """Kill ``tokens`` (one list a sample) in the context of ``call`` for ``chunk``; return rows newly dead."""
+    def prune(self, call: Call, tokens: Sequence[Sequence[int]], start: int) -> int:
+        """Kill tokens in the context of a call.
+
+        Args:
+            call: the call whose context it is.
+            tokens: one list per sample; an empty one spares the sample.
+            start: latent frame at which the chunk starts for which they die.
+
+        Returns:
+            Context rows newly dead.
+        """
         context = self._adapter.context(call)
-        self.anchors = 0 if self._anchors else anchor_frames(context)
-        if not isinstance(context, CacheRows):
+        self.anchors = 0 if self._policy.prune_anchors else anchor_frames(context)
+        if isinstance(context, CacheRows):
+            dead = self._mark(context, tokens, call.stream)
+        else:
             self._expected = context.attentions or self._expected
-            return self._ledger.kill(context, tokens, chunk, grid_of(call.latents, self._patch_size))
-        dead = self._tombstones.mark(context, tokens, self._anchors)
+            dead = self._dead_tokens.kill(context, tokens, start, grid_of(call.latents, self._patch_size))
+        _logger.debug("pruned %d rows of the context for the chunk at latent frame %d", dead, start)
+        return dead
+
+    def _mark(self, context: CacheRows, tokens: Sequence[Sequence[int]], stream: Hashable) -> int:
+        dead = self._tombstones.mark(context, tokens, self._policy.prune_anchors)
         if dead:
-            self._marked[call.stream] = Traces.of(context.values)
+            self._marked[stream] = Traces.of(context.values)
             self._expected = len(context.values)
         return dead
 
@@ -83,15 +115,16 @@ class Pruner:
         if not self.proven:
             self.enabled = False
             self._tombstones.revive()
-            self._ledger.killed.clear()
+            self._dead_tokens.killed_by.clear()
             self._marked.clear()
+        _logger.info("self-check of the first prune %s: %s", "passed" if self.proven else "failed", self.finding)
         return self.proven
 
-    def revive(self, chunk: int) -> None:
-        """Bring back what was pruned for ``chunk``; valid until that chunk's rows move."""
+    def revive(self, start: int) -> None:
+        """Bring back what was pruned for the chunk at latent frame ``start``; valid until that chunk's rows move."""
         self._tombstones.revive()
         self._marked.clear()
-        self._ledger.forget(chunk)
+        self._dead_tokens.revive(start)
 
     def settle(self) -> None:
         """The prune is final: the pruned context goes forward."""
@@ -103,4 +136,4 @@ class Pruner:
         for traces in self._marked.values():
             traces.clear()
         self._marked.clear()
-        self._ledger.killed.clear()
+        self._dead_tokens.killed_by.clear()

@@ -1,4 +1,4 @@
-"""What one host read brings back: the verdict, and all that was waiting on the device."""
+"""What one host read brings back: a verdict, and all that was waiting on the device."""
 
 from __future__ import annotations
 
@@ -12,39 +12,70 @@ from tokentrim_hooks.policy.base import History, Verdict
 
 @dataclass(frozen=True)
 class Reading:
-    """One verdict and all that was waiting on the device, read by the host in one go."""
+    """A verdict on the host; all tensors are on the CPU, the first four in float64 ``[B]``.
 
-    severity: list[float]
-    threshold: list[float]
-    mean: list[float]
-    std: list[float]
+    Attributes:
+        severity, threshold, mean, std: of the verdict and of the history that it was made with.
+        count: severities in that history.
+        prune: per sample. tokens: the unstable set, per sample.
+        drift: of every token, ``[B, N]`` float64.
+        clean: whether the judged call's own latents were clean; False where nobody asked the device.
+        waiting: the flags that waited for this read.
+    """
+
+    severity: Tensor
+    threshold: Tensor
+    mean: Tensor
+    std: Tensor
+    count: int
     prune: list[bool]
     tokens: list[list[int]]
-    drift: list[list[float]]
-    flags: list[bool]
-    count: int
+    drift: Tensor
+    clean: bool
+    waiting: list[bool]
 
 
-def read(verdict: Verdict, drift: Tensor, history: History, flags: list[Tensor]) -> Reading:
-    """Bring a verdict, its drift ``[B, N]`` and waiting flags to the host: exactly one synchronisation."""
-    severity = verdict.severity
-    wide = torch.float32 if severity.device.type == "mps" else torch.float64
-    columns = [severity, verdict.threshold, history.mean, history.std, verdict.prune]
-    table = torch.stack([column.to(severity.device, wide) for column in columns])
-    waiting = [flag.reshape(1).to(severity.device, wide) for flag in flags]
-    parts = [table, verdict.tokens.to(wide), drift.to(wide), *waiting]
-    values: list[float] = torch.cat([part.flatten() for part in parts]).tolist()
-    batch = severity.shape[0]
-    rows = [_take(values, batch) for _ in range(5)]
-    tokens = [[int(token) for token in _take(values, verdict.tokens.shape[1])] for _ in range(batch)]
-    drifts = [_take(values, drift.shape[1]) for _ in range(batch)]
-    prune = [bool(value) for value in rows[4]]
-    flags_read = [bool(value) for value in values]
-    return Reading(rows[0], rows[1], rows[2], rows[3], prune, tokens, drifts, flags_read, history.count)
+def read(
+    verdict: Verdict, drift: Tensor, history: History, clean: Tensor | None = None, waiting: list[Tensor] | None = None
+) -> Reading:
+    """Bring a verdict, its drift ``[B, N]`` and flags to the host: exactly one synchronisation."""
+    flags = waiting or []
+    host = _to_host(
+        {
+            "severity": verdict.severity,
+            "threshold": verdict.threshold,
+            "mean": history.mean,
+            "std": history.std,
+            "prune": verdict.prune,
+            "tokens": verdict.tokens,
+            "drift": drift,
+            "clean": torch.zeros(1, device=drift.device) if clean is None else clean.reshape(1),
+            "waiting": torch.cat([flag.reshape(1) for flag in flags]) if flags else drift.new_empty(0),
+        }
+    )
+    return Reading(
+        severity=host["severity"],
+        threshold=host["threshold"],
+        mean=host["mean"],
+        std=host["std"],
+        count=history.count,
+        prune=host["prune"].bool().tolist(),
+        tokens=host["tokens"].long().tolist(),
+        drift=host["drift"],
+        clean=bool(host["clean"]),
+        waiting=host["waiting"].bool().tolist(),
+    )
 
 
-def _take(values: list[float], count: int) -> list[float]:
-    """Remove and return the first ``count`` values."""
-    taken = values[:count]
-    del values[:count]
-    return taken
+def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors on the CPU in one transfer, in float64 (float32 on a device that has no wider type).
+
+    Each transfer would be a synchronisation of its own, so they travel as one. Token indices and flags survive that:
+    whole numbers are exact in float32 up to 2^24.
+    """
+    devices = {tensor.device.type for tensor in tensors.values()}
+    wide = torch.float32 if "mps" in devices else torch.float64
+    target = tensors["drift"].device
+    parts = [tensor.to(target, wide).flatten() for tensor in tensors.values()]
+    pieces = torch.split(torch.cat(parts).cpu(), [part.numel() for part in parts])
+    return {name: piece.view(tensors[name].shape) for name, piece in zip(tensors, pieces, strict=True)}

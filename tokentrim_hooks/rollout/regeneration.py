@@ -2,125 +2,167 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from tokentrim_hooks.adapter import Adapter, Call
+from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import LatentsError, TokenTrimWarning
-from tokentrim_hooks.policy.base import Policy, Verdict
+from tokentrim_hooks.policy.base import Chunk, Policy, Verdict
 from tokentrim_hooks.policy.drift import latent_summary, token_drift
 from tokentrim_hooks.pruning.tap import enter_tap, leave_tap
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, read
-from tokentrim_hooks.rollout.state import Chunk, Step, Video
+from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to be judged: the last of ``steps``, calls of ``module``, in the state that the rollout is in."""
+
+    module: nn.Module
+    steps: list[Step]
+    phase: Phase
+    video: VideoState
+    chunk: ChunkState
+
+    @property
+    def call(self) -> Call:
+        """The call whose prediction is judged."""
+        return self.steps[-1].call
 
 
 class Regenerator:
-    """Judges the steps of a chunk and regenerates them on a pruned context, at most ``max_regenerations`` times."""
+    """Judges a chunk and regenerates it on a pruned context; reads the rollout's state and writes none of it.
+
+    Args:
+        adapter, patch_size: of the model.
+        policy: the one that judges.
+        pruner: applies its verdicts.
+    """
 
     def __init__(self, adapter: Adapter, patch_size: tuple[int, int], policy: Policy, pruner: Pruner) -> None:
         self.adapter, self.patch_size, self.policy, self.pruner = adapter, patch_size, policy, pruner
-        self.limit = int(getattr(policy, "max_regenerations", 1))
         self.replaying = False
 
-    def judge(
-        self, module: nn.Module, steps: list[Step], video: Video, chunk: Chunk, output: Any
-    ) -> tuple[Any, Tensor]:
-        """Judge the last of ``steps``; regenerate while the policy asks for it. Returns (output, prediction)."""
-        call, prediction = steps[-1].call, steps[-1].prediction
-        drift = None if call.commits else self._drift(call, prediction, video, output)
-        if drift is None:
+    def judge(self, case: Case, output: Any) -> Judgement:
+        """Judge ``output`` of the case's last step; regenerate all its steps while the policy asks for it.
+
+        Raises:
+            LatentsError: the prediction, or the previous chunk, is not finite.
+        """
+        call, chunk = case.call, case.chunk
+        found = Judgement(output, case.steps[-1].prediction)
+        clean = clean_flag(call) if chunk.steps == 1 and not chunk.given else None
+        view = None if call.commits else self._view(case, found)
+        if view is None:
             # The first chunk of a video, and so the only read: was it handed in as a clean prefix?
-            chunk.given = chunk.given or any(bool(flag) for flag in clean_flag(call))
-            return output, prediction
-        verdict, reading = self._judge(call, drift, video, chunk)
-        if chunk.given:
-            return output, prediction
-        chunk.reading = reading
-        while any(reading.prune) and chunk.regenerations < self.limit and self.pruner.enabled:
-            if not self._prune(call, reading, chunk):
-                break
-            output = self._regenerate(module, steps, reading, chunk, output)
-            prediction = self.adapter.prediction(call, output)
-            drift = self._drift(call, prediction, video, output)
-            assert drift is not None
-            verdict, reading = self._judge(call, drift, video, chunk)
-            chunk.accepted = reading.severity
-        video.statistics = video.statistics.updated(verdict.severity)
-        return output, prediction
+            found.given = clean is not None and bool(clean)
+            return found
+        verdict = self.policy.judge(view, case.video.history())
+        if verdict is None:
+            return found
+        reading = self._read(verdict, view, case.video, clean, case.video.waiting)
+        found.given, found.waiting = reading.clean, reading.waiting
+        if found.given or chunk.given:
+            return found
+        found.reading, found.severity = reading, verdict.severity
+        self._regenerate_while_unstable(case, reading, found)
+        return found
 
-    def prune_branch(self, call: Call, chunk: Chunk) -> bool:
-        """Prune the context of another branch of guidance, once a pruned chunk; whether that killed anything."""
-        if not chunk.tokens or call.stream in chunk.applied or call.start != chunk.start:
-            return False
-        chunk.applied.add(call.stream)
-        dead = self.pruner.prune(call, chunk.tokens, chunk.start)
-        chunk.dead += dead
-        return dead > 0
+    def prune_branch(self, call: Call, chunk: ChunkState) -> int:
+        """Prune the context of another branch of guidance for a chunk that was pruned; return the rows that died."""
+        return self.pruner.prune(call, chunk.tokens, chunk.start)
 
-    def replay_branch(self, module: nn.Module, step: Step, chunk: Chunk, output: Any) -> Any:
-        """Prune another branch after its first call and call it again.
+    def replay_branch(self, module: nn.Module, step: Step, chunk: ChunkState, output: Any) -> Any:
+        """Call another branch again, whose context was pruned after its first call.
 
         Needed where the tokens shall come back: the first call may roll the cache, and a mark can be taken back only
         from rows that have not moved since.
         """
-        if not self.prune_branch(step.call, chunk):
-            return output
-        return _select([bool(tokens) for tokens in chunk.tokens], self._replay(module, [step], chunk), output)
+        return _select([bool(tokens) for tokens in chunk.tokens], self._replay(module, [step]), output)
 
-    def _drift(self, call: Call, prediction: Tensor, video: Video, output: Any) -> Tensor | None:
-        """Token drift ``[B, N]`` against the previous chunk; None where there is no previous chunk."""
-        flying = self.adapter.reference(call, output)
+    # ------------------------------------------------------------------------------------------ judgement
+
+    def _view(self, case: Case, found: Judgement) -> Chunk | None:
+        """What the policy sees of an attempt; None where there is no previous chunk to compare with."""
+        video, chunk = case.video, case.chunk
+        flying = self.adapter.reference(case.call, found.output)
         previous = video.previous if flying is None else latent_summary(flying, self.patch_size)
         if previous is None:
             return None
-        return token_drift(latent_summary(prediction, self.patch_size), previous)
+        found.summary = summary = latent_summary(found.prediction, self.patch_size)
+        return Chunk(
+            phase=case.phase.value,
+            index=video.index,
+            start=chunk.start,
+            frames=chunk.frames,
+            grid=chunk.grid,
+            prediction=found.prediction,
+            summary=summary,
+            previous=previous,
+            first=previous if video.first is None else video.first,
+            drift=token_drift(summary, previous),
+        )
 
-    def _judge(self, call: Call, drift: Tensor, video: Video, chunk: Chunk) -> tuple[Verdict, Reading]:
-        """Ask the policy; bring its verdict and the flags that waited on the device to the host, in one read."""
-        history = video.history()
-        verdict = self.policy.judge(drift, history)
-        clean = clean_flag(call) if chunk.steps == 1 else []
-        reading = read(verdict, drift, history, [*clean, *video.waiting])
-        chunk.given = chunk.given or any(reading.flags[: len(clean)])
-        video.learn_steps(reading.flags[len(clean) :])
-        if not all(math.isfinite(value) for sample in reading.drift for value in sample):
+    def _read(
+        self, verdict: Verdict, view: Chunk, video: VideoState, clean: Tensor | None, waiting: list[Tensor]
+    ) -> Reading:
+        """Bring a verdict and the flags that waited on the device to the host, in one read."""
+        reading = read(verdict, view.drift, video.history(), clean, waiting)
+        if not bool(torch.isfinite(reading.drift).all()):
             raise LatentsError(
-                f"the chunk at latent frame {chunk.start}, or the one before it, holds NaN or inf: the model itself "
+                f"the chunk at latent frame {view.start}, or the one before it, holds NaN or inf: the model itself "
                 "diverged, so no verdict is possible and none is pretended"
             )
-        return verdict, reading
+        return reading
 
-    def _prune(self, call: Call, reading: Reading, chunk: Chunk) -> bool:
+    def _regenerate_while_unstable(self, case: Case, reading: Reading, found: Judgement) -> None:
+        """Prune, generate again, judge again, at most R times (Algorithm 1)."""
+        while any(reading.prune) and found.regenerations < self.policy.max_regenerations and self.pruner.enabled:
+            if not self._prune(case, reading, found):
+                break
+            found.output = self._regenerate(case, reading, found)
+            found.prediction = self.adapter.prediction(case.call, found.output)
+            view = self._view(case, found)
+            verdict = None if view is None else self.policy.judge(view, case.video.history())
+            if view is None or verdict is None:
+                break
+            # The statistics take the severity of what is accepted, not of what was rejected.
+            reading, found.severity = self._read(verdict, view, case.video, None, []), verdict.severity
+            found.accepted = reading.severity.tolist()
+
+    def _prune(self, case: Case, reading: Reading, found: Judgement) -> bool:
         """Prune the flagged samples' tokens; False where the context held nothing that may be pruned."""
         flagged = zip(reading.tokens, reading.prune, strict=True)
         tokens = [chosen if prune else [] for chosen, prune in flagged]
         if not any(tokens):
             # A trigger without a token asks for another attempt on the context as it is (see controls.py).
             return True
-        dead = self.pruner.prune(call, tokens, chunk.start)
+        dead = self.pruner.prune(case.call, tokens, case.chunk.start)
         if not dead:
-            chunk.notes.append("unstable, but the context holds nothing that may be pruned")
+            found.notes.append("unstable, but the context holds nothing that may be pruned")
             return False
-        chunk.tokens = _merged(chunk.tokens, tokens)
-        chunk.applied.add(call.stream)
-        chunk.dead += dead
-        chunk.anchors = self.pruner.anchors
+        found.tokens = _merged(found.tokens, tokens)
+        found.dead += dead
+        found.anchors = self.pruner.anchors
         return True
 
-    def _regenerate(
-        self, module: nn.Module, steps: list[Step], reading: Reading, chunk: Chunk, output: Any
-    ) -> Any:
+    # ------------------------------------------------------------------------------------------ replay
+
+    def _regenerate(self, case: Case, reading: Reading, found: Judgement) -> Any:
         """Run the steps again on the pruned context. The first prune must prove that it worked, or is undone."""
-        again = self._replay(module, steps, chunk)
-        if self.pruner.dead and not self.pruner.proven and not self._prove(steps[-1].call, again):
-            chunk.tokens, chunk.dead = [], 0
-            chunk.notes.append("self-check failed: pruning is off")
+        again = self._replay(case.module, case.steps)
+        found.extra_calls += len(case.steps)
+        if self.pruner.dead and not self.pruner.proven and not self._prove(case.call, again):
+            found.tokens, found.dead = [], 0
+            found.notes.append("self-check failed: pruning is off")
             warnings.warn(
                 f"the first prune could not be proved ({self.pruner.finding}); it was undone, and this model is only "
                 "observed from now on",
@@ -128,33 +170,38 @@ class Regenerator:
                 stacklevel=2,
             )
             # The failed attempt has poisoned what the denoiser wrote of this chunk: write it once more.
-            return self._replay(module, steps, chunk)
-        chunk.regenerations += 1
-        return _select(reading.prune, again, output)
+            found.extra_calls += len(case.steps)
+            return self._replay(case.module, case.steps)
+        found.regenerations += 1
+        return _select(reading.prune, again, found.output)
 
-    def _replay(self, module: nn.Module, steps: list[Step], chunk: Chunk) -> Any:
-        """Call the denoiser again, carrying changed predictions forward to later steps with the same noise."""
+    def _replay(self, module: nn.Module, steps: list[Step]) -> Any:
+        """Call the denoiser again for each step, with the same noise.
+
+        A later step's latents were made from the earlier step's prediction, which has changed: the adapter carries the
+        change over. The first step's latents are noise, which only a control policy draws anew.
+        """
         self.replaying = True
         try:
-            output, before, after = None, None, None
-            redraw = getattr(self.policy, "redraw", None)
-            for step in steps:
-                args, kwargs = step.args, step.kwargs
-                if before is None and redraw is not None:
-                    latents = redraw(step.call.latents, step.call.start)
-                    args, kwargs = self.adapter.with_latents(step.call, args, kwargs, latents)
-                if before is not None and after is not None:
-                    latents = self.adapter.carry(step.call, before, after)
-                    args, kwargs = self.adapter.with_latents(step.call, args, kwargs, latents)
-                output = self._call_again(module, step.call, args, kwargs)
-                chunk.extra_calls += 1
-                before, after = step.prediction, self.adapter.prediction(step.call, output)
+            with record_function("tokentrim.replay"):
+                output = self._call_again(module, steps[0], self._redrawn(steps[0]))
+                for earlier, step in itertools.pairwise(steps):
+                    changed = self.adapter.prediction(earlier.call, output)
+                    latents = self.adapter.carry(step.call, earlier.prediction, changed)
+                    output = self._call_again(module, step, latents)
             return output
         finally:
             self.replaying = False
 
-    def _call_again(self, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token = enter_tap(self.pruner.tap(call))
+    def _redrawn(self, step: Step) -> Tensor | None:
+        return self.policy.redraw(step.call.latents, step.call.start)
+
+    def _call_again(self, module: nn.Module, step: Step, latents: Tensor | None) -> Any:
+        """Call the denoiser as in ``step``, with other ``latents`` unless None, and its tap on."""
+        args, kwargs = step.args, step.kwargs
+        if latents is not None:
+            args, kwargs = self.adapter.with_latents(step.call, args, kwargs, latents)
+        token = enter_tap(self.pruner.tap(step.call))
         try:
             return self.adapter.replay(module, args, kwargs)
         finally:
@@ -166,11 +213,11 @@ class Regenerator:
         return self.pruner.check(finite)
 
 
-def clean_flag(call: Call) -> list[Tensor]:
-    """A flag on the device, where only the device knows whether the call's latents are clean (timestep 0)."""
+def clean_flag(call: Call) -> Tensor | None:
+    """Whether the call's latents are clean (timestep 0), on the device; None where its arguments say so anyway."""
     if call.commits is not None or call.timestep is None:
-        return []
-    return [call.timestep.abs().amax() == 0]
+        return None
+    return call.timestep.abs().amax() == 0
 
 
 def _merged(old: list[list[int]], new: list[list[int]]) -> list[list[int]]:

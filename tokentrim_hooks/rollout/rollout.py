@@ -1,32 +1,43 @@
-"""Follows a denoiser through its videos: which call is which, when a chunk begins and is accepted."""
+"""Follows a denoiser through its videos: which call is which, when a chunk begins and is accepted.
+
+The latents go down once: a call is parsed and classified here (session), its prediction summarised and judged by the
+policy (regeneration.py), the verdict marked in the context (pruner.py). What climbs back is the output that the sampler
+goes on with, and one record per chunk.
+
+Each hook of a policy has one place: ``guide`` in :meth:`Rollout._begin_chunk`, ``hide`` in :meth:`Rollout._enter_tap`,
+``judge`` in :meth:`Regenerator.judge`, ``correct`` and ``settle`` in :meth:`Rollout.after`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextvars import Token
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from tokentrim_hooks.adapter import Adapter, Call, Match, Phase
 from tokentrim_hooks.errors import LatentsError, UnsupportedProbeError
+from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.inspection import bind
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import RunningStatistics, grid_of, latent_summary
-from tokentrim_hooks.pruning.tap import CallTap, enter_tap, leave_tap, unforgiving
-from tokentrim_hooks.report.observers import Observer, tell
-from tokentrim_hooks.report.record import ChunkRecord, Report
+from tokentrim_hooks.pruning.tap import CallTap, enter_tap, leave_tap
+from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.rollout.pruner import Pruner
-from tokentrim_hooks.rollout.records import records_of
-from tokentrim_hooks.rollout.regeneration import Regenerator, clean_flag
-from tokentrim_hooks.rollout.state import Chunk, Step, Video
+from tokentrim_hooks.rollout.records import Recorder
+from tokentrim_hooks.rollout.regeneration import Case, Regenerator, clean_flag
+from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState
 
 Probe = Literal["first-step", "candidate"]
 
 
 class Rollout:
-    """Algorithm 1 of the paper over denoiser calls; ``before``, ``after`` and ``leave`` are the forward hooks."""
+    """Algorithm 1 of the paper over denoiser calls; ``before``, ``after`` and ``leave`` are the forward hooks.
+
+    The one owner of the video's and the chunk's state.
+    """
 
     def __init__(
         self,
@@ -34,22 +45,18 @@ class Rollout:
         match: Match,
         policy: Policy,
         probe: Probe,
-        report: Report,
+        recorder: Recorder,
         layers: int = 0,
-        observers: Sequence[Observer] = (),
+        failures: FailurePolicy | None = None,
     ) -> None:
-        self.adapter, self.patch_size, self.policy = adapter, match.patch_size, policy
-        self.probe, self.report = probe, report
-        self.pruner = Pruner(adapter, match.patch_size, policy, layers)
-        self.persist = bool(getattr(policy, "persist", True))
-        self.observers = list(observers)
+        self.adapter, self.patch_size, self.policy, self.probe = adapter, match.patch_size, policy, probe
+        self.recorder = recorder
         self.unread_calls = 0
-        self.forgive: Callable[[Exception], bool] = unforgiving
-        """What a tap asks that fails outside of a replay, in the middle of the model's own call."""
-        self._regenerator = Regenerator(adapter, match.patch_size, policy, self.pruner)
-        self._video: Video | None = None
+        self.pruner = Pruner(adapter, self.patch_size, policy, layers, failures)
+        self._regenerator = Regenerator(adapter, self.patch_size, policy, self.pruner)
+        self._video: VideoState | None = None
         self._videos = 0
-        self._chunk: Chunk | None = None
+        self._chunk: ChunkState | None = None
         self._call: Call | None = None
         self._phase: Phase | None = None
         # The arguments before other people's hooks changed them: a replay runs those hooks again.
@@ -62,56 +69,37 @@ class Rollout:
         """Classify the call, accept the previous chunk if a new one begins, hand the tap its live keys."""
         if self._regenerator.replaying:
             return
-        self._phase = None
-        self._call = call = self.adapter.parse(bind(module, args, kwargs))
-        if call is None:
-            self.unread_calls += 1
-            return
-        self._given = args, kwargs
-        self._phase = self._classify(call)
-        if self._chunk is not None and self.persist:
-            self._regenerator.prune_branch(call, self._chunk)
-        tap = self.pruner.tap(call)
-        if tap is not None:
-            tap.forgive = self.forgive
-        self._entered.append(enter_tap(tap))
+        with record_function("tokentrim.before"):
+            self._phase = None
+            self._call = call = self.adapter.parse(bind(module, args, kwargs))
+            if call is None:
+                self.unread_calls += 1
+                return
+            self._given = args, kwargs
+            self._phase = self._classify(call)
+            if self._chunk is not None and self.policy.persist:
+                self._prune_branch(call, self._chunk)
+            self._enter_tap(call)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Judge the chunk where the probe says so; return the output that the sampler goes on with."""
-        call, phase, chunk, video = self._call, self._phase, self._chunk, self._video
+        call, chunk, video = self._call, self._chunk, self._video
         if self._regenerator.replaying or call is None or chunk is None or video is None:
             return output
-        self.pruner.follow(call)
-        args, kwargs = self._given or (args, kwargs)
-        if phase is None:
-            return self._after_branch(module, call, args, kwargs, output)
-        with torch.no_grad():
-            chunk.count(phase)
-            prediction = self.adapter.prediction(call, output)
-            if phase in (Phase.FIRST, Phase.REFINE):
-                steps = self._steps_to_judge(Step(call, args, kwargs, prediction), phase, chunk, video)
-                if steps:
-                    output, prediction = self._regenerator.judge(module, steps, video, chunk, output)
-            self._remember(call, phase, prediction, chunk)
-        video.returned = prediction
-        if phase is Phase.COMMIT:
-            self._publish()
-        return output
-
-    def _after_branch(
-        self, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        """Another branch of guidance: where pruning lasts for one chunk only, it is pruned here, else before."""
-        if self.persist or self._chunk is None:
-            return output
-        with torch.no_grad():
+        with record_function("tokentrim.after"), torch.no_grad():
+            self.pruner.follow(call)
+            args, kwargs = self._given or (args, kwargs)
+            if self._phase is None and not self._prune_late(call, chunk):
+                return output
             step = Step(call, args, kwargs, self.adapter.prediction(call, output))
-            return self._regenerator.replay_branch(module, step, self._chunk, output)
+            if self._phase is None:
+                return self._replay_branch(module, step, chunk, output)
+            return self._after_step(module, step, self._phase, chunk, video, output)
 
-    def leave(self, _module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
-        """Runs also when the call raises: neither a tap nor the arguments (a cache among them) outlive the call."""
+    def leave(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        """Runs also when the call raises (then there is no output): neither tap nor arguments outlive the call."""
         if not self._regenerator.replaying:
-            if _output is None and self._chunk is not None:
+            if output is None and self._chunk is not None:
                 self._chunk.failed = True
             self.release()
 
@@ -121,10 +109,67 @@ class Rollout:
         while self._entered:
             leave_tap(self._entered.pop())
 
+    def _enter_tap(self, call: Call) -> None:
+        self._entered.append(enter_tap(self.pruner.tap(call)))
+
+    def _after_step(
+        self, module: nn.Module, step: Step, phase: Phase, chunk: ChunkState, video: VideoState, output: Any
+    ) -> Any:
+        """A call of the judged stream has come back."""
+        chunk.count(phase)
+        prediction, summary = step.prediction, None
+        steps = self._steps_to_judge(step, phase, chunk, video)
+        if steps:
+            judgement = self._regenerator.judge(Case(module, steps, phase, video, chunk), output)
+            self._enter(judgement, chunk, video)
+            output, prediction, summary = judgement.output, judgement.prediction, judgement.summary
+        self._remember(step.call, phase, prediction, summary, chunk)
+        video.returned = prediction
+        if phase is Phase.COMMIT:
+            self._publish()
+        return output
+
+    def _enter(self, judgement: Judgement, chunk: ChunkState, video: VideoState) -> None:
+        """Write a judgement into the state of the chunk and of the video."""
+        chunk.judgement = judgement
+        chunk.given = chunk.given or judgement.given
+        chunk.notes += judgement.notes
+        if judgement.tokens:
+            chunk.pruned_streams.add(video.stream)
+        if judgement.waiting is not None:
+            video.learn_steps(judgement.waiting)
+        if judgement.severity is not None:
+            video.statistics = video.statistics.updated(judgement.severity)
+
+    # ------------------------------------------------------------------------------------------ branches
+
+    def _prune_late(self, call: Call, chunk: ChunkState) -> bool:
+        """Prune another branch after its call, where pruning lasts for one chunk only (else it is pruned before it)."""
+        return not self.policy.persist and self._prune_branch(call, chunk)
+
+    def _replay_branch(self, module: nn.Module, step: Step, chunk: ChunkState, output: Any) -> Any:
+        assert chunk.judgement is not None, "a branch is pruned only with a judged chunk"
+        chunk.judgement.extra_calls += 1
+        return self._regenerator.replay_branch(module, step, chunk, output)
+
+    def _prune_branch(self, call: Call, chunk: ChunkState) -> bool:
+        """Prune the context of another branch, once per pruned chunk; whether that killed anything."""
+        if not chunk.tokens or call.stream in chunk.pruned_streams or call.start != chunk.start:
+            return False
+        assert chunk.judgement is not None, "tokens come from a judgement"
+        chunk.pruned_streams.add(call.stream)
+        dead = self._regenerator.prune_branch(call, chunk)
+        chunk.judgement.dead += dead
+        return dead > 0
+
     # ------------------------------------------------------------------------------------------ phases
 
     def _classify(self, call: Call) -> Phase | None:
-        """Phase of a call of the judged stream; None for the other branches of guidance."""
+        """Phase of a call of the judged stream; None for the other branches of guidance.
+
+        Guidance keeps one context per branch, and the branches take turns. The stream that a video's first call reads
+        is judged; a call of another stream at the same frames is a branch of the same chunk, elsewhere a new video.
+        """
         video, chunk = self._video, self._chunk
         if video is not None and call.stream != video.stream and _is_branch(call, video, chunk):
             video.streams.add(call.stream)
@@ -138,7 +183,7 @@ class Rollout:
         elif phase is Phase.COMMIT and chunk is not None:
             self._close(chunk)
         elif phase is Phase.RECACHE and video is not None:
-            video.statistics = RunningStatistics.empty(video.batch, call.latents.device)
+            video.begin_scene()
         return phase
 
     def _begin_chunk(self, call: Call, new_video: bool) -> None:
@@ -154,16 +199,16 @@ class Rollout:
                 "call handle.reset() before a new video"
             )
         if self.adapter.changes_prompt(call):
-            video.statistics = RunningStatistics.empty(video.batch, call.latents.device)
+            video.begin_scene()
         accepted = self.adapter.accepted(call)
         if accepted is not None:
             video.previous = latent_summary(accepted, self.patch_size)
-        self._chunk = Chunk(call.start, call.frames, grid_of(call.latents, self.patch_size))
+        self._chunk = ChunkState(call.start, call.frames, grid_of(call.latents, self.patch_size))
 
-    def _new_video(self, call: Call) -> Video:
+    def _new_video(self, call: Call) -> VideoState:
         batch = int(call.latents.shape[0])
         self._videos += 1
-        return Video(call.stream, batch, RunningStatistics.empty(batch, call.latents.device))
+        return VideoState(call.stream, batch, RunningStatistics.empty(batch, call.latents.device))
 
     def finish_chunk(self) -> None:
         """Accept the chunk in progress: it becomes the predecessor and is recorded."""
@@ -175,9 +220,8 @@ class Rollout:
             video.usual_steps = chunk.steps
         else:
             video.waiting = chunk.clean
-        video.previous = chunk.latest if chunk.latest is not None else video.previous
         self._publish()
-        video.chunk += 1
+        video.accept(chunk.summary)
         self._chunk = None
 
     def reset(self) -> None:
@@ -192,37 +236,21 @@ class Rollout:
             self._chunk.notes.append("tokentrim stepped aside")
         self.pruner.clear()
 
-    def snapshot(self) -> Report:
-        """The report so far, the chunk in progress included."""
-        pending = [] if self._chunk is None or self._chunk.published else self._records()
-        return Report(dict(self.report.settings), [*self.report.records, *pending])
-
-    def _publish(self) -> None:
-        """Record the chunk and tell the observers, once: at its commit, or at the next chunk where there is none."""
-        chunk, records = self._chunk, self._records()
-        if chunk is None or chunk.published or not records:
-            return
-        chunk.published = True
-        self.report.records.extend(records)
-        if chunk.latents is not None:
-            tell(self.observers, "on_chunk", records, chunk.latents)
-
-    def _close(self, chunk: Chunk) -> None:
+    def _close(self, chunk: ChunkState) -> None:
         """The chunk is denoised: its prune is final or taken back; nothing kept for it holds on to the cache."""
-        if not self.persist and chunk.tokens:
+        if not self.policy.persist and self.pruner.dead:
             self.pruner.revive(chunk.start)
-            chunk.tokens = []
+            if chunk.judgement is not None:
+                chunk.judgement.tokens = []
         self.pruner.settle()
         chunk.history = []
 
-    def _records(self) -> list[ChunkRecord]:
-        video, chunk = self._video, self._chunk
-        return [] if video is None or chunk is None else records_of(self._videos - 1, video, chunk)
-
     # ------------------------------------------------------------------------------------------ judgement
 
-    def _steps_to_judge(self, step: Step, phase: Phase, chunk: Chunk, video: Video) -> list[Step]:
+    def _steps_to_judge(self, step: Step, phase: Phase, chunk: ChunkState, video: VideoState) -> list[Step]:
         """The calls to replay if the chunk is unstable; none while the probe has nothing to judge yet."""
+        if phase not in (Phase.FIRST, Phase.REFINE):
+            return []
         if self.probe == "first-step":
             return [step] if phase is Phase.FIRST else []
         if video.streams:
@@ -231,35 +259,48 @@ class Rollout:
                 "use probe='first-step'"
             )
         if video.waiting and not video.usual_steps:
-            # Else nobody would ever read how many steps a chunk has where commits are not seen as such.
+            # Nobody else ever reads how many steps a chunk has where commits are not seen as such.
             video.learn_steps([bool(flag) for flag in video.waiting])
         chunk.history.append(step)
         return chunk.history if chunk.steps == video.usual_steps else []
 
-    def _remember(self, call: Call, phase: Phase, prediction: Tensor, chunk: Chunk) -> None:
+    def _remember(
+        self, call: Call, phase: Phase, prediction: Tensor, summary: Tensor | None, chunk: ChunkState
+    ) -> None:
         """Keep the summary of the chunk as last seen; where only the device knows if it was clean, choose there."""
         if phase is Phase.RECACHE:
             return
         if phase is Phase.COMMIT or call.commits:
-            chunk.latest = latent_summary(call.latents, self.patch_size)
+            chunk.summary = latent_summary(call.latents, self.patch_size)
             # A rolling window commits an older chunk than the one it takes in: not what this chunk's records tell of.
             chunk.latents = call.latents if call.start == chunk.start else chunk.latents
             chunk.given = chunk.given or phase is Phase.FIRST
             return
-        chunk.latest, chunk.latents = latent_summary(prediction, self.patch_size), prediction
-        for clean in clean_flag(call):
-            given = latent_summary(call.latents, self.patch_size).to(chunk.latest.dtype)
-            chunk.latest = torch.where(clean, given, chunk.latest)
+        chunk.latents = prediction
+        chunk.summary = latent_summary(prediction, self.patch_size) if summary is None else summary
+        clean = clean_flag(call)
+        if clean is not None:
+            given = latent_summary(call.latents, self.patch_size).to(chunk.summary.dtype)
+            chunk.summary = torch.where(clean, given, chunk.summary)
             chunk.clean.append(clean)
 
+    # ------------------------------------------------------------------------------------------ records
 
-def _is_branch(call: Call, video: Video, chunk: Chunk | None) -> bool:
+    def snapshot(self) -> Report:
+        """The report so far, the chunk in progress included."""
+        return self.recorder.snapshot(self._videos - 1, self._video, self._chunk)
+
+    def _publish(self) -> None:
+        self.recorder.publish(self._videos - 1, self._video, self._chunk)
+
+
+def _is_branch(call: Call, video: VideoState, chunk: ChunkState | None) -> bool:
     """Whether a call of another stream is a second branch of the chunk in progress, not a new video."""
     if chunk is None or call.start != chunk.start or _failed_at_once(video, chunk):
         return False
     return call.stream in video.streams or not chunk.committed
 
 
-def _failed_at_once(video: Video | None, chunk: Chunk | None) -> bool:
+def _failed_at_once(video: VideoState | None, chunk: ChunkState | None) -> bool:
     """Whether a call of the video's first chunk raised: the next call at its frames begins a video anew."""
-    return video is not None and chunk is not None and chunk.failed and not video.chunk
+    return video is not None and chunk is not None and chunk.failed and not video.index

@@ -1,4 +1,4 @@
-"""What the rollout remembers: of the chunk in progress, and of the video."""
+"""What the rollout, its only writer, remembers: of the chunk in progress, of its judgement, and of the video."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokentrim_hooks.rollout.reading import Reading
 
 @dataclass
 class Step:
-    """A denoising call kept for a whole-chunk replay."""
+    """A denoising call kept for a replay: with the arguments that it was given before other people's hooks."""
 
     call: Call
     args: tuple[Any, ...]
@@ -26,8 +26,56 @@ class Step:
 
 
 @dataclass
-class Chunk:
-    """The chunk in progress."""
+class Judgement:
+    """What came of judging a chunk: the regenerator's answer.
+
+    Attributes:
+        output: what the sampler goes on with. prediction: its x0, ``[B, F, C, H, W]``.
+        summary: latent summary of ``prediction``, where it was made, ``[B, N, D]``.
+        severity: of what was accepted, ``[B]`` on the device; None where no policy had an opinion.
+        reading: the first verdict on the host; None where there was none.
+        accepted: severity after regeneration, per sample; None where nothing was regenerated.
+        given: the call's latents were clean: the chunk was handed in.
+        waiting: the video's waiting flags, if they were read; see :class:`VideoState`.
+        tokens: tokens pruned, per sample; an empty list spares the sample, no list at all means nothing was pruned.
+        dead: context rows that died. anchors: latent frames spared as sinks or anchors.
+        regenerations, extra_calls: attempts after the first, and the denoiser calls that they cost.
+        notes: anything unusual.
+    """
+
+    output: Any
+    prediction: Tensor
+    summary: Tensor | None = None
+    severity: Tensor | None = None
+    reading: Reading | None = None
+    accepted: list[float] | None = None
+    given: bool = False
+    waiting: list[bool] | None = None
+    tokens: list[list[int]] = field(default_factory=list)
+    dead: int = 0
+    anchors: int = 0
+    regenerations: int = 0
+    extra_calls: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ChunkState:
+    """The chunk in progress.
+
+    Attributes:
+        start, frames: its latent frames. grid: (height, width) of its tokens.
+        phases: the sampler's calls by phase. steps: denoising calls among them.
+        committed: a commit call was seen. given: it was handed in as clean context.
+        summary: latent summary of the chunk as last seen, ``[B, N, D]``; becomes the next chunk's ``previous``.
+        latents: the chunk as last seen, for observers; a reference, not a copy.
+        published: its records are out. failed: a call of it raised.
+        clean: per call whose kind only the device knows, whether its latents were clean.
+        judgement: what came of judging it; None before.
+        pruned_streams: streams whose context has been pruned for it.
+        history: its calls so far, for a replay of all of them.
+        began, ended: seconds, of the first and the last call.
+    """
 
     start: int
     frames: int
@@ -36,26 +84,13 @@ class Chunk:
     steps: int = 0
     committed: bool = False
     given: bool = False
-    latest: Tensor | None = None
-    """Summary of the chunk as last seen; becomes the next chunk's predecessor."""
+    summary: Tensor | None = None
     latents: Tensor | None = None
-    """The chunk as last seen, for observers; a reference, not a copy."""
     published: bool = False
     failed: bool = False
-    """Whether a call of the chunk raised."""
     clean: list[Tensor] = field(default_factory=list)
-    """Per call whose kind only the device knows: whether its latents were clean."""
-    reading: Reading | None = None
-    accepted: list[float] | None = None
-    tokens: list[list[int]] = field(default_factory=list)
-    """Tokens to prune per sample; empty lists spare a sample; empty while nothing is pruned."""
-    applied: set[Hashable] = field(default_factory=set)
-    """Streams whose context has been pruned for this chunk."""
-    dead: int = 0
-    anchors: int = 0
-    """Frames of the context that a prune for this chunk spared as sinks or anchors."""
-    regenerations: int = 0
-    extra_calls: int = 0
+    judgement: Judgement | None = None
+    pruned_streams: set[Hashable] = field(default_factory=set)
     history: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
@@ -68,21 +103,54 @@ class Chunk:
         self.committed = self.committed or phase is Phase.COMMIT
         self.ended = time.perf_counter()
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Tokens that were pruned for this chunk, per sample; no list at all if none were."""
+        return [] if self.judgement is None else self.judgement.tokens
+
+    @property
+    def extra_calls(self) -> int:
+        """Denoiser calls that judging cost."""
+        return 0 if self.judgement is None else self.judgement.extra_calls
+
 
 @dataclass
-class Video:
-    """What belongs to one video: reset when a new one starts."""
+class VideoState:
+    """What belongs to one video: made anew when the next one starts.
+
+    Attributes:
+        stream: key of the context whose calls are judged. streams: those of its other guidance branches.
+        batch: number of samples. index: ordinal of the chunk in progress.
+        statistics: of the severities accepted so far.
+        previous: latent summary of the previous chunk as accepted, ``[B, N, D]``.
+        first: the same of the scene's first chunk.
+        usual_steps: denoising calls of an earlier complete chunk; 0 while unknown.
+        returned: the latest prediction that the sampler was handed.
+        waiting: flags of the previous chunk's calls, on the device, until something is read anyway.
+    """
 
     stream: Hashable
     batch: int
     statistics: RunningStatistics
     streams: set[Hashable] = field(default_factory=set)
     previous: Tensor | None = None
-    chunk: int = 0
+    first: Tensor | None = None
+    index: int = 0
     usual_steps: int = 0
     returned: Tensor | None = None
     waiting: list[Tensor] = field(default_factory=list)
-    """Flags of the previous chunk's calls that wait for the next host read."""
+
+    def begin_scene(self) -> None:
+        """A prompt switch, a cut or a re-cache: severities and the first chunk of before are no measure any more."""
+        mean = self.statistics.mean
+        self.statistics = RunningStatistics.empty(self.batch, mean.device)
+        self.first = None
+
+    def accept(self, summary: Tensor | None) -> None:
+        """The chunk in progress is accepted: it is the next one's predecessor."""
+        self.previous = summary if summary is not None else self.previous
+        self.first = self.previous if self.first is None else self.first
+        self.index += 1
 
     def learn_steps(self, clean: list[bool]) -> None:
         """The waiting flags were read: calls of the previous chunk with noisy latents are its denoising steps."""
@@ -90,18 +158,18 @@ class Video:
         self.waiting = []
 
     def history(self) -> History:
-        """Accepted chunks so far, for the policy."""
-        return History(self.chunk, self.statistics.count, self.statistics.mean, self.statistics.std)
+        """Accepted severities, for the policy."""
+        return History(self.statistics.count, self.statistics.mean, self.statistics.std)
 
-    def seen(self, chunk: Chunk | None) -> Seen:
+    def seen(self, chunk: ChunkState | None) -> Seen:
         """What the adapter may know when it tells phases apart."""
         if chunk is None:
             return Seen()
         return Seen(
-            chunk.start,
-            chunk.start + chunk.frames,
-            chunk.steps,
-            self.usual_steps,
-            chunk.committed,
-            self.returned,
+            start=chunk.start,
+            end=chunk.start + chunk.frames,
+            steps=chunk.steps,
+            usual_steps=self.usual_steps,
+            committed=chunk.committed,
+            returned=self.returned,
         )

@@ -6,6 +6,7 @@ from tokentrim_hooks.testing.conformance import AdapterConformance
 from tokentrim_hooks.testing.fingerprint import Fingerprint, assert_same, fingerprint
 from tokentrim_hooks.testing.policies import ForcedPolicy
 from tokentrim_hooks.testing.syncs import Sync, SyncLog, count_syncs
+from tokentrim_hooks.testing.views import chunk_of
 
 __all__ = [
     "AdapterConformance",
@@ -16,6 +17,7 @@ __all__ = [
     "Sync",
     "SyncLog",
     "assert_same",
+    "chunk_of",
     "count_syncs",
     "failures",
     "fingerprint",

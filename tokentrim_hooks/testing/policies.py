@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.policy.base import History, Verdict
+from tokentrim_hooks.policy.base import Chunk, History, Policy, Verdict
 from tokentrim_hooks.policy.drift import severity_of, unstable_tokens
 
 Tokens = float | Sequence[int] | Sequence[Sequence[int]]
@@ -18,26 +17,23 @@ Tokens = float | Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class ForcedPolicy:
+class ForcedPolicy(Policy):
     """Prunes given tokens at given chunks whatever the drift is; every other chunk is accepted.
 
     Attributes:
         at: what to prune at which chunk (0 is the first, which no policy ever judges): a fraction, a list of tokens,
             or one list of tokens for each sample (an empty one spares the sample).
         samples: samples that are pruned; None means all.
-        max_regenerations, persist, prune_anchors, coarse: as in :class:`tokentrim_hooks.DriftPolicy`.
+        max_regenerations, persist, prune_anchors, coarse: as in :class:`tokentrim_hooks.Policy`.
     """
 
     at: Mapping[int, Tokens] = field(default_factory=dict)
     samples: tuple[int, ...] | None = None
-    max_regenerations: int = 1
-    persist: bool = True
-    prune_anchors: bool = False
-    coarse: Literal["any", "all"] = "any"
 
-    def judge(self, drift: Tensor, history: History) -> Verdict:
+    def judge(self, chunk: Chunk, history: History) -> Verdict:
         """Give the planned verdict for this chunk; severity is the mean drift over the chosen tokens."""
-        tokens, wanted = _chosen(self.at.get(history.chunk), drift)
+        drift = chunk.drift
+        tokens, wanted = _chosen(self.at.get(chunk.index), drift)
         if self.samples is not None:
             wanted = [want and sample in self.samples for sample, want in enumerate(wanted)]
         severity = severity_of(drift, tokens)

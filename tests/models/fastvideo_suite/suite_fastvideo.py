@@ -132,9 +132,9 @@ def test_x0_is_what_the_stage_makes_of_the_flow() -> None:
     convert = tiny.causal_denoising.pred_noise_to_pred_video
 
     class Watching(ForcedPolicy):
-        def judge(self, drift: Tensor, history: Any) -> Any:
-            predicted.append(float(drift.mean()))
-            return super().judge(drift, history)
+        def judge(self, chunk: tokentrim.Chunk, history: Any) -> Any:
+            predicted.append(float(chunk.drift.mean()))
+            return super().judge(chunk, history)
 
     def noted(**given: Any) -> Tensor:
         made.append(convert(**given))

@@ -53,9 +53,8 @@ class Setting:
     def policy(self, seed: int) -> Policy:
         """The policy; ``seed`` is of what a control draws."""
         kind = AlwaysPolicy if self.always else DriftPolicy
-        policy: Policy = kind(
-            self.fraction, self.sensitivity, self.warmup, self.max_regenerations, self.persist, self.prune_anchors
-        )
+        options = (field.name for field in dataclasses.fields(kind) if hasattr(self, field.name))
+        policy: Policy = kind(**{name: getattr(self, name) for name in options})
         if self.tokens != "unstable":
             policy = ChooseTokens(policy, self.tokens, seed)
         return FreshNoise(policy, seed) if self.fresh_noise else policy
