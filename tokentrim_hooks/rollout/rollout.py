@@ -171,12 +171,12 @@ class Rollout:
         is judged; a call of another stream at the same frames is a branch of the same chunk, elsewhere a new video.
         """
         video, chunk = self._video, self._chunk
-        if video is not None and call.stream != video.stream and _is_branch(call, video, chunk):
+        if video is not None and video.has_branch(call, chunk):
             video.streams.add(call.stream)
             return None
         known = video is not None and call.stream == video.stream
         phase = self.adapter.phase(call, video.seen(chunk)) if video and known else Phase.FIRST
-        if phase is Phase.REFINE and _failed_at_once(video, chunk):
+        if phase is Phase.REFINE and video is not None and video.failed_at_once(chunk):
             phase = Phase.FIRST
         if phase is Phase.FIRST:
             self._begin_chunk(call, new_video=not known)
@@ -292,15 +292,3 @@ class Rollout:
 
     def _publish(self) -> None:
         self.recorder.publish(self._videos - 1, self._video, self._chunk)
-
-
-def _is_branch(call: Call, video: VideoState, chunk: ChunkState | None) -> bool:
-    """Whether a call of another stream is a second branch of the chunk in progress, not a new video."""
-    if chunk is None or call.start != chunk.start or _failed_at_once(video, chunk):
-        return False
-    return call.stream in video.streams or not chunk.committed
-
-
-def _failed_at_once(video: VideoState | None, chunk: ChunkState | None) -> bool:
-    """Whether a call of the video's first chunk raised: the next call at its frames begins a video anew."""
-    return video is not None and chunk is not None and chunk.failed and not video.index

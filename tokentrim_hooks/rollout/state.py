@@ -173,3 +173,13 @@ class VideoState:
             committed=chunk.committed,
             returned=self.returned,
         )
+
+    def has_branch(self, call: Call, chunk: ChunkState | None) -> bool:
+        """Whether a call of another stream is a second branch of the chunk in progress, not a new video."""
+        if call.stream == self.stream or chunk is None or call.start != chunk.start or self.failed_at_once(chunk):
+            return False
+        return call.stream in self.streams or not chunk.committed
+
+    def failed_at_once(self, chunk: ChunkState | None) -> bool:
+        """Whether a call of the video's first chunk raised: the next call at its frames begins a video anew."""
+        return chunk is not None and chunk.failed and not self.index
