@@ -2,8 +2,9 @@
 
 The sampler calls ``generator(noisy_image_or_video, conditional_dict, timestep, kv_cache, crossattn_cache,
 current_start)``; ``generator.model.blocks[i].self_attn`` calls a function ``attention`` of its own module, which cross
-attention does not use. The cache is a list of dicts, one a layer: ``k`` and ``v`` ``[B, rows, heads, head_dim]``, frame
-by frame, and the tensors ``global_end_index`` (rows of the video so far) and ``local_end_index`` (rows in the cache).
+attention does not use. The cache is a list of dicts, one per layer: ``k`` and ``v`` ``[B, rows, heads, head_dim]``,
+frame by frame, and the tensors ``global_end_index`` (rows of the video so far) and ``local_end_index`` (rows in the
+cache).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """CausVid (tianweiy/CausVid): ``InferencePipeline`` with a few-step causal generator.
 
 The generator returns x0 alone and is told ``current_start`` and ``current_end``, in tokens: both the rows of the cache
-that the call writes and the place of its frames in time. The cache has room for the whole video, one dict a layer with
-``k`` (after RoPE) and ``v`` and no indices; a call reads all rows before ``current_end``. There is no sink and nothing
-rolls, so tokens of earlier frames lie where they were written.
+that the call writes and the place of its frames in time. The cache has room for the whole video, one dict per layer
+with ``k`` (after RoPE) and ``v`` and no indices; a call reads all rows before ``current_end``. There is no sink and
+nothing rolls, so tokens of earlier frames lie where they were written.
 
 A long video is several ``inference(..., start_latents=...)`` calls that hand over their last frames and write the cache
 from row 0 again. Each of them is a video of its own here: marks and statistics start anew, since none of the rows that

@@ -1,6 +1,6 @@
 """FastVideo's causal Wan (``CausalWanTransformer3DModel``), as its causal stages sample from it.
 
-The stage keeps the KV cache in a local variable: it is seen only as an argument of the transformer's calls, several a
+The stage keeps the KV cache in a local variable: it is seen only as an argument of the transformer's calls, several per
 chunk and then one with the finished chunk. Wan2.2 has two transformers (high and low noise), each with its own cache.
 Rows roll left behind the sink frames. With ``rope_cache_policy`` "absolute" the cache holds roped K; with
 "relativistic" raw K, roped anew by its place in the window at every call. Either way K is roped before it reaches the

@@ -63,7 +63,7 @@ class FramePack(PackedHistory):
 
     def packing(self, arguments: Mapping[str, Any]) -> Packing | None:
         """History is ``[4x | 2x | first frame, 1x]``. The sampler makes new frame indices for every section and
-        embeds the image once a video.
+        embeds the image once per video.
         """
         clean, twice, four = (arguments[name] for name in (self.clean, self.twice, self.four))
         if clean is None or twice is None or four is None:
@@ -85,7 +85,7 @@ class FramePack(PackedHistory):
         return int(image.shape[1] + min(length, text.shape[1]))
 
     def _length(self, mask: Tensor) -> int:
-        """Words that a text mask lets through; one host read a prompt."""
+        """Words that a text mask lets through; one host read per prompt."""
         for known, length in self._lengths:
             if known is mask:
                 return length

@@ -1,7 +1,7 @@
 """Helios in diffusers: ``HeliosPipeline`` and the modular Helios blocks, text, image and video to video.
 
 The transformer gets long (4x), mid (2x) and short (1x) history, a pinned first frame before the short part, then the
-chunk. History latents are sliced once a chunk and handed to all its calls; frame indices are made once a video.
+chunk. History latents are sliced once per chunk and handed to all its calls; frame indices are made once per video.
 
 The pyramid variants are refused: their first stages denoise the chunk at a fraction of its size, with noise levels
 that end at the stage's own end point, so that their first prediction is neither on the history's grid nor an x0.

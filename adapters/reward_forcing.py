@@ -1,8 +1,8 @@
 """Reward-Forcing: Self-Forcing's loop with a sink that absorbs, little by little, what passes through the window.
 
 K is stored before RoPE and turned anew in every call by the order of rows: sink first, then the recent window. When the
-window is full, rows of recent frames are blended into the sink (``incremental_update``, 0.001 of them a chunk). A dead
-row is kept out of that blend: the sink's row stays as it was, or its mark would kill the sink's row for good.
+window is full, rows of recent frames are blended into the sink (``incremental_update``, 0.001 of them per chunk). A
+dead row is kept out of that blend: the sink's row stays as it was, or its mark would kill the sink's row for good.
 
 A token that was blended in before it was pruned keeps that share, which nothing can take out again. The first call of a
 chunk blends before the chunk can be judged: so too does, once, the chunk that the prune is for.

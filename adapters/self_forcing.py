@@ -1,8 +1,8 @@
 """Self-Forcing (guandeh17/Self-Forcing) and samplers that call its generator wrapper in the same way.
 
 The sampler calls ``generator(noisy_image_or_video, conditional_dict, timestep, kv_cache, crossattn_cache,
-current_start)`` several times a chunk, then once more with the finished chunk at timestep 0 to write clean context.
-The cache is a list of dicts, one a layer, with K stored after RoPE; rows of older frames roll left when the window is
+current_start)`` several times per chunk, then once more with the finished chunk at timestep 0 to write clean context.
+The cache is a list of dicts, one per layer, with K stored after RoPE; rows of older frames roll left when the window is
 full, behind a fixed prefix of sink frames. ``current_start`` counts tokens.
 
 Forks that nobody has looked at are recognised where nothing about them is new. A parameter of the generator, or an

@@ -134,7 +134,7 @@ class SkyReelsV2(Adapter[WindowCall]):
         return branch
 
     def _check(self, window: Window) -> None:
-        """Caches and parallelism may be switched on after the patch; ask once a window."""
+        """Caches and parallelism may be switched on after the patch; ask once per window."""
         if window.checked:
             return
         reason = _refusal(self.pipeline)

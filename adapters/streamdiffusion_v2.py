@@ -34,7 +34,7 @@ from ._wan import rows_per_frame, self_attentions
 PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache", "current_start", "current_end")
 METHODS = ("prepare", "inference_wo_batch", "inference_stream", "inference")
 BATCHED = ("inference_stream", "inference")
-"""Methods that denoise several chunks at once, one a sample, each at another step."""
+"""Methods that denoise several chunks at once, one per sample, each at another step."""
 FALLBACK, FLASH = "attention_with_kvcache_fallback", "flash_attn_with_kvcache"
 
 

@@ -60,10 +60,6 @@ def given(kind: str) -> dict[str, Any]:
     return {"text": {}, "image": {"image": clip[0]}, "video": {"video": clip}}[kind]
 
 
-def as_tensor(video: Any) -> torch.Tensor:
-    return torch.as_tensor(video)
-
-
 def watched(handle: Any, method: str, notes: list[Any]) -> None:
     """Note (start, result) of an adapter's method."""
     original = getattr(handle.adapter, method)
@@ -130,12 +126,8 @@ def reference_run(monkeypatch, hide: Hide, **settings) -> torch.Tensor:
         pipe = tiny.pipeline()
         reference = InfReference(patch, pipe, hide)
         video = tiny.run(pipe, **settings)
-        assert reference.hidden or hide is nothing
+        assert reference.hidden
     return video
-
-
-def nothing(_window: int, _row: int) -> dict[int, Any]:
-    return {}
 
 
 def sync_prune(window: int, row: int) -> dict[int, Any]:

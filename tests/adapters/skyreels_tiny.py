@@ -114,4 +114,4 @@ def run(pipe: Any, seed: int = 5, **changes: Any) -> torch.Tensor:
     """Generate and return the latents ``[B, C, F, H, W]``."""
     arguments = settings(**changes)
     torch.manual_seed(seed)
-    return pipe(generator=torch.Generator().manual_seed(seed), **arguments).frames
+    return torch.as_tensor(pipe(generator=torch.Generator().manual_seed(seed), **arguments).frames)

@@ -13,11 +13,20 @@ import torch
 from torch.nn.attention import flex_attention
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.testing import ForcedPolicy, assert_same, fingerprint
+from tokentrim_hooks.testing import ForcedPolicy
 
 sys.path.insert(0, str(Path(__file__).parent))
 import anyflow_tiny as tiny
 from dispatch_tools import AllPolicy, dead_keys
+from video_checks import (
+    Clock,
+    assert_exact,
+    assert_judged,
+    assert_leaves_nothing_behind,
+    blocky,
+    observed,
+    spoilt_input,
+)
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -32,27 +41,6 @@ WHEN = 2
 @pytest.fixture(scope="module")
 def pipe():
     return tiny.pipeline()
-
-
-class Clock:
-    """Counts chunks that are denoised by the scheduler, which is reset once for each."""
-
-    def __init__(self, given=0):
-        self.chunk = given - 1
-
-    @contextmanager
-    def on(self, pipe):
-        original = pipe.scheduler.set_timesteps
-
-        def tick(*args, **kwargs):
-            self.chunk += 1
-            return original(*args, **kwargs)
-
-        pipe.scheduler.set_timesteps = tick
-        try:
-            yield self
-        finally:
-            del pipe.scheduler.set_timesteps
 
 
 @contextmanager
@@ -108,18 +96,14 @@ def hidden(clock, rule="any", samples=None):
 
 
 def reference(pipe, rule="any", samples=None, given=0, **options):
-    clock = Clock(given)
+    clock = Clock(given=given)
     with clock.on(pipe), dense(hidden(clock, rule, samples)):
         return tiny.run(pipe, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"cfg": 2.0}, {"batch": 2}, {"video_latents": tiny.noise(1, 3, 4, 8, 8)}])
 def test_observing_changes_nothing(pipe, options):
-    plain, state = tiny.run(pipe, **options), torch.random.get_rng_state()
-    with tokentrim.patched(pipe, tokentrim.ObservePolicy()) as handle:
-        assert torch.equal(tiny.run(pipe, **options), plain)
-        assert torch.equal(torch.random.get_rng_state(), state)
-        records = [record for record in handle.report if record.sample == 0]
+    records = observed(pipe, tiny.run, **options)
     given = 2 if "video_latents" in options else 0
     assert [record.start for record in records] == STARTS[:-1]
     assert [record.given for record in records] == [True] * given + [False] * (5 - given)
@@ -140,13 +124,8 @@ def test_severity_compares_first_estimate_with_the_accepted_chunk(pipe, cfg):
     hook = pipe.transformer.register_forward_hook(note, with_kwargs=True)
     video = tiny.run(pipe, cfg=cfg)
     hook.remove()
-    difference = (seen[4].mean(0) - video[0, :, 1:3].mean(1)).unflatten(2, (4, 2)).unflatten(1, (4, 2))
-    drift = difference.square().sum((0, 2, 4)).sqrt().flatten()
-    with tokentrim.patched(pipe, tokentrim.ObservePolicy(fraction=0.25)) as handle:
-        tiny.run(pipe, cfg=cfg)
-    record = handle.report.records[2]
-    assert record.severity == pytest.approx(float(drift.topk(4).values.mean()), rel=1e-4)
-    assert set(record.tokens) == set(drift.topk(4).indices.tolist())
+    drift = blocky(seen[4].mean(0) - video[0, :, 1:3].mean(1))
+    assert_judged(pipe, tiny.run, drift, rel=1e-4, cfg=cfg)
 
 
 @pytest.mark.parametrize("rule", ["any", "all"])
@@ -155,19 +134,12 @@ def test_pruning_equals_minus_infinity_from_the_start_of_the_chunk(pipe, rule, o
     """In reading and in writing the cache, full and compressed."""
     expected = reference(pipe, rule, **options)
     options = {name: value for name, value in options.items() if name != "given"}
-    plain = tiny.run(pipe, **options)
-    with tokentrim.patched(pipe, (ForcedPolicy if rule == "any" else AllPolicy)({2: TOKENS})) as handle:
-        pruned = tiny.run(pipe, **options)
-    assert handle.report.triggers == 1 and handle.report.records[2].extra_calls == 1
-    torch.testing.assert_close(pruned, expected, atol=1e-5, rtol=1e-5)
-    assert (pruned - plain).abs().max() > 1e-3
+    assert_exact(pipe, tiny.run, (ForcedPolicy if rule == "any" else AllPolicy)({2: TOKENS}), expected, **options)
 
 
 def test_one_sample_of_two(pipe):
     expected = reference(pipe, samples={1}, batch=2)
-    with tokentrim.patched(pipe, ForcedPolicy({2: TOKENS}, samples=(1,))):
-        pruned = tiny.run(pipe, batch=2)
-    torch.testing.assert_close(pruned, expected, atol=1e-5, rtol=1e-5)
+    pruned = assert_exact(pipe, tiny.run, ForcedPolicy({2: TOKENS}, samples=(1,)), expected, batch=2)
     torch.testing.assert_close(pruned[0], tiny.run(pipe, batch=2)[0], atol=1e-5, rtol=1e-5)
 
 
@@ -191,11 +163,12 @@ def spoilt_cache(pipe, policy, garbage):
     """Run with garbage in the cached K and V of the flagged tokens, at the calls of chunk 2."""
     clock = Clock()
 
-    def spoil(module, args, kwargs):
+    def spoil(kwargs):
         if clock.chunk == 2 and not kwargs["kv_cache_flag"]["is_cache_step"]:
             for layer in kwargs["kv_cache"].values():
                 for frame in range(3):
                     layer["full_cache"][:, :, :, [frame * 16 + token for token in TOKENS]] += garbage
+        return {}
 
     return _run_with(pipe, policy, clock, spoil)[:, :, 3:5]
 
@@ -204,25 +177,21 @@ def spoilt_writing(pipe, policy, garbage):
     """Run with garbage in the flagged tokens' pixels when the cache is rebuilt after chunk 2."""
     clock = Clock()
 
-    def spoil(module, args, kwargs):
+    def spoil(kwargs):
         if clock.chunk != 2 or not kwargs["kv_cache_flag"]["is_cache_step"]:
-            return args, kwargs
+            return {}
         bad = kwargs["hidden_states"].clone()
         for token in TOKENS:
             row, column = 2 * (token // 4), 2 * (token % 4)
             bad[:, :3, :, row : row + 2, column : column + 2] += garbage
-        return args, {**kwargs, "hidden_states": bad}
+        return {"hidden_states": bad}
 
     return _run_with(pipe, policy, clock, spoil)[:, :, 5:7]
 
 
 def _run_with(pipe, policy, clock, spoil):
-    hook = pipe.transformer.register_forward_pre_hook(spoil, with_kwargs=True)
-    try:
-        with clock.on(pipe), tokentrim.patched(pipe, policy):
-            return tiny.run(pipe, cfg=2.0)
-    finally:
-        hook.remove()
+    with spoilt_input(pipe.transformer, spoil), clock.on(pipe), tokentrim.patched(pipe, policy):
+        return tiny.run(pipe, cfg=2.0)
 
 
 @pytest.mark.parametrize("spoilt", [spoilt_cache, spoilt_writing])
@@ -246,33 +215,15 @@ def test_tokens_come_back_if_asked(pipe):
 
 def test_videos_follow_one_another_and_interruption_leaves_nothing_behind(pipe):
     policy = ForcedPolicy({1: TOKENS, 2: 0.2})
-    plain, before = tiny.run(pipe), fingerprint(pipe)
-    tiny.run(pipe)
-    own = before.changed(fingerprint(pipe))
-    with tokentrim.patched(pipe, policy):
-        whole = tiny.run(pipe)
-    calls = []
+    assert_leaves_nothing_behind(pipe, tiny.run, policy, 4, [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4])
 
-    def stop(pipeline, step, timestep, given):
-        calls.append(1 / (4 - len(calls)))
-        return {}
 
-    with tokentrim.patched(pipe, policy) as handle:
-        assert torch.equal(tiny.run(pipe), whole)
-        with pytest.raises(ZeroDivisionError):
-            tiny.run(pipe, callback_on_step_end=stop)
-        assert torch.equal(tiny.run(pipe), whole)
-        tiny.run(pipe, chunk_partition=[2, 1])
-        tiny.run(pipe, chunk_partition=[2, 1])
+def test_videos_of_other_lengths_follow_one_another(pipe):
+    with tokentrim.patched(pipe, ForcedPolicy({1: TOKENS})) as handle:
+        for partition in (tiny.PARTITION, [2, 1], [2, 1]):
+            tiny.run(pipe, chunk_partition=partition)
         chunks = [(record.video, record.chunk) for record in handle.report]
-    assert chunks == [(0, c) for c in range(5)] + [(1, c) for c in range(3)] + [(2, c) for c in range(5)] + [
-        (3, 0),
-        (3, 1),
-        (4, 0),
-        (4, 1),
-    ]
-    assert torch.equal(tiny.run(pipe), plain)
-    assert_same(before, fingerprint(pipe), ignore=own)
+    assert chunks == [*((0, chunk) for chunk in range(5)), (1, 0), (1, 1), (2, 0), (2, 1)]
 
 
 # ---------------------------------------------------------------------------------------------- refusals

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.testing import ForcedPolicy, assert_same, fingerprint
+from tokentrim_hooks.testing import ForcedPolicy
 
 sys.path.insert(0, str(Path(__file__).parent))
 import framepack_tiny as tiny
 from dispatch_tools import AllPolicy, dead_keys, poison, watched
+from video_checks import (
+    Clock,
+    assert_exact,
+    assert_judged,
+    assert_leaves_nothing_behind,
+    blocky,
+    observed,
+    spoilt_input,
+)
 
 torch.set_num_threads(1)
 
@@ -30,27 +38,6 @@ TEXT = 2 + 4
 @pytest.fixture(scope="module")
 def pipe():
     return tiny.pipeline()
-
-
-class Clock:
-    """Counts a pipeline's sections from 0, from outside."""
-
-    def __init__(self):
-        self.section = -1
-
-    @contextmanager
-    def on(self, pipe):
-        original = pipe.prepare_latents
-
-        def tick(*args, **kwargs):
-            self.section += 1
-            return original(*args, **kwargs)
-
-        pipe.prepare_latents = tick
-        try:
-            yield self
-        finally:
-            del pipe.prepare_latents
 
 
 def history(sampling, section, grid):
@@ -72,9 +59,9 @@ def hidden(sampling, clock, grid, when, rule="any", anchors=False, samples=None,
         return set(TOKENS) if frame < limit else set()
 
     def hide(keys):
-        parts = history(sampling, clock.section, grid)
+        parts = history(sampling, clock.chunk, grid)
         coarse = dead_keys(parts[:2], grid, dead, rule)
-        if keys != len(coarse) + (2 + W) * count + text or clock.section < when:
+        if keys != len(coarse) + (2 + W) * count + text or clock.chunk < when:
             return None
         pinned = [anchors and token in TOKENS for token in range(count)]
         line = coarse + pinned + dead_keys(parts[2:], grid, dead, rule) + [False] * (W * count + text)
@@ -86,7 +73,7 @@ def hidden(sampling, clock, grid, when, rule="any", anchors=False, samples=None,
 
 def reference(pipe, sampling, when=2, size=(64, 64), rule="any", anchors=False, samples=None, text=TEXT, **options):
     """The unpatched pipeline with -inf at the dead keys from the start of section ``when``."""
-    clock = Clock()
+    clock = Clock("prepare_latents")
     grid = (size[0] // 16, size[1] // 16)
     with clock.on(pipe), watched(hidden(sampling, clock, grid, when, rule, anchors, samples, text)) as kernel:
         return tiny.run(pipe, sampling=sampling, size=size, **options), kernel
@@ -95,11 +82,7 @@ def reference(pipe, sampling, when=2, size=(64, 64), rule="any", anchors=False, 
 @BOTH
 @pytest.mark.parametrize("options", [{}, {"cfg": 2.0}, {"batch": 2}])
 def test_observing_changes_nothing(pipe, sampling, options):
-    plain, state = tiny.run(pipe, sampling=sampling, **options), torch.random.get_rng_state()
-    with tokentrim.patched(pipe, tokentrim.ObservePolicy()) as handle:
-        assert torch.equal(tiny.run(pipe, sampling=sampling, **options), plain)
-        assert torch.equal(torch.random.get_rng_state(), state)
-        records = [record for record in handle.report if record.sample == 0]
+    records = observed(pipe, tiny.run, sampling=sampling, **options)
     assert [record.phases for record in records] == [{"first": 1, "refine": 1}] * 4
     assert [record.start for record in records] == ([1, 4, 7, 10] if sampling == VANILLA else [-3, -6, -9, -12])
     assert [record.severity is None for record in records] == [True, False, False, False]
@@ -118,13 +101,7 @@ def test_severity_compares_first_x0_with_the_accepted_section(pipe, sampling):
     video = tiny.run(pipe, sampling=sampling)
     hook.remove()
     before = video[:, :, 4:7] if sampling == VANILLA else video[:, :, 7:10]
-    distance = (seen[4].mean(2) - before.mean(2)).unflatten(3, (4, 2)).unflatten(2, (4, 2))
-    drift = distance.square().sum((1, 3, 5)).sqrt().flatten()
-    with tokentrim.patched(pipe, tokentrim.ObservePolicy(fraction=0.25)) as handle:
-        tiny.run(pipe, sampling=sampling)
-    record = handle.report.records[2]
-    assert record.severity == pytest.approx(float(drift.topk(4).values.mean()), rel=1e-5)
-    assert set(record.tokens) == set(drift.topk(4).indices.tolist())
+    assert_judged(pipe, tiny.run, blocky(seen[4][0].mean(1) - before[0].mean(1)), sampling=sampling)
 
 
 @BOTH
@@ -137,12 +114,7 @@ def test_pruning_equals_minus_infinity_from_the_start_of_the_chunk(pipe, samplin
     words = 8 if "cfg" in options else TEXT
     expected, _ = reference(pipe, sampling, rule=rule, text=words, **options)
     policy = (ForcedPolicy if rule == "any" else AllPolicy)({2: TOKENS})
-    plain = tiny.run(pipe, sampling=sampling, **options)
-    with tokentrim.patched(pipe, policy) as handle:
-        pruned = tiny.run(pipe, sampling=sampling, **options)
-    assert handle.report.triggers == 1 and handle.report.records[2].extra_calls == 1
-    torch.testing.assert_close(pruned, expected, atol=1e-5, rtol=1e-5)
-    assert (pruned - plain).abs().max() > 1e-3
+    assert_exact(pipe, tiny.run, policy, expected, sampling=sampling, **options)
 
 
 @BOTH
@@ -177,9 +149,7 @@ def test_tokens_come_back_if_asked(pipe, sampling):
 @BOTH
 def test_pinned_first_frame_is_pruned_on_request_only(pipe, sampling):
     expected, _ = reference(pipe, sampling, anchors=True)
-    with tokentrim.patched(pipe, ForcedPolicy({2: TOKENS}, prune_anchors=True)):
-        pruned = tiny.run(pipe, sampling=sampling)
-    torch.testing.assert_close(pruned, expected, atol=1e-5, rtol=1e-5)
+    assert_exact(pipe, tiny.run, ForcedPolicy({2: TOKENS}, prune_anchors=True), expected, sampling=sampling)
 
 
 @BOTH
@@ -187,33 +157,24 @@ def test_one_sample_of_two(pipe, sampling):
     options = {"batch": 2, "sampling": sampling}
     expected, _ = reference(pipe, samples={1}, text=8, **options)
     plain = tiny.run(pipe, **options)
-    with tokentrim.patched(pipe, ForcedPolicy({2: TOKENS}, samples=(1,))):
-        pruned = tiny.run(pipe, **options)
-    torch.testing.assert_close(pruned, expected, atol=1e-5, rtol=1e-5)
+    pruned = assert_exact(pipe, tiny.run, ForcedPolicy({2: TOKENS}, samples=(1,)), expected, **options)
     torch.testing.assert_close(pruned[0], plain[0], atol=1e-5, rtol=1e-5)
     assert (pruned[1] - plain[1]).abs().max() > 1e-3
 
 
 def poisoned_run(pipe, sampling, policy):
     """Run with garbage in the flagged tokens of all real history frames, at the calls of section 2."""
-    clock = Clock()
+    clock = Clock("prepare_latents")
 
-    def spoil(module, args, kwargs):
-        if clock.section != 2:
-            return args, kwargs
-        bad = dict(kwargs)
+    def spoil(kwargs):
+        if clock.chunk != 2:
+            return {}
         real = range(12, 16) if sampling == VANILLA else range(3)
-        bad["latents_history_4x"] = poison(bad["latents_history_4x"], TOKENS, real)
-        bad["latents_history_2x"] = poison(bad["latents_history_2x"], TOKENS, range(2))
-        bad["latents_clean"] = poison(bad["latents_clean"], TOKENS, [1])
-        return args, bad
+        frames = {"latents_history_4x": real, "latents_history_2x": range(2), "latents_clean": [1]}
+        return {name: poison(kwargs[name], TOKENS, places) for name, places in frames.items()}
 
-    hook = pipe.transformer.register_forward_pre_hook(spoil, with_kwargs=True)
-    try:
-        with clock.on(pipe), tokentrim.patched(pipe, policy):
-            return tiny.run(pipe, sampling=sampling, sections=3)
-    finally:
-        hook.remove()
+    with spoilt_input(pipe.transformer, spoil), clock.on(pipe), tokentrim.patched(pipe, policy):
+        return tiny.run(pipe, sampling=sampling, sections=3)
 
 
 @BOTH
@@ -249,29 +210,7 @@ def test_directions_and_videos_follow_one_another(pipe):
 
 def test_interrupted_run_leaves_nothing_behind(pipe):
     policy = ForcedPolicy({1: TOKENS})
-    plain, before = tiny.run(pipe), fingerprint(pipe)
-    with tokentrim.patched(pipe, policy):
-        whole = tiny.run(pipe)
-
-    def stop(pipeline, step, timestep, given):
-        stop.calls += 1
-        if stop.calls == 5:
-            raise RuntimeError("stopped by the test")
-        return {}
-
-    stop.calls = 0
-    with tokentrim.patched(pipe, policy) as handle:
-        with pytest.raises(RuntimeError, match="stopped by the test"):
-            tiny.run(pipe, callback_on_step_end=stop)
-        assert torch.equal(tiny.run(pipe), whole)
-        assert handle.report.triggers == 2
-    assert torch.equal(tiny.run(pipe), plain)
-    assert_same(before, fingerprint(pipe), ignore=before.changed(_fingerprint_after_a_run(pipe)))
-
-
-def _fingerprint_after_a_run(pipe):
-    tiny.run(pipe)
-    return fingerprint(pipe)
+    assert_leaves_nothing_behind(pipe, tiny.run, policy, 3, [0, 1, 2, 3, 0, 1, 0, 1, 2, 3])
 
 
 def test_copy_of_a_patched_pipeline_is_unpatched(pipe):

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.testing import ForcedPolicy, assert_same, fingerprint
+from tokentrim_hooks.testing import ForcedPolicy
 
 sys.path.insert(0, str(Path(__file__).parent))
 import helios_tiny as tiny
 from dispatch_tools import AllPolicy, dead_keys, poison, watched
+from video_checks import (
+    Clock,
+    assert_exact,
+    assert_judged,
+    assert_leaves_nothing_behind,
+    assert_refuses_a_cache_and_parallelism,
+    blocky,
+    observed,
+    spoilt_input,
+)
 
 torch.set_num_threads(1)
 
@@ -35,27 +44,6 @@ VIDEO = {
 @pytest.fixture(scope="module")
 def pipe():
     return tiny.pipeline()
-
-
-class Clock:
-    """Counts chunks from 0 by the scheduler, which is reset once per chunk."""
-
-    def __init__(self):
-        self.chunk = -1
-
-    @contextmanager
-    def on(self, pipe):
-        original = pipe.scheduler.set_timesteps
-
-        def tick(*args, **kwargs):
-            self.chunk += 1
-            return original(*args, **kwargs)
-
-        pipe.scheduler.set_timesteps = tick
-        try:
-            yield self
-        finally:
-            del pipe.scheduler.set_timesteps
 
 
 def hidden(clock, grid, given, when=2, rule="any", anchors=False):
@@ -87,11 +75,7 @@ def reference(pipe, run=tiny.run, given=0, size=(64, 64), rule="any", anchors=Fa
 
 @pytest.mark.parametrize("options", [{}, {"cfg": 2.0, "batch": 2}, IMAGE, VIDEO])
 def test_observing_changes_nothing(pipe, options):
-    plain, state = tiny.run(pipe, **options), torch.random.get_rng_state()
-    with tokentrim.patched(pipe, tokentrim.ObservePolicy()) as handle:
-        assert torch.equal(tiny.run(pipe, **options), plain)
-        assert torch.equal(torch.random.get_rng_state(), state)
-        records = [record for record in handle.report if record.sample == 0]
+    records = observed(pipe, tiny.run, **options)
     given = 6 if options is VIDEO else 1 if options is IMAGE else 0
     assert [record.phases for record in records] == [{"first": 1, "refine": 1}] * 4
     assert [record.start for record in records] == [given, given + 3, given + 6, given + 9]
@@ -108,13 +92,7 @@ def test_severity_compares_first_x0_with_the_accepted_chunk(pipe):
     hook = pipe.transformer.register_forward_hook(note, with_kwargs=True)
     video = tiny.run(pipe)
     hook.remove()
-    distance = (seen[4].mean(2) - video[:, :, 3:6].mean(2)).unflatten(3, (4, 2)).unflatten(2, (4, 2))
-    drift = distance.square().sum((1, 3, 5)).sqrt().flatten()
-    with tokentrim.patched(pipe, tokentrim.ObservePolicy(fraction=0.25)) as handle:
-        tiny.run(pipe)
-    record = handle.report.records[2]
-    assert record.severity == pytest.approx(float(drift.topk(4).values.mean()), rel=1e-5)
-    assert set(record.tokens) == set(drift.topk(4).indices.tolist())
+    assert_judged(pipe, tiny.run, blocky(seen[4][0].mean(1) - video[0, :, 3:6].mean(1)))
 
 
 @pytest.mark.parametrize("rule", ["any", "all"])
@@ -124,12 +102,7 @@ def test_severity_compares_first_x0_with_the_accepted_chunk(pipe):
 def test_pruning_equals_minus_infinity_from_the_start_of_the_chunk(pipe, rule, options):
     expected = reference(pipe, rule=rule, **options)
     options = {name: value for name, value in options.items() if name != "given"}
-    plain = tiny.run(pipe, **options)
-    with tokentrim.patched(pipe, (ForcedPolicy if rule == "any" else AllPolicy)({2: TOKENS})) as handle:
-        pruned = tiny.run(pipe, **options)
-    assert handle.report.triggers == 1 and handle.report.records[2].extra_calls == 1
-    torch.testing.assert_close(pruned, expected, atol=1e-5, rtol=1e-5)
-    assert (pruned - plain).abs().max() > 1e-3
+    assert_exact(pipe, tiny.run, (ForcedPolicy if rule == "any" else AllPolicy)({2: TOKENS}), expected, **options)
 
 
 @pytest.mark.parametrize(
@@ -137,23 +110,15 @@ def test_pruning_equals_minus_infinity_from_the_start_of_the_chunk(pipe, rule, o
 )
 def test_variants_of_the_transformer(variant):
     pipe = tiny.pipeline(**variant)
-    expected = reference(pipe)
-    with tokentrim.patched(pipe, ForcedPolicy({2: TOKENS})):
-        torch.testing.assert_close(tiny.run(pipe), expected, atol=1e-5, rtol=1e-5)
+    assert_exact(pipe, tiny.run, ForcedPolicy({2: TOKENS}), reference(pipe))
 
 
 def test_modular_pipeline():
     """The guider calls conditional and unconditional one after the other; timesteps are whole numbers there."""
     pipe = tiny.modular()
-    plain = tiny.run_modular(pipe)
-    expected = reference(pipe, tiny.run_modular)
-    with tokentrim.patched(pipe, tokentrim.ObservePolicy()) as handle:
-        assert torch.equal(tiny.run_modular(pipe), plain)
-        assert [record.phases for record in handle.report] == [{"first": 1, "refine": 1}] * 4
-    with tokentrim.patched(pipe, ForcedPolicy({2: TOKENS})) as handle:
-        pruned = tiny.run_modular(pipe)
-    torch.testing.assert_close(pruned, expected, atol=1e-5, rtol=1e-5)
-    assert (pruned - plain).abs().max() > 1e-3
+    records = observed(pipe, tiny.run_modular)
+    assert [record.phases for record in records] == [{"first": 1, "refine": 1}] * 4
+    assert_exact(pipe, tiny.run_modular, ForcedPolicy({2: TOKENS}), reference(pipe, tiny.run_modular))
 
 
 def test_modular_pipeline_without_a_pinned_frame():
@@ -192,21 +157,13 @@ def poisoned_run(pipe, policy):
     """Run with garbage in the flagged tokens of all real history frames, at the calls of chunk 2."""
     clock = Clock()
 
-    def spoil(module, args, kwargs):
-        if clock.chunk != 2:
-            return args, kwargs
-        bad = dict(kwargs)
-        bad["latents_history_long"] = poison(bad["latents_history_long"], TOKENS, [13, 14, 15])
-        bad["latents_history_mid"] = poison(bad["latents_history_mid"], TOKENS, [0, 1])
-        bad["latents_history_short"] = poison(bad["latents_history_short"], TOKENS, [1])
-        return args, bad
+    def spoil(kwargs):
+        frames = {"long": [13, 14, 15], "mid": [0, 1], "short": [1]} if clock.chunk == 2 else {}
+        names = {part: f"latents_history_{part}" for part in frames}
+        return {name: poison(kwargs[name], TOKENS, frames[part]) for part, name in names.items()}
 
-    hook = pipe.transformer.register_forward_pre_hook(spoil, with_kwargs=True)
-    try:
-        with clock.on(pipe), tokentrim.patched(pipe, policy):
-            return tiny.run(pipe, chunks=3, cfg=2.0)
-    finally:
-        hook.remove()
+    with spoilt_input(pipe.transformer, spoil), clock.on(pipe), tokentrim.patched(pipe, policy):
+        return tiny.run(pipe, chunks=3, cfg=2.0)
 
 
 def test_pruned_content_cannot_be_read(pipe):
@@ -222,37 +179,13 @@ def test_pruned_content_cannot_be_read(pipe):
 
 
 def test_pinned_first_frame_is_pruned_on_request_only(pipe):
-    expected = reference(pipe, anchors=True)
-    with tokentrim.patched(pipe, ForcedPolicy({2: TOKENS}, prune_anchors=True)):
-        torch.testing.assert_close(tiny.run(pipe), expected, atol=1e-5, rtol=1e-5)
+    policy = ForcedPolicy({2: TOKENS}, prune_anchors=True)
+    assert_exact(pipe, tiny.run, policy, reference(pipe, anchors=True))
 
 
 def test_videos_follow_one_another_and_interruption_leaves_nothing_behind(pipe):
     policy = ForcedPolicy({1: TOKENS, 2: 0.2})
-    plain, before = tiny.run(pipe), fingerprint(pipe)
-    tiny.run(pipe)
-    own = before.changed(fingerprint(pipe))
-    before = fingerprint(pipe)
-    with tokentrim.patched(pipe, policy):
-        whole = tiny.run(pipe)
-    with tokentrim.patched(pipe, policy) as handle:
-        assert torch.equal(tiny.run(pipe), whole)
-        with pytest.raises(ZeroDivisionError):
-            tiny.run(pipe, callback_on_step_end=_stop_in_the_second_chunk())
-        assert torch.equal(tiny.run(pipe), whole)
-        assert [record.chunk for record in handle.report] == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3]
-    assert torch.equal(tiny.run(pipe), plain)
-    assert_same(before, fingerprint(pipe), ignore=own)
-
-
-def _stop_in_the_second_chunk():
-    calls = []
-
-    def callback(pipeline, step, timestep, given):
-        calls.append(1 / (3 - len(calls)))
-        return {}
-
-    return callback
+    assert_leaves_nothing_behind(pipe, tiny.run, policy, 3, [0, 1, 2, 3, 0, 1, 0, 1, 2, 3])
 
 
 def test_refuses_pyramid_stages():
@@ -285,14 +218,5 @@ def test_refuses_a_chunk_on_a_smaller_grid_than_its_history(pipe):
 
 
 def test_refuses_a_diffusers_cache_and_parallelism():
-    from diffusers import MagCacheConfig
-
     pipe = tiny.pipeline()
-    with tokentrim.patched(pipe):
-        pipe.transformer._cache_config = MagCacheConfig(calibrate=True)
-        with pytest.raises(tokentrim.UnsupportedContextError, match="disable_cache"):
-            tiny.run(pipe)
-    pipe.transformer._cache_config = None
-    pipe.transformer.blocks[1].attn1.processor._parallel_config = object()
-    with pytest.raises(tokentrim.UnsupportedModelError, match="context parallelism"):
-        tokentrim.patch(pipe)
+    assert_refuses_a_cache_and_parallelism(pipe, tiny.run, pipe.transformer.blocks[1].attn1)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.testing import ForcedPolicy, assert_same, fingerprint
+from tokentrim_hooks.testing import ForcedPolicy
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ltx_tiny as tiny
 from dispatch_tools import watched
+from video_checks import (
+    Clock,
+    assert_exact,
+    assert_judged,
+    assert_leaves_nothing_behind,
+    assert_refuses_a_cache_and_parallelism,
+    observed,
+    spoilt_input,
+)
 
 torch.set_num_threads(1)
 
@@ -30,33 +38,12 @@ def pipe():
     return tiny.pipeline()
 
 
-class Clock:
-    """Counts windows from 0 by the scheduler, which is reset once per window."""
-
-    def __init__(self):
-        self.window = -1
-
-    @contextmanager
-    def on(self, pipe):
-        original = pipe.scheduler.set_timesteps
-
-        def tick(*args, **kwargs):
-            self.window += 1
-            return original(*args, **kwargs)
-
-        pipe.scheduler.set_timesteps = tick
-        try:
-            yield self
-        finally:
-            del pipe.scheduler.set_timesteps
-
-
 def reference(pipe, guiding=0, anchors=False, tail=tiny.TAIL, **options):
     """The unpatched pipeline with -inf at the dead keys of window 2, in both guidance branches."""
     clock = Clock()
 
     def hide(keys):
-        if clock.window != 2 or keys < OWN:
+        if clock.chunk != 2 or keys < OWN:
             return None
         line = [False] * OWN + [token in TOKENS for token in range(COUNT)] * tail + [False] * (guiding * COUNT)
         return torch.tensor(line + [anchors and token in TOKENS for token in range(COUNT)])
@@ -67,11 +54,7 @@ def reference(pipe, guiding=0, anchors=False, tail=tiny.TAIL, **options):
 
 @pytest.mark.parametrize("options", [{}, {"cfg": 3.0}, {"cond_image": torch.zeros(1, 3, 128, 128)}])
 def test_observing_changes_nothing(pipe, options):
-    plain, state = tiny.run(pipe, **options), torch.random.get_rng_state()
-    with tokentrim.patched(pipe, tokentrim.ObservePolicy()) as handle:
-        assert torch.equal(tiny.run(pipe, **options), plain)
-        assert torch.equal(torch.random.get_rng_state(), state)
-        records = list(handle.report)
+    records = observed(pipe, tiny.run, **options)
     assert [record.phases for record in records] == [{"first": 1, "refine": 2}] * 4
     assert [(record.start, record.frames) for record in records] == [(0, 5), (3, 5), (6, 5), (9, 5)]
     assert [record.severity is None for record in records] == [True, False, False, False]
@@ -90,12 +73,7 @@ def test_severity_compares_x0_of_two_windows(pipe, cfg):
     hook = pipe.transformer.register_forward_hook(note, with_kwargs=True)
     tiny.run(pipe, cfg=cfg)
     hook.remove()
-    drift = (seen[6] - seen[5]).norm(dim=-1)
-    with tokentrim.patched(pipe, tokentrim.ObservePolicy(fraction=0.25)) as handle:
-        tiny.run(pipe, cfg=cfg)
-    record = handle.report.records[2]
-    assert record.severity == pytest.approx(float(drift.topk(4).values.mean()), rel=1e-5)
-    assert set(record.tokens) == set(drift.topk(4).indices.tolist())
+    assert_judged(pipe, tiny.run, (seen[6] - seen[5]).norm(dim=-1), cfg=cfg)
 
 
 GUIDED = {"guidance_latents": torch.randn(1, tiny.CHANNELS, 14, 4, 4, generator=torch.Generator().manual_seed(8))}
@@ -107,13 +85,8 @@ def test_pruning_equals_minus_infinity_from_the_start_of_the_window(pipe, option
     """Both guidance branches, one batch, one verdict; guidance frames are never pruned."""
     expected = reference(pipe, anchors=anchors, **options)
     options = {name: value for name, value in options.items() if name != "guiding"}
-    plain = tiny.run(pipe, **options)
     policy = ForcedPolicy({2: TOKENS}, prune_anchors=anchors, persist=not anchors)
-    with tokentrim.patched(pipe, policy) as handle:
-        pruned = tiny.run(pipe, **options)
-    assert handle.report.triggers == 1 and handle.report.records[2].extra_calls == 1
-    torch.testing.assert_close(pruned, expected, atol=1e-5, rtol=1e-5)
-    assert (pruned - plain).abs().max() > 1e-3
+    assert_exact(pipe, tiny.run, policy, expected, **options)
 
 
 def test_key_counts(pipe):
@@ -133,26 +106,22 @@ def outputs_of_window_2(pipe, policy, garbage):
     """What the transformer says of window 2's own frames, with ``garbage`` in the flagged tokens of the tail."""
     outputs, clock = [], Clock()
 
-    def spoil(module, args, kwargs):
+    def spoil(kwargs):
         bad = kwargs["hidden_states"].clone()
-        for frame in range(tiny.TAIL if clock.window == 2 else 0):
+        for frame in range(tiny.TAIL if clock.chunk == 2 else 0):
             bad[:, [OWN + frame * COUNT + token for token in TOKENS]] += garbage
-        return args, {**kwargs, "hidden_states": bad}
+        return {"hidden_states": bad}
 
     def note(module, args, kwargs, output):
-        if clock.window == 2:
+        if clock.chunk == 2:
             outputs.append(output[0][:, :OWN].clone())
 
-    with clock.on(pipe), tokentrim.patched(pipe, policy):
-        hooks = [
-            pipe.transformer.register_forward_pre_hook(spoil, with_kwargs=True),
-            pipe.transformer.register_forward_hook(note, with_kwargs=True),
-        ]
+    with clock.on(pipe), tokentrim.patched(pipe, policy), spoilt_input(pipe.transformer, spoil):
+        hook = pipe.transformer.register_forward_hook(note, with_kwargs=True)
         try:
             tiny.run(pipe, windows=3, cfg=3.0)
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
     return torch.stack(outputs)
 
 
@@ -175,25 +144,7 @@ def test_a_tail_of_strength_zero_is_no_context(pipe):
 
 def test_videos_follow_one_another_and_interruption_leaves_nothing_behind(pipe):
     policy = ForcedPolicy({1: TOKENS, 2: 0.2})
-    plain, before = tiny.run(pipe), fingerprint(pipe)
-    tiny.run(pipe)
-    own = before.changed(fingerprint(pipe))
-    with tokentrim.patched(pipe, policy):
-        whole = tiny.run(pipe)
-
-    def stop(pipeline, step, timestep, given):
-        calls.append(1 / (4 - len(calls)))
-        return {}
-
-    calls = []
-    with tokentrim.patched(pipe, policy) as handle:
-        assert torch.equal(tiny.run(pipe), whole)
-        with pytest.raises(ZeroDivisionError):
-            tiny.run(pipe, callback_on_step_end=stop)
-        assert torch.equal(tiny.run(pipe), whole)
-        assert [record.chunk for record in handle.report] == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3]
-    assert torch.equal(tiny.run(pipe), plain)
-    assert_same(before, fingerprint(pipe), ignore=own)
+    assert_leaves_nothing_behind(pipe, tiny.run, policy, 4, [0, 1, 2, 3, 0, 1, 0, 1, 2, 3])
 
 
 def test_another_pipeline_of_the_same_code_is_untouched(pipe):
@@ -213,14 +164,5 @@ def test_refuses_the_transformer_alone(pipe):
 
 
 def test_refuses_a_diffusers_cache_and_parallelism():
-    from diffusers import MagCacheConfig
-
     pipe = tiny.pipeline()
-    with tokentrim.patched(pipe):
-        pipe.transformer._cache_config = MagCacheConfig(calibrate=True)
-        with pytest.raises(tokentrim.UnsupportedContextError, match="disable_cache"):
-            tiny.run(pipe)
-    pipe.transformer._cache_config = None
-    pipe.transformer.transformer_blocks[0].attn1.processor._parallel_config = object()
-    with pytest.raises(tokentrim.UnsupportedModelError, match="context parallelism"):
-        tokentrim.patch(pipe)
+    assert_refuses_a_cache_and_parallelism(pipe, tiny.run, pipe.transformer.transformer_blocks[0].attn1)

@@ -16,15 +16,14 @@ from tests.adapters.skyreels_reference import (
     SYNC,
     Forced,
     N,
-    as_tensor,
     block_prune,
     given,
     lonely_prune,
-    nothing,
     reference_run,
     sync_prune,
     sync_prune_once,
 )
+from tests.adapters.video_checks import assert_exact, observed
 from tokentrim_hooks import ObservePolicy
 
 EXACT = [
@@ -41,14 +40,9 @@ EXACT = [
 @pytest.mark.parametrize(("settings", "chunk", "hide"), EXACT)
 def test_whole_run_equals_attention_with_inf_at_the_dead_keys(monkeypatch, settings, chunk, hide):
     """Replay, guidance branches, later steps and later windows: all as if the tokens had been gone beforehand."""
-    pipe = tiny.pipeline()
-    with tokentrim.patch(pipe, Forced(chunk)) as handle:
-        pruned = tiny.run(pipe, **settings)
-        assert handle.report.triggers == settings.get("batch", 1)
     expected = reference_run(monkeypatch, hide, **settings)
-    untouched = reference_run(monkeypatch, nothing, **settings)
-    assert (expected - untouched).abs().max() > 0.01
-    torch.testing.assert_close(pruned, expected, atol=1e-5, rtol=1e-5)
+    batch = settings.get("batch", 1)
+    assert_exact(tiny.pipeline(), tiny.run, Forced(chunk), expected, triggers=batch, least=0.01, **settings)
 
 
 def test_persist_false_revives_after_the_chunk(monkeypatch):
@@ -88,15 +82,7 @@ NEUTRAL = [
 
 @pytest.mark.parametrize(("kind", "settings"), NEUTRAL)
 def test_observing_changes_no_bit_and_draws_no_random_number(kind, settings):
-    pipe = tiny.pipeline(kind)
-    settings = {**settings, **given(kind)}
-    bare = as_tensor(tiny.run(pipe, **settings))
-    state = torch.get_rng_state()
-    with tokentrim.patch(pipe, ObservePolicy()) as handle:
-        watched = as_tensor(tiny.run(pipe, **settings))
-        assert torch.equal(torch.get_rng_state(), state)
-        assert len(handle.report) > 0
-    assert torch.equal(bare, watched)
+    assert observed(tiny.pipeline(kind), tiny.run, **settings, **given(kind))
 
 
 def test_a_short_video_is_one_chunk_with_nothing_to_judge():

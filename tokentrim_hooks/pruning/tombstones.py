@@ -34,7 +34,7 @@ class Tombstones:
     replaced: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def mark(self, rows: CacheRows, tokens: Sequence[Sequence[int]], prune_anchors: bool = False) -> int:
-        """Mark all cached positions of ``tokens`` (one list a sample; empty = spare it); return rows marked."""
+        """Mark all cached positions of ``tokens`` (one list per sample; empty = spare it); return rows marked."""
         require_floating(rows.values)
         first = rows.start if prune_anchors else rows.start + rows.anchors
         sample, row = _positions(tokens, first, rows.stop, rows.rows_per_frame, range(*rows.current))

@@ -37,7 +37,7 @@ class Counter:
     count: int = 0
 
     def up(self) -> None:
-        """One more."""
+        """Count one more call."""
         self.count += 1
 
 
@@ -85,7 +85,7 @@ def check_records(report: Report, chunks: int, calls: int) -> None:
     for before, after in itertools.pairwise(records):
         assert after.start == before.start + before.frames, f"chunk {after.chunk} starts at frame {after.start}"
     firsts = [record.phases.get("first", 0) for record in records]
-    assert firsts == [1] * chunks, f"FIRST calls a chunk: {firsts}, expected one each"
+    assert firsts == [1] * chunks, f"FIRST calls per chunk: {firsts}, expected one each"
     counts = [sum(record.phases.values()) for record in records]
     assert sum(counts) and calls % sum(counts) == 0, f"{calls} denoiser calls, of which {sum(counts)} were classified"
     assert len({tuple(sorted(record.phases.items())) for record in records[1:-1]}) == 1, "phases vary by chunk"
@@ -112,12 +112,12 @@ def check_kernels(seen: Sequence[Attention], report: Report, chunk: int, dead: i
     full, pruned = (_keys(layers) for layers in pairs[0])
     width = max(n for n, m in zip(full, pruned, strict=True) if n != m)
     assert all(n - m == dead for n, m in zip(full, pruned, strict=True) if n == width), (
-        f"keys a layer before and after the prune of {dead}: {list(zip(full, pruned, strict=True))}"
+        f"keys per layer before and after the prune of {dead}: {list(zip(full, pruned, strict=True))}"
     )
 
 
 def _keys(layers: Sequence[Attention]) -> list[int]:
-    """Keys a layer; a layer that attends sample by sample counts once."""
+    """Keys per layer; a layer that attends sample by sample counts once."""
     return [one.keys for one in layers]
 
 

@@ -120,7 +120,7 @@ class AdapterConformance:
         assert any(record.severity is not None for record in handle.report), "no finished chunk was judged"
 
     def test_one_synchronisation_a_chunk(self) -> None:
-        """While nothing is dead, tokentrim and the adapter wait for the device at most once a chunk."""
+        """While nothing is dead, tokentrim and the adapter wait for the device at most once per chunk."""
         model = self.make_model()
         files = [inspect.getfile(self.adapter), *self.own_files]
         with self.patch(model, tokentrim.ObservePolicy()), count_syncs(files) as log:

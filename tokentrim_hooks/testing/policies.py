@@ -13,7 +13,7 @@ from tokentrim_hooks.policy.base import Chunk, History, Policy, Verdict
 from tokentrim_hooks.policy.drift import severity_of, unstable_tokens
 
 Tokens = float | Sequence[int] | Sequence[Sequence[int]]
-"""A fraction of the tokens (the most drifting ones), the same tokens for all samples, or one list a sample."""
+"""A fraction of the tokens (the most drifting ones), the same tokens for all samples, or one list per sample."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass
 class Memory:
-    """Keys and values of finished frames, one tensor ``[B, rows, heads, width]`` a layer."""
+    """Keys and values of finished frames, one tensor ``[B, rows, heads, width]`` per layer."""
 
     window: int
     keys: list[Tensor] = field(default_factory=list)
