@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ class Method:
 
     owner: Any
     name: str
+
+
+_logger = logging.getLogger(__name__)
 
 
 def _inert(*_args: Any, **_kwargs: Any) -> None:
@@ -161,9 +165,12 @@ class Patches:
         site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse, heads_first, lengths))
         self._undo.append(site.release)
         self.taps += 1
-        for module in within:
-            self.layers += 1
+        modules = list(within)
+        self.layers += len(modules)
+        for module in modules:
             self.hook(module, before=depth_hooks()[0], leave=depth_hooks()[1])
+        where = f"only inside {len(modules)} self-attention modules" if modules else "which only self attention calls"
+        _logger.info("tapped %s.%s, %s", _name_of(namespace), name, where)
 
     def tap_packed(self, owner: Any, name: str, attend: Callable[..., Any]) -> None:
         """Tap an attention method that packs queries of several chunks, each with a range of keys of its own.
@@ -192,6 +199,7 @@ class Patches:
 
         self._wrap(owner, name, tapped)
         self.taps += 1
+        _logger.info("tapped %s.%s, which packs queries of several chunks", _name_of(owner), name)
 
     def wrap(
         self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -261,6 +269,9 @@ class Patches:
 
     def undo(self) -> None:
         """Take everything off, last first; runs to the end even if a step fails, then raises the first failure."""
+        # The dead-man's switch comes first: what somebody has kept, copied or wrapped since does nothing from now on,
+        # also if taking it off fails. Last first, because a wrapper that was put on another one can only be taken off
+        # before it; what somebody else has wrapped meanwhile stays where it is, inert.
         self.active = False
         failures: list[Exception] = []
         while self._undo:
@@ -270,3 +281,8 @@ class Patches:
                 failures.append(failure)
         if failures:
             raise failures[0]
+
+
+def _name_of(owner: Any) -> str:
+    """What a log calls an object that something was tapped on: a Python module by its name, else by its class."""
+    return str(getattr(owner, "__name__", type(owner).__name__))
