@@ -1,7 +1,10 @@
 """CONTRIBUTING.md draws the house as it stands: its layers are the contract's, every room and module has a line."""
 
+import functools
+import importlib
 import re
 
+import pytest
 from pages import ROOT, blocks
 
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -21,3 +24,16 @@ def test_every_room_and_every_module_has_a_line():
     rooms = {path.parent.name + "/" for path in PACKAGE.glob("*/__init__.py")}
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
     assert set(re.findall(r"`(.+?)`", firsts)) == rooms | modules
+
+
+PATH = re.findall(r"^\| \w+ \| `(\S+):(\S+)` \|", PAGE.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("module", "name"), PATH)
+def test_the_path_of_the_latents_goes_through_code_that_is_there(module, name):
+    home = importlib.import_module(f"tokentrim_hooks.{module}")
+    assert callable(functools.reduce(getattr, name.split("."), home))
+
+
+def test_there_is_a_path():
+    assert len(PATH) > 8

@@ -40,6 +40,7 @@ TABLES = [
     ("index.md", "Option", set(inspect.signature(tokentrim.patch).parameters)),
     ("index.md", "Error", public(errors) - {"annotations", "TokenTrimError", "TokenTrimWarning"}),
     ("policies.md", "Option", fields(tokentrim.DriftPolicy)),
+    ("policies.md", "`chunk`, a `Chunk`", fields(tokentrim.Chunk)),
     ("adapters.md", "Member", public(tokentrim.Adapter)),
     ("adapters.md", "`Phase`", members(tokentrim.Phase)),
     ("adapters.md", "`Role`", members(tokentrim.Role)),
