@@ -1,4 +1,4 @@
-"""Built-in adapters of tokentrim-hooks, one file a model family.
+"""Built-in adapters of tokentrim-hooks, one file per model family.
 
 They come through the same entry points as anybody's and import public names only. Never import this package
 directly: ask ``tokentrim_hooks.adapters()``.

@@ -57,7 +57,7 @@ def patch(
             in order; one of them may judge.
         adapter: name of the adapter to use, instead of detection.
         probe: which prediction is judged: ``"first-step"`` (the chunk's first denoising iteration, paper section 1;
-            one extra denoiser call a trigger) or ``"candidate"`` (the finished chunk, Algorithm 1; a whole chunk).
+            one extra denoiser call per trigger) or ``"candidate"`` (the finished chunk, Algorithm 1; a whole chunk).
         on_error: ``"raise"``, or ``"warn"`` to go on unpatched rather than lose a long generation.
         replace: take an existing patch off first, instead of raising AlreadyPatchedError.
         observers: told of every accepted chunk while the run goes on (:class:`JsonLines`, :class:`ProgressLine`, ...);

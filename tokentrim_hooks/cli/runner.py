@@ -88,7 +88,7 @@ class Run:
             self.handles.append(handle)
 
     def _observers(self, folder: Path) -> list[Observer]:
-        """The log, the progress line, those asked for by name; one that cannot be made costs no generation."""
+        """The log, the progress line, those asked for by name; one that cannot be made is left out."""
         watching: list[Observer] = [JsonLines(folder)] if self.quiet else [JsonLines(folder), ProgressLine()]
         for picture in (folder / "thumbs").glob("v*-c*-s*.png"):
             picture.unlink()  # an earlier run's: the report would show it with this run's drift

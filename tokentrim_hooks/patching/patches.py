@@ -25,7 +25,7 @@ from tokentrim_hooks.pruning.tap import BUSY, current_tap
 
 @dataclass(frozen=True)
 class Method:
-    """A denoiser that is no module call: method ``name`` of an object, or of a class for all its instances."""
+    """A denoiser that is a method, not a module: method ``name`` of an object, or of a class for all its instances."""
 
     owner: Any
     name: str

@@ -190,7 +190,7 @@ def _count_inside(by: int) -> None:
 
 @functools.cache
 def depth_hooks() -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks that count entries into self attention; made at the first tap, for torch's compiler is slow to import."""
+    """Hooks that count entries into self attention. Made at the first tap: importing torch's compiler takes long."""
     count = eagerly(_count_inside)
 
     def go_inside(_module: nn.Module, _args: Any, _kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Control policies: what an effect of pruning must be told from.
+"""Control policies: what an effect of pruning has to beat.
 
 They wrap any policy, keep its trigger and its severities, and change one thing: which tokens die, or the noise that the
 chunk is generated from again. Random numbers come from generators of their own, so the global stream, and with it the

@@ -47,7 +47,7 @@ class Results:
 
     Attributes:
         seconds: median time of a rollout by arm, see :func:`clock_of`.
-        ratios: of arms within rounds. ``unpatched again`` over ``unpatched`` is what no difference looks like here.
+        ratios: of arms within rounds. ``unpatched again`` over ``unpatched`` shows the noise of the machine.
         triggers: chunks that were pruned in the forced arm, and ``chunks`` of how many.
         dead: context rows that died in the forced arm.
         extra_calls, calls: of the denoiser in the forced arm.

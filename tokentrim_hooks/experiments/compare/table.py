@@ -23,7 +23,7 @@ where p is below 0.05 after adjusting for all comparisons here (Benjamini-Hochbe
 luck); below 6 pairs there is none. Intervals hold for one cell alone, so one may exclude zero and prove nothing.
 In the row of the unpatched model, the mean itself.
 Pruned: share of judged chunks that were regenerated. Extra calls: of the denoiser, had every video been rolled out
-alone. Read stability, identity and motion together: who prunes what moves looks stable and loses the scene."""
+alone. Read stability, identity and motion together: pruning what moves looks stable and loses the scene."""
 
 
 @dataclass(frozen=True)
