@@ -1,6 +1,6 @@
 """For adapters of models whose context is a transformers ``Cache`` (``past_key_values``).
 
-transformers itself ships no autoregressive video model, so nothing is registered here: who has built one over a
+transformers itself ships no autoregressive video model, so nothing is registered here: whoever has built one over a
 transformers decoder subclasses :class:`TransformersCacheAdapter` and writes ``probe`` and ``parse``.
 
 Marks lie in V of ``cache.layers[i]``; lengths and positions stay what they were, so position ids and mask sizes that

@@ -28,7 +28,7 @@ LUMA = np.array([0.2126, 0.7152, 0.0722])
 DARK, BRIGHT = 0.02, 0.98
 """A pixel with luma beyond these counts as clipped."""
 BINS = 8
-"""Histogram bins a colour channel."""
+"""Histogram bins per colour channel."""
 
 
 def as_frames(video: npt.NDArray[Any] | Tensor) -> Frames:
@@ -51,30 +51,30 @@ def as_frames(video: npt.NDArray[Any] | Tensor) -> Frames:
 # ---------------------------------------------------------------------------------------------- colour and sharpness
 
 def luma(frames: Frames) -> Array:
-    """Mean luma a frame, ``[T]`` in [0, 1]."""
+    """Mean luma per frame, ``[T]`` in [0, 1]."""
     return np.asarray(_luma_planes(frames).mean(axis=(1, 2)))
 
 
 def contrast(frames: Frames) -> Array:
-    """RMS contrast a frame: standard deviation of luma, ``[T]``."""
+    """RMS contrast per frame: standard deviation of luma, ``[T]``."""
     return np.asarray(_luma_planes(frames).std(axis=(1, 2)))
 
 
 def clipped(frames: Frames) -> Array:
-    """Share of pixels a frame whose luma is below DARK or above BRIGHT, ``[T]``."""
+    """Share of a frame's pixels whose luma is below DARK or above BRIGHT, ``[T]``."""
     planes = _luma_planes(frames)
     return np.asarray(((planes < DARK) | (planes > BRIGHT)).mean(axis=(1, 2)))
 
 
 def saturation(frames: Frames) -> Array:
-    """Mean HSV saturation a frame, ``[T]`` in [0, 1]: (max - min) / max of R, G, B, 0 for black."""
+    """Mean HSV saturation per frame, ``[T]`` in [0, 1]: (max - min) / max of R, G, B, 0 for black."""
     high, low = frames.max(axis=-1).astype(np.float64), frames.min(axis=-1).astype(np.float64)
     share = np.divide(high - low, high, out=np.zeros_like(high), where=high > 0)
     return np.asarray(share.mean(axis=(1, 2)))
 
 
 def colourfulness(frames: Frames) -> Array:
-    """Hasler and Suesstrunk's colourfulness (2003) a frame, on the 0..255 scale, ``[T]``."""
+    """Hasler and Suesstrunk's colourfulness (2003) per frame, on the 0..255 scale, ``[T]``."""
     red, green, blue = (255.0 * frames[..., c].astype(np.float64) for c in range(3))
     rg, yb = red - green, (red + green) / 2 - blue
     spread = np.hypot(rg.std(axis=(1, 2)), yb.std(axis=(1, 2)))
@@ -82,13 +82,13 @@ def colourfulness(frames: Frames) -> Array:
 
 
 def lab(frames: Frames) -> Array:
-    """Mean CIELAB colour a frame (D65), ``[T, 3]``: L* in 0..100, a*, b*."""
+    """Mean CIELAB colour per frame (D65), ``[T, 3]``: L* in 0..100, a*, b*."""
     cv2 = require("cv2", "metrics")
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2LAB).mean(axis=(0, 1)) for frame in frames]).astype(np.float64)
 
 
 def sharpness(frames: Frames) -> Array:
-    """Variance of the Laplacian of luma (0..255 scale) a frame, ``[T]``."""
+    """Variance of the Laplacian of luma (0..255 scale) per frame, ``[T]``."""
     cv2 = require("cv2", "metrics")
     planes = 255.0 * _luma_planes(frames)
     return np.array([cv2.Laplacian(plane, cv2.CV_64F).var() for plane in planes])
@@ -118,14 +118,14 @@ def lag_similarity(frames: Frames, lags: Sequence[int] = (1, 2, 5, 10, 20, 50)) 
 
 
 def _histogram(frame: Frames) -> Array:
-    """Joint RGB histogram with BINS bins a channel, summing to 1."""
+    """Joint RGB histogram with BINS bins per channel, summing to 1."""
     index = np.minimum((frame * BINS).astype(int), BINS - 1)
     flat = (index[..., 0] * BINS + index[..., 1]) * BINS + index[..., 2]
     return np.asarray(np.bincount(flat.ravel(), minlength=BINS**3) / flat.size)
 
 
 def motion(frames: Frames) -> Array:
-    """Mean magnitude of Farneback's optical flow between neighbouring frames, pixels a frame, ``[T-1]``."""
+    """Mean magnitude of Farneback's optical flow between neighbouring frames, pixels per frame, ``[T-1]``."""
     cv2 = require("cv2", "metrics")
     planes = (255.0 * _luma_planes(frames)).astype(np.uint8)
     flows = (cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0) for a, b in pairwise(planes))

@@ -259,7 +259,7 @@ class Rollout:
                 "use probe='first-step'"
             )
         if video.waiting and not video.usual_steps:
-            # Nobody else ever reads how many steps a chunk has where commits are not seen as such.
+            # Where commits are not seen as such, nothing else ever reads how many steps a chunk has.
             video.learn_steps([bool(flag) for flag in video.waiting])
         chunk.history.append(step)
         return chunk.history if chunk.steps == video.usual_steps else []
@@ -272,7 +272,7 @@ class Rollout:
             return
         if phase is Phase.COMMIT or call.commits:
             chunk.summary = latent_summary(call.latents, self.patch_size)
-            # A rolling window commits an older chunk than the one it takes in: not what this chunk's records tell of.
+            # A rolling window commits an older chunk than the one it takes in: the records are of the latter.
             chunk.latents = call.latents if call.start == chunk.start else chunk.latents
             chunk.given = chunk.given or phase is Phase.FIRST
             return

@@ -141,7 +141,7 @@ class VideoState:
     waiting: list[Tensor] = field(default_factory=list)
 
     def begin_scene(self) -> None:
-        """A prompt switch, a cut or a re-cache: severities and the first chunk of before are no measure any more."""
+        """A prompt switch, a cut or a re-cache: what came before is no measure for what follows."""
         mean = self.statistics.mean
         self.statistics = RunningStatistics.empty(self.batch, mean.device)
         self.first = None

@@ -93,7 +93,7 @@ def read_outcomes(log: Path) -> list[Outcome]:
     text = log.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):
-        # Else the next outcome would be appended to half a line.
+        # Otherwise the next outcome would be appended to half a line.
         log.write_bytes(whole)
     return [_outcome(line, f"{log}:{n}") for n, line in enumerate(whole.decode().splitlines(), 1) if line.strip()]
 
