@@ -84,6 +84,12 @@ class Browser:
         """The value of a JavaScript function's body."""
         return self.driver.execute_script(script, *arguments)
 
+    def unfold(self) -> None:
+        """Open the folded runs, and wait until they are drawn."""
+        self.driver.execute_async_script("""const done = arguments[0];
+            document.querySelectorAll('details.run').forEach(run => run.open = true);
+            requestAnimationFrame(() => requestAnimationFrame(done))""")
+
     def picture(self) -> np.ndarray[Any, Any]:
         """The whole page, not only the window, ``[H, W, 3]`` uint8."""
         shot = self.driver.execute_cdp_cmd(

@@ -75,6 +75,7 @@ def has(pixels, colour, within=30):
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 def test_every_part_of_the_report_is_there_and_not_blank(browser, report, width):
     browser.open(report, width)
+    browser.unfold()
     picture = browser.picture()
     for selector in PARTS:
         boxes = browser.boxes(selector)
@@ -88,12 +89,21 @@ def test_every_part_of_the_report_is_there_and_not_blank(browser, report, width)
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 def test_prunes_and_anchors_are_marked(browser, report, width):
     browser.open(report, width)
+    browser.unfold()
     picture = browser.picture()
     for selector in (".chart img", ".cache img"):
         for box in browser.boxes(selector):
             assert has(part(picture, box), RED) > 20, f"{selector} shows no prune"
     for box in browser.boxes(".cache img"):
         assert has(part(picture, box), np.array([0xE0, 0xA0, 0x30])) > 200, "the cache map shows no anchor"
+
+
+def test_a_link_of_the_contents_opens_its_sample(browser, report):
+    browser.open(report, WIDTHS["desktop"])
+    folded = "return document.querySelector('details.run').open"
+    assert not browser.ask(folded)
+    browser.ask("document.querySelector('nav a[href=\"#v0-s1\"]').click()")
+    assert browser.ask(folded)
 
 
 def test_charts_of_a_phone_have_letters_that_can_be_read(browser, report):

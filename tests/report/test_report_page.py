@@ -1,5 +1,6 @@
 """The log while a run goes on, what a crash leaves, and the page that is made of it."""
 
+import base64
 import re
 import warnings
 
@@ -69,12 +70,37 @@ def test_log_cut_off_by_a_crash_is_readable(tmp_path, cut):
 def test_page_is_self_contained_and_complete(tmp_path):
     generate(tmp_path, batch=2, extra=[Thumbnails(tmp_path)])
     html = write_page(tmp_path).read_text()
-    assert not re.search(r"(src|href)=[\"'](?!data:)", html), "nothing may be loaded from elsewhere"
+    assert not re.search(r"(src|href)=[\"'](?!data:|#)", html), "nothing may be loaded from elsewhere"
     assert "http" not in re.sub(r"data:[^\"']*", "", html)
     assert html.count('class="chart"') == html.count('class="cache"') == 2
     assert "viewport" in html and '"torch"' in html.replace("&#34;", '"')
     assert len(list((tmp_path / "thumbs").glob("*.png"))) == 12
     assert html.count("<tr class=\"pruned\">") == 2
+
+
+def test_a_page_of_many_samples_opens_on_the_first_and_lists_them_all(tmp_path):
+    generate(tmp_path, batch=3)
+    html = write_page(tmp_path).read_text()
+    assert re.findall(r'<li><a href="#([^"]+)">', html) == ["v0-s0", "v0-s1", "v0-s2", "settings"]
+    assert re.findall(r' id="(v0-s.|settings)"', html) == ["v0-s0", "v0-s1", "v0-s2", "settings"]
+    folded = re.findall(r'<details class="run">.*?<p class="verdict" id="([^"]+)"', html, re.DOTALL)
+    assert folded == ["v0-s1", "v0-s2"] and "1 of 5 judged chunks regenerated: 3" in html.split("</nav>")[0]
+
+
+def test_a_page_of_one_sample_needs_no_contents(tmp_path):
+    generate(tmp_path)
+    html = write_page(tmp_path).read_text()
+    assert "<nav>" not in html and '<details class="run">' not in html
+
+
+def test_the_warm_up_is_shaded(tmp_path):
+    """The option is read flat, wherever it stands in the policy: the log does not know of wrappers."""
+    records = [ChunkRecord(0, i, 0, 3 * i, 3, {}, severity=1.0 + i, threshold=9.0, grid=(1, 2)) for i in range(6)]
+    with_warm_up, without = (render(Report({"policy.warmup": n}, records)) for n in (3, 0))
+    charts = [re.findall(r'control chart[^>]*src="data:image/svg\+xml;base64,([^"]+)', html)[0]
+              for html in (with_warm_up, without)]  # fmt: skip
+    shaded = [b"#eeeeee" in base64.b64decode(chart) for chart in charts]
+    assert shaded == [True, False]
 
 
 def test_page_draws_over_decoded_frames(tmp_path):

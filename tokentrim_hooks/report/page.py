@@ -107,6 +107,7 @@ def _run(records: list[ChunkRecord], report: Report, folder: Path | None, frames
     return {
         "video": records[0].video,
         "sample": records[0].sample,
+        "anchor": f"v{records[0].video}-s{records[0].sample}",
         "verdict": verdict(records),
         "chart": [_embed(control_chart(records, warmup, narrow)) for narrow in (False, True)] if judged else [],
         "cache": [_embed(cache_map(records, narrow)) for narrow in (False, True)],
