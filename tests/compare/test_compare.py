@@ -25,7 +25,8 @@ AGAIN = Setting("again", always=True, tokens="none")
 def test_standard_settings_hold_the_grid_and_the_controls():
     described = {s.name: s for s in STANDARD}
     assert described["off"].off and described["paper first-step"].policy(0) == DriftPolicy()
-    assert {s.fraction for s in STANDARD} == {0.05, 0.1, 0.2} and {s.sensitivity for s in STANDARD} == {1.0, 2.0, 3.0}
+    assert {s.options.fraction for s in STANDARD} == {0.05, 0.1, 0.2}
+    assert {s.options.sensitivity for s in STANDARD} == {1.0, 2.0, 3.0}
     assert described["control: random tokens"].policy(5) == ChooseTokens(DriftPolicy(), "random", 5)
     assert described["control: new noise only"].policy(5) == FreshNoise(ChooseTokens(DriftPolicy(), "none", 5), 5)
     assert described["prune always"].policy(0) == AlwaysPolicy()
@@ -35,7 +36,8 @@ def test_standard_settings_hold_the_grid_and_the_controls():
 
 def test_settings_are_read_from_words():
     setting = parse_setting("mine: fraction=0.3, probe=candidate, persist=false, tokens=least, warmup=4")
-    assert setting == Setting("mine", fraction=0.3, probe="candidate", persist=False, tokens="least", warmup=4)
+    options = DriftPolicy(fraction=0.3, persist=False, warmup=4)
+    assert setting == Setting("mine", probe="candidate", tokens="least", options=options)
     for text in ("x: colour=red", "x: persist=maybe", "x: probe=none", "x: fraction=2", "x: warmup=two"):
         with pytest.raises(TokenTrimError, match="setting"):
             parse_setting(text)
@@ -94,7 +96,7 @@ def test_results_of_different_runs_are_not_mixed(tmp_path):
     with pytest.raises(TokenTrimError, match=r"chunks: 4 then, 5 now"):
         Store(tmp_path, {"chunks": 5})
     with pytest.raises(TokenTrimError, match="another setting named 'always'"):
-        Store(tmp_path, {"chunks": 4}, [Setting("always", always=True, fraction=0.5)])
+        Store(tmp_path, {"chunks": 4}, [Setting("always", always=True, options=DriftPolicy(fraction=0.5))])
     (tmp_path / "settings.json").unlink()
     with pytest.raises(TokenTrimError, match=r"no settings\.json"):
         Store(tmp_path, {"chunks": 4})

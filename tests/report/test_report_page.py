@@ -12,6 +12,7 @@ import torch
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import ReportError, VideoError
+from tokentrim_hooks.policy.controls import ChooseTokens
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.report.charts import border, cache_cells
 from tokentrim_hooks.report.filmstrip import CUT, KEPT, unpatched_and_patched
@@ -101,6 +102,11 @@ def test_the_warm_up_is_shaded(tmp_path):
               for html in (with_warm_up, without)]  # fmt: skip
     shaded = [b"#eeeeee" in base64.b64decode(chart) for chart in charts]
     assert shaded == [True, False]
+
+
+def test_a_wrapped_policys_warm_up_is_in_the_log(tmp_path):
+    generate(tmp_path, policy=ChooseTokens(tokentrim.DriftPolicy(warmup=3), "least"))
+    assert read_report(tmp_path).settings["policy.warmup"] == 3
 
 
 def test_page_draws_over_decoded_frames(tmp_path):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from tokentrim_hooks.errors import TokenTrimError
@@ -29,8 +28,7 @@ class Setting:
         tokens: which tokens die: the unstable ones, or as a control as many random or the least drifting ones, or none.
         always: regenerate every chunk after the warm-up, whatever its severity.
         fresh_noise: regenerate from new noise.
-        fraction, sensitivity, warmup, max_regenerations, persist, prune_anchors: as in
-            :class:`tokentrim_hooks.DriftPolicy`.
+        options: of the paper's policy.
     """
 
     name: str
@@ -39,41 +37,31 @@ class Setting:
     tokens: Tokens = "unstable"
     always: bool = False
     fresh_noise: bool = False
-    fraction: float = 0.1
-    sensitivity: float = 2.0
-    warmup: int = 2
-    max_regenerations: int = 1
-    persist: bool = True
-    prune_anchors: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.off:
-            self.policy(0)
+    options: DriftPolicy = field(default_factory=DriftPolicy)
 
     def policy(self, seed: int) -> Policy:
         """The policy; ``seed`` is of what a control draws."""
-        kind = AlwaysPolicy if self.always else DriftPolicy
-        options = (field.name for field in dataclasses.fields(kind) if hasattr(self, field.name))
-        policy: Policy = kind(**{name: getattr(self, name) for name in options})
+        policy: Policy = AlwaysPolicy(**self.options.settings()) if self.always else self.options
         if self.tokens != "unstable":
             policy = ChooseTokens(policy, self.tokens, seed)
         return FreshNoise(policy, seed) if self.fresh_noise else policy
 
     def as_dict(self) -> dict[str, Any]:
         """All but the name: what makes results of two runs comparable."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
+        own = {key: value for key, value in vars(self).items() if key not in ("name", "options")}
+        return {**own, **self.options.settings()}
 
 
 STANDARD: tuple[Setting, ...] = (
     Setting(BASE, off=True),
     Setting("paper first-step"),
     Setting("paper candidate", probe="candidate"),
-    Setting("p 0.05", fraction=0.05),
-    Setting("p 0.2", fraction=0.2),
-    Setting("lambda 1", sensitivity=1.0),
-    Setting("lambda 3", sensitivity=3.0),
-    Setting("not persistent", persist=False),
-    Setting("anchors pruned", prune_anchors=True),
+    Setting("p 0.05", options=DriftPolicy(fraction=0.05)),
+    Setting("p 0.2", options=DriftPolicy(fraction=0.2)),
+    Setting("lambda 1", options=DriftPolicy(sensitivity=1.0)),
+    Setting("lambda 3", options=DriftPolicy(sensitivity=3.0)),
+    Setting("not persistent", options=DriftPolicy(persist=False)),
+    Setting("anchors pruned", options=DriftPolicy(prune_anchors=True)),
     Setting("prune always", always=True),
     Setting("control: random tokens", tokens="random"),
     Setting("control: least drifting", tokens="least"),
@@ -83,11 +71,13 @@ STANDARD: tuple[Setting, ...] = (
 )
 """The settings that ``tokentrim compare`` runs if it is told nothing else."""
 
-TYPES = {name: kind for name, kind in get_type_hints(Setting).items() if name != "name"}
+OWN = {name: kind for name, kind in get_type_hints(Setting).items() if name not in ("name", "options")}
+OPTIONS = get_type_hints(DriftPolicy)
+TYPES = {**OWN, **OPTIONS}
 
 
 def parse_setting(text: str) -> Setting:
-    """Read ``NAME: key=value, key=value`` with the attributes of :class:`Setting`.
+    """Read ``NAME: key=value, key=value`` with the attributes of :class:`Setting` and the options of the policy.
 
     Raises:
         TokenTrimError: an unknown key, or a value of the wrong kind.
@@ -96,7 +86,8 @@ def parse_setting(text: str) -> Setting:
     pairs = [item.partition("=") for item in rest.split(",") if item.strip()]
     try:
         values = {key.strip(): _value(key.strip(), value.strip()) for key, _, value in pairs}
-        return Setting(name.strip(), **values)
+        options = DriftPolicy(**{key: value for key, value in values.items() if key in OPTIONS})
+        return Setting(name.strip(), **{key: value for key, value in values.items() if key in OWN}, options=options)
     except ValueError as failure:
         raise TokenTrimError(f"setting {text!r}: {failure}") from failure
 
