@@ -1,8 +1,8 @@
 """FastVideo's ``CausalWanTransformer3DModel`` with random weights, sampled as FastVideo's causal stage samples it.
 
 ``full`` is Self-Forcing's size: Wan2.1 1.3 B, 30 layers of 12 x 128, 60 x 104 latents (1,560 tokens per frame), chunks
-of 3 latent frames, a window of 21, four denoising calls and one that commits. The sampler is written out here, because the
-package's own loop decodes and needs a text encoder; the transformer and its KV cache are FastVideo's.
+of 3 latent frames, a window of 21, four denoising calls and one that commits. The sampler is written out here, because
+the package's own loop decodes and needs a text encoder; the transformer and its KV cache are FastVideo's.
 """
 
 from __future__ import annotations
