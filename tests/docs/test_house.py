@@ -37,3 +37,10 @@ def test_the_path_of_the_latents_goes_through_code_that_is_there(module, name):
 
 def test_there_is_a_path():
     assert len(PATH) > 8
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_lines_can_be_read_in_a_terminal(name):
+    """But for tables, which Markdown cannot wrap."""
+    lines = (ROOT / name).read_text().splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
