@@ -60,13 +60,13 @@ def watched(hide: Hide | None = None) -> Iterator[Kernel]:
         F.scaled_dot_product_attention = original
 
 
-def poison(latents: Tensor, tokens: Sequence[int], frames: Sequence[int], patch: int = 2) -> Tensor:
-    """Garbage in the pixels of ``tokens`` in some frames of ``[B, C, F, H, W]``; the rest is untouched."""
-    bad, across = latents.clone(), latents.shape[-1] // patch
+def poison(latents: Tensor, tokens: Sequence[int], frames: Sequence[int], side: int = 2) -> Tensor:
+    """Garbage in the pixels of ``tokens``, ``side`` wide each, in some frames of ``[B, C, F, H, W]``; the rest is untouched."""
+    bad, across = latents.clone(), latents.shape[-1] // side
     for token in tokens:
-        row, column = patch * (token // across), patch * (token % across)
+        row, column = side * (token // across), side * (token % across)
         for frame in frames:
-            bad[:, :, frame, row : row + patch, column : column + patch] += 50.0
+            bad[:, :, frame, row : row + side, column : column + side] += 50.0
     return bad
 
 
