@@ -61,7 +61,7 @@ def watched(hide: Hide | None = None) -> Iterator[Kernel]:
 
 
 def poison(latents: Tensor, tokens: Sequence[int], frames: Sequence[int], side: int = 2) -> Tensor:
-    """Garbage in the pixels of ``tokens``, ``side`` wide each, in some frames of ``[B, C, F, H, W]``; the rest is untouched."""
+    """Garbage in the pixels of ``tokens``, ``side`` wide each, in some frames of ``[B, C, F, H, W]``."""
     bad, across = latents.clone(), latents.shape[-1] // side
     for token in tokens:
         row, column = side * (token // across), side * (token % across)
