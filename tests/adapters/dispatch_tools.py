@@ -17,7 +17,6 @@ Hide = Callable[[int], "Tensor | None"]
 """Given the number of keys, the dead ones ``[keys]`` or ``[B, keys]``; None for attention that is none of ours."""
 
 
-@dataclass(frozen=True)
 @dataclass(frozen=True, kw_only=True)
 class AllPolicy(ForcedPolicy):
     """Forced, and a coarse key dies only with all its tokens."""
