@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from tokentrim_hooks import Patches, UnsupportedContextError
+from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.pruning.key_selection import DeadTokens
-from tokentrim_hooks.pruning.tap import CallTap, enter_tap, leave_tap
+from tokentrim_hooks.pruning.tap import CallTap
 
 
 class Thing:
@@ -116,11 +117,8 @@ def test_a_tap_filters_only_inside_a_patched_call():
     patches.tap(module, "attention")
     q, k, v = marked()
     assert not torch.isfinite(module.attention(q, k, v)).all(), "outside a call it does nothing"
-    token = enter_tap(CallTap(None, DeadTokens()))
-    try:
+    with scoped(CallTap(None, DeadTokens())):
         filtered = module.attention(q, k=k, v=v)
-    finally:
-        leave_tap(token)
     patches.undo()
     live = [0, 1, 2, 4]
     torch.testing.assert_close(filtered, module.attention(q, k[:, live], v[:, live]), rtol=0, atol=0)
@@ -129,10 +127,6 @@ def test_a_tap_filters_only_inside_a_patched_call():
 def test_a_tap_refuses_what_it_cannot_do_exactly():
     module, patches = attention_module(), Patches()
     patches.tap(module, "attention", refuse=("lengths",))
-    token = enter_tap(CallTap(None, DeadTokens()))
-    try:
-        with pytest.raises(UnsupportedContextError, match="lengths"):
-            module.attention(*marked(), lengths=[5])
-    finally:
-        leave_tap(token)
-        patches.undo()
+    with scoped(CallTap(None, DeadTokens())), pytest.raises(UnsupportedContextError, match="lengths"):
+        module.attention(*marked(), lengths=[5])
+    patches.undo()

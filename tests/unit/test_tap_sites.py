@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from tokentrim_hooks import CacheRows
 from tokentrim_hooks.patching.patches import Patches
+from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.pruning.key_selection import DeadTokens
-from tokentrim_hooks.pruning.tap import CallTap, enter_tap, leave_tap
+from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import Tombstones
 
 Q, K, V = (torch.randn(1, n, 2, 4, generator=torch.Generator().manual_seed(n)) for n in (3, 6, 7))
@@ -38,11 +39,8 @@ class Attention(nn.Module):
 
 
 def through_tap(function: Any, *args: Any, **kwargs: Any) -> Any:
-    token = enter_tap(CallTap(None, DeadTokens()))
-    try:
+    with scoped(CallTap(None, DeadTokens())):
         return function(*args, **kwargs)
-    finally:
-        leave_tap(token)
 
 
 def marked() -> Tensor:

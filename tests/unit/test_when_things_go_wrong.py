@@ -8,6 +8,7 @@ import tokentrim_hooks as tokentrim
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.patching.patches import Patches
 from tokentrim_hooks.pruning import tap as pruning
+from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.testing import ForcedPolicy
 
 
@@ -228,12 +229,9 @@ def test_stepping_aside_takes_our_marks_out_of_v_and_leaves_the_model_s_own_nan(
     namespace, patches, tap = {"attend": lambda q, k, v: v}, Patches(), pruning.CallTap(None, None, failures=failures)
     patches.tap(namespace, "attend", heads_first=heads_first)
     monkeypatch.setattr(tap, "attend", lambda *_: 1 / 0)
-    token = pruning.enter_tap(tap)
-    try:
+    with scoped(tap):
         found = namespace["attend"](given, given, given)
-    finally:
-        pruning.leave_tap(token)
-        patches.undo()
+    patches.undo()
     found = found.transpose(1, 2) if heads_first else found
     assert found[0, 1, 0, 0] == 0 and found[0, 2, 1, 3].isnan() and found.nansum() == 22
     assert values[0, 1, 0, 0] == float("inf"), "the caller's tensor is not written to"

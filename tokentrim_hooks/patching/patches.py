@@ -20,7 +20,7 @@ from torch import nn
 from tokentrim_hooks.errors import AttachError
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.patching.tap_site import MISSING, TapNames, TapSite, depth_hooks, eagerly, same
-from tokentrim_hooks.pruning.tap import BUSY, current_tap
+from tokentrim_hooks.pruning.call_scope import BUSY, current_tap
 
 
 @dataclass(frozen=True)

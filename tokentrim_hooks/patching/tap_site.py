@@ -9,7 +9,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tokentrim_hooks.errors import UnsupportedContextError
-from tokentrim_hooks.pruning.tap import BUSY, CallTap, current_tap
+from tokentrim_hooks.pruning.call_scope import BUSY, current_scope
+from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import clear_marks
 
 MISSING = object()
-_inside: ContextVar[int] = ContextVar("tokentrim_inside_self_attention", default=0)
 
 
 def same(value: Any) -> Any:
@@ -130,8 +129,9 @@ class TapSite:
         return tapped
 
     def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tap = current_tap()
-        if tap is None or tap.off or not self.users or (tap.gated and not _inside.get()):
+        scope = current_scope()
+        tap = None if scope is None else scope.tap
+        if scope is None or tap is None or tap.off or not self.users or (tap.gated and not scope.depth):
             return self.original(*args, **kwargs)
         try:
             return self._attend_live(tap, args, kwargs)
@@ -184,8 +184,9 @@ class TapSite:
 
 def _count_inside(by: int) -> None:
     # Not BUSY: another thread's model may change it between the two hooks.
-    if current_tap() is not None:
-        _inside.set(_inside.get() + by)
+    scope = current_scope()
+    if scope is not None:
+        scope.depth += by
 
 
 @functools.cache

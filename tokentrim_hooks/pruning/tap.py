@@ -7,9 +7,7 @@ the tap computes once per denoiser call which rows of K and V are live, and hand
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,29 +20,6 @@ from tokentrim_hooks.pruning.block_mask import is_block_mask, without_dead
 from tokentrim_hooks.pruning.context import KeyLayout
 from tokentrim_hooks.pruning.key_selection import DeadTokens, QueryGroup
 from tokentrim_hooks.pruning.tombstones import alive_rows
-
-_current: ContextVar[CallTap | None] = ContextVar("tokentrim_call", default=None)
-
-
-class Busy:
-    """Whether any tap of the process is at work: a plain attribute, which compiled code can guard on.
-
-    While it is False, tapped functions run as if they were not tapped, without a graph break.
-    """
-
-    def __init__(self) -> None:
-        self.taps = 0
-        self.now = False
-        self._lock = threading.Lock()
-
-    def change(self, by: int) -> None:
-        """Count taps in and out."""
-        with self._lock:
-            self.taps += by
-            self.now = self.taps > 0
-
-
-BUSY = Busy()
 
 
 @dataclass(frozen=True)
@@ -223,20 +198,3 @@ class CallTap:
             known = "has no key layout" if self.layout is None else f"says {self.layout.length}"
             raise UnsupportedContextError(f"self attention sees {keys} keys, the adapter's key layout {known}")
         return self.layout
-
-
-def current_tap() -> CallTap | None:
-    """The tap of the denoiser call that is running in this thread or task, if something in its context is dead."""
-    return _current.get()
-
-
-def enter_tap(tap: CallTap | None) -> Token[CallTap | None]:
-    """Make ``tap`` the current one; give the token back to :func:`leave_tap`."""
-    BUSY.change(tap is not None)
-    return _current.set(tap)
-
-
-def leave_tap(token: Token[CallTap | None]) -> None:
-    """Undo :func:`enter_tap`."""
-    BUSY.change(-(_current.get() is not None))
-    _current.reset(token)

@@ -92,10 +92,14 @@ class Pruner:
         return dead
 
     def _mark(self, context: CacheRows, tokens: Sequence[Sequence[int]], stream: Hashable) -> int:
+        # Remembered before it is marked: whatever interrupts the marking, the marks are found again.
+        before = self._marked.get(stream)
+        self._marked[stream] = Traces.of(context.values)
         dead = self._tombstones.mark(context, tokens, self._policy.prune_anchors)
         if dead:
-            self._marked[stream] = Traces.of(context.values)
             self._expected = len(context.values)
+        elif before is None:
+            del self._marked[stream]
         return dead
 
     def follow(self, call: Call) -> None:

@@ -16,7 +16,7 @@ from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import LatentsError, TokenTrimWarning
 from tokentrim_hooks.policy.base import Chunk, Policy, Verdict
 from tokentrim_hooks.policy.drift import latent_summary, token_drift
-from tokentrim_hooks.pruning.tap import enter_tap, leave_tap
+from tokentrim_hooks.pruning.call_scope import current_scope, scoped
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, read
 from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState
@@ -49,7 +49,12 @@ class Regenerator:
 
     def __init__(self, adapter: Adapter, patch_size: tuple[int, int], policy: Policy, pruner: Pruner) -> None:
         self.adapter, self.patch_size, self.policy, self.pruner = adapter, patch_size, policy, pruner
-        self.replaying = False
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the code that asks runs in a replay of ours: its calls are not the sampler's."""
+        scope = current_scope()
+        return scope is not None and scope.replayer is self
 
     def judge(self, case: Case, output: Any) -> Judgement:
         """Judge ``output`` of the case's last step; regenerate all its steps while the policy asks for it.
@@ -181,17 +186,13 @@ class Regenerator:
         A later step's latents were made from the earlier step's prediction, which has changed: the adapter carries the
         change over. The first step's latents are noise, which only a control policy draws anew.
         """
-        self.replaying = True
-        try:
-            with record_function("tokentrim.replay"):
-                output = self._call_again(module, steps[0], self._redrawn(steps[0]))
-                for earlier, step in itertools.pairwise(steps):
-                    changed = self.adapter.prediction(earlier.call, output)
-                    latents = self.adapter.carry(step.call, earlier.prediction, changed)
-                    output = self._call_again(module, step, latents)
-            return output
-        finally:
-            self.replaying = False
+        with record_function("tokentrim.replay"):
+            output = self._call_again(module, steps[0], self._redrawn(steps[0]))
+            for earlier, step in itertools.pairwise(steps):
+                changed = self.adapter.prediction(earlier.call, output)
+                latents = self.adapter.carry(step.call, earlier.prediction, changed)
+                output = self._call_again(module, step, latents)
+        return output
 
     def _redrawn(self, step: Step) -> Tensor | None:
         return self.policy.redraw(step.call.latents, step.call.start)
@@ -201,11 +202,8 @@ class Regenerator:
         args, kwargs = step.args, step.kwargs
         if latents is not None:
             args, kwargs = self.adapter.with_latents(step.call, args, kwargs, latents)
-        token = enter_tap(self.pruner.tap(step.call))
-        try:
+        with scoped(self.pruner.tap(step.call), replayer=self):
             return self.adapter.replay(module, args, kwargs)
-        finally:
-            leave_tap(token)
 
     def _prove(self, call: Call, output: Any) -> bool:
         """Self-check of the first prune: every layer dropped rows, and the output is finite."""

@@ -10,7 +10,6 @@ Each hook of a policy has one place: ``guide`` in :meth:`Rollout._begin_chunk`, 
 
 from __future__ import annotations
 
-from contextvars import Token
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.inspection import bind
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import RunningStatistics, grid_of, latent_summary
-from tokentrim_hooks.pruning.tap import CallTap, enter_tap, leave_tap
+from tokentrim_hooks.pruning.call_scope import CallScope, open_scope
 from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.records import Recorder
@@ -61,7 +60,7 @@ class Rollout:
         self._phase: Phase | None = None
         # The arguments before other people's hooks changed them: a replay runs those hooks again.
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._entered: list[Token[CallTap | None]] = []
+        self._scope: CallScope | None = None
 
     # ------------------------------------------------------------------------------------------ hooks
 
@@ -70,6 +69,9 @@ class Rollout:
         if self._regenerator.replaying:
             return
         with record_function("tokentrim.before"):
+            if self._scope is not None:
+                # The call before ended in a way that no hook sees (Ctrl-C, a timeout, a cancelled task).
+                self._fail()
             self._phase = None
             self._call = call = self.adapter.parse(bind(module, args, kwargs))
             if call is None:
@@ -99,18 +101,25 @@ class Rollout:
     def leave(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         """Runs also when the call raises (then there is no output): neither tap nor arguments outlive the call."""
         if not self._regenerator.replaying:
-            if output is None and self._chunk is not None:
-                self._chunk.failed = True
+            if output is None:
+                self._fail()
             self.release()
 
     def release(self) -> None:
         """Let go of the call: also when the patch comes off in the middle of it."""
+        scope, self._scope = self._scope, None
         self._call = self._given = None
-        while self._entered:
-            leave_tap(self._entered.pop())
+        if scope is not None:
+            scope.close()
+
+    def _fail(self) -> None:
+        """The call has not come back."""
+        if self._chunk is not None:
+            self._chunk.failed = True
+        self.release()
 
     def _enter_tap(self, call: Call) -> None:
-        self._entered.append(enter_tap(self.pruner.tap(call)))
+        self._scope = open_scope(self.pruner.tap(call))
 
     def _after_step(
         self, module: nn.Module, step: Step, phase: Phase, chunk: ChunkState, video: VideoState, output: Any

@@ -1,0 +1,146 @@
+"""Which denoiser calls are running, and whether the code that asks is inside one of them.
+
+A call can end in ways that no hook sees: torch runs ``always_call`` hooks for ``Exception`` only, so after Ctrl-C, a
+timeout or a cancelled task nothing tells us that the call is over; and any of our own lines may be the one that is
+interrupted. So a scope is never trusted to have been left. It is tied to the frame of the call that opened it, and
+counts only while that frame is executing.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FrameType
+
+from tokentrim_hooks.pruning.tap import CallTap
+
+OURS = ("tokentrim_hooks", "torch._dynamo", "contextlib")
+"""Modules whose frames lie between a call and the hook that watches it."""
+
+
+class CallScope:
+    """One running denoiser call.
+
+    Args:
+        tap: what the attention tap knows in it; None while nothing is dead.
+        frame: the frame that lasts as long as the call.
+        outer: the scope that it was opened in.
+        replayer: who makes the call, where it is a replay of ours.
+
+    Attributes:
+        depth: self-attention modules that have been entered in it.
+    """
+
+    def __init__(
+        self, tap: CallTap | None, frame: FrameType, outer: CallScope | None, replayer: object = None
+    ) -> None:
+        self.tap = tap
+        self.outer = outer
+        self.replayer = replayer
+        self.depth = 0
+        self._frame: FrameType | None = frame
+
+    @property
+    def running(self) -> bool:
+        """Whether the call is still under way. Closes the scope if it is not."""
+        if self._frame is None:
+            return False
+        try:
+            # A frame that is executing, in whatever thread, refuses to be cleared; one that has ended does not.
+            self._frame.clear()
+        except RuntimeError:
+            return True
+        self.close()
+        return False
+
+    def close(self) -> None:
+        """The call is over: let go of its frame, and with it of the call's arguments."""
+        self._frame = None
+        BUSY.drop(self)
+
+
+class Busy:
+    """Whether anything is dead in the context of any running call of the process.
+
+    ``now`` is a plain attribute, which compiled code can guard on: while it is False, tapped functions run as if they
+    were not tapped, without a graph break. It may stay True after an interrupted call, until somebody looks.
+    """
+
+    def __init__(self) -> None:
+        self.now = False
+        self._scopes: set[CallScope] = set()
+        self._lock = threading.RLock()
+
+    def add(self, scope: CallScope) -> None:
+        """A call begins in which something is dead."""
+        with self._lock:
+            self._scopes.add(scope)
+            self.now = True
+
+    def drop(self, scope: CallScope) -> None:
+        """A call has ended."""
+        with self._lock:
+            self._scopes.discard(scope)
+            self.now = bool(self._scopes)
+
+    def sweep(self) -> None:
+        """Drop calls that have ended unseen."""
+        for scope in list(self._scopes):
+            scope.running  # noqa: B018 - closes itself
+
+
+BUSY = Busy()
+
+_current: ContextVar[CallScope | None] = ContextVar("tokentrim_call", default=None)
+
+
+def current_scope() -> CallScope | None:
+    """The innermost denoiser call that is running in this thread or task."""
+    scope = _current.get()
+    while scope is not None and not scope.running:
+        scope = scope.outer
+    if scope is not _current.get():
+        _current.set(scope)
+    if scope is None:
+        BUSY.sweep()
+    return scope
+
+
+def current_tap() -> CallTap | None:
+    """The tap of the denoiser call that is running in this thread or task, if something in its context is dead."""
+    scope = current_scope()
+    return None if scope is None else scope.tap
+
+
+def open_scope(tap: CallTap | None, replayer: object = None) -> CallScope:
+    """Open a scope for the denoiser call whose hook is running."""
+    scope = CallScope(tap, _frame_of_call(), current_scope(), replayer)
+    if tap is not None:
+        BUSY.add(scope)
+    _current.set(scope)
+    return scope
+
+
+@contextmanager
+def scoped(tap: CallTap | None, replayer: object = None) -> Iterator[CallScope]:
+    """A scope for the duration of a block."""
+    scope = open_scope(tap, replayer)
+    try:
+        yield scope
+    finally:
+        scope.close()
+        current_scope()
+
+
+def _frame_of_call() -> FrameType:
+    """The frame behind our hook: that of ``nn.Module.__call__``, which lasts as long as the call."""
+    frame: FrameType | None = sys._getframe(1)
+    last = frame
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith(OURS):
+        last, frame = frame, frame.f_back
+    found = frame or last
+    assert found is not None, "there is always a caller"
+    return found
