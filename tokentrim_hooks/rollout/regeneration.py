@@ -19,7 +19,7 @@ from tokentrim_hooks.policy.drift import latent_summary, token_drift
 from tokentrim_hooks.pruning.call_scope import current_scope, scoped
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, read
-from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState
+from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState, clean_flag
 
 
 @dataclass(frozen=True)
@@ -209,13 +209,6 @@ class Regenerator:
         """Self-check of the first prune: every layer dropped rows, and the output is finite."""
         finite = bool(torch.isfinite(self.adapter.prediction(call, output)).all())
         return self.pruner.check(finite)
-
-
-def clean_flag(call: Call) -> Tensor | None:
-    """Whether the call's latents are clean (timestep 0), on the device; None where its arguments say so anyway."""
-    if call.commits is not None or call.timestep is None:
-        return None
-    return call.timestep.abs().amax() == 0
 
 
 def _merged(old: list[list[int]], new: list[list[int]]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import record_function
 
 from tokentrim_hooks.adapter import Adapter, Call, Match, Phase
@@ -26,7 +26,7 @@ from tokentrim_hooks.pruning.call_scope import CallScope, open_scope
 from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.records import Recorder
-from tokentrim_hooks.rollout.regeneration import Case, Regenerator, clean_flag
+from tokentrim_hooks.rollout.regeneration import Case, Regenerator
 from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState
 
 Probe = Literal["first-step", "candidate"]
@@ -132,7 +132,7 @@ class Rollout:
             judgement = self._regenerator.judge(Case(module, steps, phase, video, chunk), output)
             self._enter(judgement, chunk, video)
             output, prediction, summary = judgement.output, judgement.prediction, judgement.summary
-        self._remember(step.call, phase, prediction, summary, chunk)
+        chunk.remember(step.call, phase, prediction, summary, self.patch_size)
         video.returned = prediction
         if phase is Phase.COMMIT:
             self._publish()
@@ -272,26 +272,6 @@ class Rollout:
             video.learn_steps([bool(flag) for flag in video.waiting])
         chunk.history.append(step)
         return chunk.history if chunk.steps == video.usual_steps else []
-
-    def _remember(
-        self, call: Call, phase: Phase, prediction: Tensor, summary: Tensor | None, chunk: ChunkState
-    ) -> None:
-        """Keep the summary of the chunk as last seen; where only the device knows if it was clean, choose there."""
-        if phase is Phase.RECACHE:
-            return
-        if phase is Phase.COMMIT or call.commits:
-            chunk.summary = latent_summary(call.latents, self.patch_size)
-            # A rolling window commits an older chunk than the one it takes in: the records are of the latter.
-            chunk.latents = call.latents if call.start == chunk.start else chunk.latents
-            chunk.given = chunk.given or phase is Phase.FIRST
-            return
-        chunk.latents = prediction
-        chunk.summary = latent_summary(prediction, self.patch_size) if summary is None else summary
-        clean = clean_flag(call)
-        if clean is not None:
-            given = latent_summary(call.latents, self.patch_size).to(chunk.summary.dtype)
-            chunk.summary = torch.where(clean, given, chunk.summary)
-            chunk.clean.append(clean)
 
     # ------------------------------------------------------------------------------------------ records
 

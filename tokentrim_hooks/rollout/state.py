@@ -7,11 +7,12 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokentrim_hooks.adapter import Call, Phase, Seen
 from tokentrim_hooks.policy.base import History
-from tokentrim_hooks.policy.drift import RunningStatistics
+from tokentrim_hooks.policy.drift import RunningStatistics, latent_summary
 from tokentrim_hooks.rollout.reading import Reading
 
 
@@ -103,6 +104,33 @@ class ChunkState:
         self.committed = self.committed or phase is Phase.COMMIT
         self.ended = time.perf_counter()
 
+    def remember(
+        self, call: Call, phase: Phase, prediction: Tensor, summary: Tensor | None, patch_size: tuple[int, int]
+    ) -> None:
+        """Keep the chunk as last seen; where only the device knows whether it was clean, choose there.
+
+        Args:
+            call, phase: the call that has come back.
+            prediction: its x0, ``[B, F, C, H, W]``.
+            summary: latent summary of ``prediction``, where it was made already.
+            patch_size: (height, width) of a token in latent pixels.
+        """
+        if phase is Phase.RECACHE:
+            return
+        if phase is Phase.COMMIT or call.commits:
+            self.summary = latent_summary(call.latents, patch_size)
+            # A rolling window commits an older chunk than the one it takes in: not what this chunk's records tell of.
+            self.latents = call.latents if call.start == self.start else self.latents
+            self.given = self.given or phase is Phase.FIRST
+            return
+        self.latents = prediction
+        self.summary = latent_summary(prediction, patch_size) if summary is None else summary
+        clean = clean_flag(call)
+        if clean is not None:
+            given = latent_summary(call.latents, patch_size).to(self.summary.dtype)
+            self.summary = torch.where(clean, given, self.summary)
+            self.clean.append(clean)
+
     @property
     def tokens(self) -> list[list[int]]:
         """Tokens that were pruned for this chunk, per sample; no list at all if none were."""
@@ -183,3 +211,10 @@ class VideoState:
     def failed_at_once(self, chunk: ChunkState | None) -> bool:
         """Whether a call of the video's first chunk raised: the next call at its frames begins a video anew."""
         return chunk is not None and chunk.failed and not self.index
+
+
+def clean_flag(call: Call) -> Tensor | None:
+    """Whether the call's latents are clean (timestep 0), on the device; None where its arguments say so anyway."""
+    if call.commits is not None or call.timestep is None:
+        return None
+    return call.timestep.abs().amax() == 0
