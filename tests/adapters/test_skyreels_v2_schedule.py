@@ -19,7 +19,6 @@ from tests.adapters.skyreels_reference import (
     SYNC,
     Forced,
     N,
-    as_tensor,
     given,
     picture,
     watched,
@@ -183,7 +182,7 @@ def test_a_given_clip_is_the_first_predecessor():
     pipe, accepted = tiny.pipeline("video"), []
     with tokentrim.patch(pipe, Forced(0)) as handle:
         watched(handle, "accepted", accepted)
-        video = as_tensor(tiny.run(pipe, video=given("video")["video"]))
+        video = tiny.run(pipe, video=given("video")["video"])
         record = handle.report.records[0]
     assert (record.start, record.frames, record.pruned, record.dead) == (2, 2, True, 2 * len(DEAD))
     torch.testing.assert_close(accepted[0][1], video[:, :, :2].transpose(1, 2), atol=1e-6, rtol=0)
