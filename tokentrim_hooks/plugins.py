@@ -46,7 +46,7 @@ class AdapterInfo:
     disabled: bool = False
 
     @property
-    def loaded(self) -> type[Adapter]:
+    def loaded(self) -> type[Adapter[Any]]:
         """The adapter's class.
 
         Raises:

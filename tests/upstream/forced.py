@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tokentrim_hooks import Chunk, History, Policy, Verdict
 
-Plan = Mapping[int, Sequence[Sequence[int]]]
+Plan = dict[int, Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,11 @@ class ForcedPolicy(Policy):
     """Prunes ``plan[chunk]`` (one token list per sample, empty = spare it) at the chunk of that number."""
 
     plan: Plan
+
+    def replan(self, plan: Plan) -> None:
+        """Go on with another plan, in the middle of a patch: the policy is frozen, its plan is not."""
+        self.plan.clear()
+        self.plan.update(plan)
 
     def judge(self, chunk: Chunk, history: History) -> Verdict:
         """Return the plan's tokens; samples that are spared carry token numbers that nobody may use."""

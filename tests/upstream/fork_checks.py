@@ -50,7 +50,7 @@ def started_afresh(comparison: Comparison, chunk: int, chunks: int) -> None:
     policy = ForcedPolicy({chunk: [TOKENS]})
     with tokentrim.patch(comparison.model, policy) as handle:
         assert difference(comparison.run(), expected) > VISIBLE
-        policy.plan = {}
+        policy.replan({})
         assert torch.equal(comparison.run(), expected)
     assert [(record.video, record.chunk) for record in handle.report] == [(v, c) for v in (0, 1) for c in range(chunks)]
 

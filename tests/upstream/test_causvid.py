@@ -145,7 +145,7 @@ def test_second_video_starts_afresh(repository: Repository) -> None:
     policy = ForcedPolicy({2: [TOKENS]})
     with tokentrim.patch(comparison.model, policy) as handle:
         assert difference(comparison.run(), expected) > VISIBLE
-        policy.plan = {}
+        policy.replan({})
         assert torch.equal(comparison.run(), expected)
     assert [record.chunk for record in handle.report] == [*range(5)] * 2
 

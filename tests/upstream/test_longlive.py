@@ -155,7 +155,7 @@ def test_second_video_starts_afresh(repository: Any) -> None:
     policy = ForcedPolicy({4: [TOKENS]})
     with tokentrim.patch(comparison.model, policy) as handle:
         first = comparison.run()
-        policy.plan = {4: [OTHERS]}
+        policy.replan({4: [OTHERS]})
         second = comparison.run()
     assert torch.equal(second, fresh)
     assert difference(first, second) > VISIBLE

@@ -104,7 +104,7 @@ def test_two_videos_observed_then_pruned(repository: Repository, record_property
     before = {key: id(value) for key, value in vars(pipeline.generator).items()}
     with tokentrim.patch(pipeline, policy) as handle:
         assert torch.equal(generate(), unpruned)
-        policy.plan = {CHUNK: [DEAD]}
+        policy.replan({CHUNK: [DEAD]})
         with Watch.on(pipeline) as watch:
             ours = generate()
         assert torch.equal(torch.get_rng_state(), state)

@@ -205,9 +205,9 @@ def test_second_video_starts_afresh(repository: Repository) -> None:
     policy = ForcedPolicy({7: [TOKENS]})
     with tokentrim.patch(comparison.model, policy) as handle:
         first = comparison.run()
-        policy.plan = {7: [OTHERS]}
+        policy.replan({7: [OTHERS]})
         second = comparison.run()
-        policy.plan = {}
+        policy.replan({})
         third = comparison.run()
     assert torch.equal(second, fresh)
     assert torch.equal(third, comparison.run())

@@ -163,10 +163,10 @@ def test_second_video_starts_afresh(repository: Repository) -> None:
     policy = ForcedPolicy({4: [TOKENS]})
     with tokentrim.patch(comparison.model, policy) as handle:
         first = comparison.run()
-        policy.plan = {4: [OTHERS]}
+        policy.replan({4: [OTHERS]})
         second = comparison.run()
         assert not all(bool(layer["v"].isfinite().all()) for layer in cache_of(comparison))
-        policy.plan = {}
+        policy.replan({})
         third = comparison.run()
     assert torch.equal(second, fresh)
     assert torch.equal(third, comparison.run())
