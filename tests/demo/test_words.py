@@ -23,53 +23,64 @@ def outcome(setting, columns, values, pruned):
     )  # fmt: skip
 
 
-def act(title, columns, change, pruned=(), watch=None, pairs=PAIRS):
+def act(name, columns, change, pruned=(), watch=None, pairs=PAIRS):
     base = [1.0 + 0.01 * i for i in range(pairs)]
     changed = [value + change * (1 + 0.1 * (i % 2)) for i, value in enumerate(base)]
     outcomes = [outcome(STANDARD[0], columns, base, []), outcome(STANDARD[1], columns, changed, list(pruned))]
     rows = summarise(outcomes, columns, watch)
-    return SimpleNamespace(title=title, trial=SimpleNamespace(columns=columns), rows=rows)
+    return SimpleNamespace(name=name, trial=SimpleNamespace(columns=columns), rows=rows)
 
 
 @pytest.fixture
 def acts():
-    return [act("A planted fault", FAULT, -0.4, [8], watch=8), act("Natural drift", DRIFT, 0.0)]
+    return [act("fault", FAULT, -0.4, [8], watch=8), act("fading", DRIFT, 0.0)]
+
+
+def test_what_drifts_is_told_by_figures_of_the_unpatched_model(acts):
+    said = sentences(acts)[0]
+    assert said.startswith("What drifts: left alone, from chunks 1-10 to chunks 11-20 and where 1 is true, the fading")
+    assert said.endswith("contrast goes from 1.035 to 1.035 and its share of sprites alive goes from 1.035 to 1.035.")
+
+
+def test_a_single_window_is_first_and_last(acts):
+    assert "from chunks 1-1 to chunks 1-1" in sentences([acts[0], act("fading", drift_columns(1), 0.0)])[0]
 
 
 def test_the_fault_is_told_with_its_interval_and_its_price(acts):
-    what, fault, _ = sentences(acts)
-    assert "caught it at once in 100.0 % of 8 videos" in fault and "by -0.420 [-0.438, -0.402] from 1.035" in fault
-    assert "one chunk later (better)" in fault
-    assert "price: 1.8 % more denoiser calls, sprites alive (identity), chunks 12-15 -0.420" in fault
-    assert "saturation error" not in fault, "what got better is no price"
-    assert what.startswith("What drifts: ") and "from chunks 1-10 to chunks 11-20" in what
+    said = sentences(acts)[1]
+    assert "caught at once in 100.0 % of 8 videos" in said and "by -0.420 [-0.438, -0.402] from 1.035 (better)" in said
+    assert said.endswith("The price: 1.8 % more denoiser calls, sprites alive (identity) -0.420 [-0.438, -0.402].")
 
 
 def test_nothing_is_said_to_be_nothing(acts):
-    assert "pruned 0.0 % of the judged chunks; no measure better or worse" in sentences(acts)[2]
+    said = sentences(acts)[2]
+    assert "pruned 0.0 % of the chunks (fading); no measure got better or worse" in said
+    assert "does not move slow drift" in said
 
 
 def test_an_effect_on_slow_drift_would_be_told(acts):
-    slow = sentences([acts[0], act("Natural drift", DRIFT, -0.4, [3])])[2]
-    assert "saturation error, chunks 11-20 better" in slow and "sprites alive (identity), chunks 11-20 worse" in slow
+    said = sentences([*acts, act("burning", DRIFT, -0.4, [3])])[2]
+    assert "0.0 % of the chunks (fading) and 10.0 % of the chunks (burning)" in said
+    assert "burning: saturation error -0.420 [-0.438, -0.402] (better)" in said
+    assert "burning: sprites alive (identity) -0.420 [-0.438, -0.402] (worse)" in said and "does not move" not in said
 
 
 def test_few_videos_give_no_verdict():
-    said = sentences([act("A planted fault", FAULT, -0.4, [8], 8, pairs=5), act("Natural drift", DRIFT, 0, pairs=5)])
-    assert "(too few pairs)" in said[1] and "no verdict below 6 videos" in said[2]
+    said = sentences([act("fault", FAULT, -0.4, [8], 8, pairs=5), act("fading", DRIFT, 0.0, pairs=5)])
+    assert "(too few pairs)" in said[1] and "below 6 videos there is no verdict" in said[2]
 
 
-def test_the_table_is_small_and_says_it_in_words(acts):
+def test_the_table_is_small_and_names_each_act_once(acts):
     rows = table(acts)
     assert len(rows) == 10 and all(len(row) == len(COLUMNS) for row in rows)
-    assert rows[0][0] == "a planted fault: error around the fault, +1"
-    assert rows[0][1:] == ["1.035", "0.615", "-0.420", "[-0.438, -0.402]", "better"]
+    assert rows[0] == ["fault", "error around the fault, +1", "1.035", "0.615", "-0.420", "[-0.438, -0.402]", "better"]
+    assert [row[0] for row in rows] == ["fault", *[""] * 5, "fading", *[""] * 3]
     assert {row[-1] for row in rows[6:]} == {"no difference shown"}
 
 
 def test_what_could_not_be_measured_is_a_dash(acts):
-    last = table([acts[0], act("Natural drift", DRIFT, float("nan"))])[-1]
-    assert last[1:] == ["-", "-", "-", "[-inf, +inf]", "too few pairs"]
+    last = table([acts[0], act("fading", DRIFT, float("nan"))])[-1]
+    assert last[2:] == ["-", "-", "-", "[-inf, +inf]", "too few pairs"]
 
 
 def test_rounding_never_hides_that_a_number_is_not_zero():

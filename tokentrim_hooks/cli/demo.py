@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from tokentrim_hooks.experiments.demo.acts import Act, Size
 
 HELP = "See and measure it on a small trained model, in about two minutes."
+FILES = {
+    "{act}.gif": "films: truth, unpatched and pruned beside each other",
+    "{act}.png": "the same as stills",
+    "{act}.html": "all measures",
+    "report/report.html": "what tokentrim did to the planted fault, chunk by chunk",
+    "table.txt": "what is printed here",
+    "results.json": "every figure",
+}
+"""What is written, by name: of each act, or once."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +57,10 @@ def run(options: argparse.Namespace) -> int:
     with progress(f"{size.scenes} videos", size.total_chunks) as advance:
         acts = play(load, size, lambda *_: advance())
     print(said(acts))
-    print("Files:")
-    for path in write(acts, options.out, made_with(options)):
-        print(f"  {path}")
+    write(acts, options.out, made_with(options))
+    print(f"Files in {options.out}:")
+    for name, words in FILES.items():
+        print(f"  {', '.join(dict.fromkeys(name.format(act=act.name) for act in acts))}: {words}")
     return 0
 
 
@@ -69,23 +79,21 @@ def said(acts: Sequence[Act]) -> str:
     return "\n\n".join([*sentences(acts), plain_table(COLUMNS, table(acts)), NOTES]) + "\n"
 
 
-def write(acts: Sequence[Act], folder: Path, made: dict[str, Any]) -> list[Path]:
-    """Write films, stills, figures, all measures and TokenTrim's own report into ``folder``; return the paths."""
+def write(acts: Sequence[Act], folder: Path, made: dict[str, Any]) -> None:
+    """Write what FILES lists into ``folder``."""
     from tokentrim_hooks.experiments.compare.page import render
     from tokentrim_hooks.experiments.demo.pictures import draw_all
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = draw_all(acts, folder)
+    draw_all(acts, folder)
     for act in acts:
-        page = folder / f"{act.name}.html"
         about = {**made, "target": act.title, "trial": dict(act.trial.settings)}
-        page.write_text(render(act.rows, act.trial.columns, about, act.trial.watch), encoding="utf-8")
-        written.append(page)
+        page = render(act.rows, act.trial.columns, about, act.trial.watch)
+        (folder / f"{act.name}.html").write_text(page, encoding="utf-8")
+    save_report(acts[0], folder / "report")
+    (folder / "table.txt").write_text(said(acts), encoding="utf-8")
     outcomes = {act.name: [vars(take.outcome) for take in (act.off, act.paper)] for act in acts}
-    table = folder / "table.txt"
-    table.write_text(said(acts), encoding="utf-8")
-    return [*written, save_report(acts[0], folder / "report"), table,
-            write_json(folder / "results.json", {"settings": made, **outcomes})]  # fmt: skip
+    write_json(folder / "results.json", {"settings": made, **outcomes})
 
 
 def save_report(act: Act, folder: Path) -> Path:

@@ -165,7 +165,15 @@ def _small(frame: NDArray[Any], width: int = 160) -> Image.Image:
 
 def save_film(frames: Sequence[Image.Image], path: Path, milliseconds: Sequence[int]) -> Path:
     """Write frames as a GIF that plays over and over, each as long as it says; returns the path."""
-    # One palette per frame and no dithering: pixels of one colour stay so, and the file small.
-    reduced = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
+    # No dithering, and one palette for the whole film: what does not change costs no bytes, and no colour flickers.
+    palette = _palette(frames)
+    reduced = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     reduced[0].save(path, save_all=True, append_images=reduced[1:], duration=list(milliseconds), loop=0)
     return path
+
+
+def _palette(frames: Sequence[Image.Image], samples: int = 8) -> Image.Image:
+    """256 colours that come near to all in some frames: the mean of many greys must not cost a small sprite its own."""
+    chosen = frames[:: max(1, len(frames) // samples)]
+    small = [f.resize((f.width // 3 or 1, f.height // 3 or 1), Image.Resampling.NEAREST) for f in chosen]
+    return above(small).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)

@@ -15,7 +15,9 @@ from tokentrim_hooks.experiments.compare.trials import Column
 from tokentrim_hooks.metrics.intervals import NOTHING, TOO_FEW, Difference, adjusted, paired_difference
 
 CELL = 16
-"""Columns of one cell in the terminal."""
+"""Width of one cell in the terminal."""
+ACROSS = 5
+"""Measures beside each other in the terminal; more stand in a table below."""
 BOLD = "A bold word: p below 0.05 after adjusting for all comparisons of these tables. Without one it is not."
 NOTES = """\
 Cells: mean difference to the unpatched model over pairs (same seed, same noise), its 95 % t interval, and a verdict
@@ -160,17 +162,23 @@ def _short(texts: Sequence[str]) -> str:
 def terminal(
     rows: Sequence[Row], columns: Sequence[Column], watch: int | None = None
 ) -> list[tuple[list[str], list[list[str]]]]:
-    """One table per window for the terminal, headings and rows: short lines, measures without a direction left out."""
+    """Tables for the terminal, headings and rows: a few measures each, those without a direction left out."""
     tables = []
     for window, some in by_window(columns).items():
         shown = [c for c in some if c.better] or some
-        lines = [[_narrow([window or "all"]), *(_narrow([c.name]) for c in shown)]]
-        for row in rows:
-            numbers = zip(share_heads(watch), shares(row, watch), strict=True)
-            about = [row.setting, *(f"{head} {text}" for head, text in numbers)]
-            lines.append([_narrow(about), *(_narrow(cell(row, c)) for c in shown)])
-        tables.append((["", *(c.aspect or "measure" for c in shown)], lines))
+        tables += [_stacked(rows, shown[i : i + ACROSS], window, watch) for i in range(0, len(shown), ACROSS)]
     return tables
+
+
+def _stacked(
+    rows: Sequence[Row], columns: Sequence[Column], window: str, watch: int | None
+) -> tuple[list[str], list[list[str]]]:
+    lines = [[_narrow([window or "all"]), *(_narrow([c.name]) for c in columns)]]
+    for row in rows:
+        numbers = zip(share_heads(watch), shares(row, watch), strict=True)
+        about = [row.setting, *(f"{head} {text}" for head, text in numbers)]
+        lines.append([_narrow(about), *(_narrow(cell(row, c)) for c in columns)])
+    return ["", *(c.aspect or "measure" for c in columns)], lines
 
 
 def _narrow(texts: Sequence[str]) -> str:

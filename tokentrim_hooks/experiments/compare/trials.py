@@ -38,7 +38,7 @@ from torch import Tensor
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.reference.fault import Blotch, Planter, Where
 from tokentrim_hooks.reference.pipeline import WEIGHTS, ReferencePipeline
-from tokentrim_hooks.reference.quality import METRICS, window
+from tokentrim_hooks.reference.quality import METRICS, MORE, window
 from tokentrim_hooks.reference.scenes import Scene, scenes
 
 ASPECTS = {
@@ -48,7 +48,12 @@ ASPECTS = {
     "error to ground truth": "stability",
     "motion error": "motion",
     "motion / true motion": "motion",
+    "contrast / true contrast": "stability",
+    "background error": "stability",
+    "sprite place error (pixels)": "motion",
 }
+"""What a measure is about. Of those that tell drift apart, contrast, background and place stand in tables, too."""
+MEASURES = tuple(metric for metric in (*METRICS, *MORE) if metric.name in ASPECTS)
 HEALTHY = 6
 """Chunks made true before the corrupted one, so that the policy has severities to compare with."""
 OFFSETS = (1, 4, 8, 12)
@@ -180,7 +185,7 @@ class ReferenceTrial:
         for low, high in windows(self.maker.chunks, HEALTHY + 2 if self.maker.fault else 1):
             frames = slice(low * self.frames, (high + 1) * self.frames)
             part = window(self.scene, frames)
-            for metric in METRICS:
+            for metric in MEASURES:
                 found[f"{metric.name} @ {_name(low, high)}"] = metric.measure(video[:, frames], part)
         return found
 
@@ -211,7 +216,7 @@ def windows(chunks: int, first: int = 1) -> list[tuple[int, int]]:
 def drift_columns(chunks: int, first: int = 1) -> list[Column]:
     """Columns of a rollout from chunk ``first`` on, in two halves."""
     names = [_name(low, high) for low, high in windows(chunks, first)]
-    return [Column(m.name, ASPECTS.get(m.name, ""), m.better, name) for name in names for m in METRICS]
+    return [Column(m.name, ASPECTS[m.name], m.better, name) for name in names for m in MEASURES]
 
 
 def fault_columns(chunks: int) -> list[Column]:

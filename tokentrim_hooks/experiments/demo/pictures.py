@@ -47,15 +47,12 @@ SHORT, LONG = 90, 400
 """Milliseconds of a frame, and of one in which the large scene is pruned or its fault is planted."""
 
 
-def draw_all(acts: Sequence[Act], folder: Path) -> list[Path]:
-    """Write ``NAME.gif`` and ``NAME.png`` of each act into ``folder``; return their paths."""
-    written = []
+def draw_all(acts: Sequence[Act], folder: Path) -> None:
+    """Write ``NAME.gif`` and ``NAME.png`` of each act into ``folder``."""
     for act in acts:
         pictures = Pictures(act)
-        written.append(save_film(pictures.film(), folder / f"{act.name}.gif", pictures.milliseconds()))
-        written.append(folder / f"{act.name}.png")
-        pictures.still().save(written[-1])
-    return written
+        save_film(pictures.film(), folder / f"{act.name}.gif", pictures.milliseconds())
+        pictures.still().save(folder / f"{act.name}.png")
 
 
 class Pictures:

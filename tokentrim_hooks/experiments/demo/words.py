@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from tokentrim_hooks.experiments.compare.table import by_window, number, percent, span
+from tokentrim_hooks.experiments.compare.table import Row, by_window, number, percent, span
 from tokentrim_hooks.experiments.compare.trials import Column
 from tokentrim_hooks.experiments.demo.acts import Act
 from tokentrim_hooks.metrics.intervals import LEAST_PAIRS, Difference, adjusted
 
-COLUMNS = ("measure", "unpatched", "pruned", "difference", "95 % interval", "verdict")
+COLUMNS = ("", "measure", "unpatched", "pruned", "difference", "95 % interval", "verdict")
 SHOWN = (
     *("error around the fault, +1", "error around the fault, +4"),
-    *("sprites alive (identity)", "error to ground truth", "saturation error", "motion error"),
+    *("saturation error", "error to ground truth", "sprites alive (identity)", "motion error"),
 )
 """Measures of the small table; of those that a rollout has in several windows, the last window's."""
-FIGURES = ("sprites alive (identity)", "error to ground truth")
-"""Measures by which the first sentence says what drifts."""
+COURSE = {"contrast / true contrast": "contrast", "sprites alive (identity)": "share of sprites alive"}
+"""Measures by which the first sentence says what drifts: both are 1 in the true video."""
 NOTES = """\
-Errors: lower is better; sprites alive: higher. Differences are paired over videos (same scene, same noise), intervals
-are t intervals of one row alone; a verdict has p below 0.05 after adjusting for all rows (Benjamini-Hochberg)."""
+Errors: lower is better; sprites alive: higher. Means over videos of the last chunks, or so many chunks after the fault.
+Differences are paired (same scene, same noise), each with its own 95 % t interval; a verdict has p below 0.05 after
+adjusting for all rows (Benjamini-Hochberg)."""
 
-Line = tuple[str, Difference, str]
-"""Where and what was measured, the difference, which side is better."""
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the small table."""
+
+    act: Act
+    column: Column
+    difference: Difference
+
+    @property
+    def verdict(self) -> str:
+        """``better``, ``worse``, or nothing."""
+        return self.difference.verdict(self.column.better)
+
+    @property
+    def change(self) -> str:
+        """The difference and its interval, in words."""
+        return f"{self.column.name} {number(self.difference.mean, sign=True)} {span(self.difference)}"
 
 
 def lines_of(acts: Sequence[Act]) -> list[Line]:
     """The rows of the small table, adjusted for their number."""
-    found = [(f"{act.title.lower()}: {_name(c)}", act.rows[1].differences[c.key], c.better)
-             for act in acts for c in shown(act)]  # fmt: skip
-    differences = adjusted([difference for _, difference, _ in found])
-    return [(name, d, better) for (name, _, better), d in zip(found, differences, strict=True)]
+    found = [Line(act, column, act.rows[1].differences[column.key]) for act in acts for column in shown(act)]
+    differences = adjusted([line.difference for line in found])
+    return [replace(line, difference=difference) for line, difference in zip(found, differences, strict=True)]
 
 
 def shown(act: Act) -> list[Column]:
@@ -40,57 +57,59 @@ def shown(act: Act) -> list[Column]:
 
 
 def table(acts: Sequence[Act]) -> list[list[str]]:
-    """The rows of the small table as text, under COLUMNS."""
-    return [
-        [name, number(d.base), number(d.treated), number(d.mean, sign=True), span(d), d.words(better)]
-        for name, d, better in lines_of(acts)
-    ]
+    """The rows of the small table as text, under COLUMNS; each act is named once."""
+    rows, named = [], ""
+    for line in lines_of(acts):
+        d, name = line.difference, line.act.name
+        values = [number(d.base), number(d.treated), number(d.mean, sign=True), span(d), d.words(line.column.better)]
+        rows.append(["" if name == named else name, line.column.name, *values])
+        named = name
+    return rows
 
 
 def sentences(acts: Sequence[Act]) -> list[str]:
     """What drifts; what pruning did for the fault, and at what price; what it did for slow drift."""
     fault, *drifts = acts
     lines = lines_of(acts)
-    return [_drifts(drifts), _of_fault(fault, lines), *(_of_drift(act, lines) for act in drifts)]
+    return [_what_drifts(drifts), _of_fault(fault, lines), _of_slow_drift(drifts, lines)]
 
 
-def _drifts(acts: Sequence[Act]) -> str:
-    parts = [f"{act.title.lower()}: {_course(act)}" for act in acts]
-    return f"What drifts: left alone, the small model loses its scene ({'; '.join(parts)})."
+def _what_drifts(acts: Sequence[Act]) -> str:
+    windows = list(by_window(acts[0].trial.columns))
+    first, last = windows[0], windows[-1]
+    parts = "; ".join(f"the {act.name} model's {_course(act, first, last)}" for act in acts)
+    return f"What drifts: left alone, from {first} to {last} and where 1 is true, {parts}."
 
 
-def _course(act: Act) -> str:
-    """How an unpatched model's figures change from the first window to the last."""
-    off, groups = act.rows[0], by_window(act.trial.columns)
-    first, last = next(iter(groups)), list(groups)[-1]
-    values = {(c.name, c.window): off.differences[c.key].base for c in act.trial.columns}
-    changes = [f"{name} {number(values[name, first])} -> {number(values[name, last])}" for name in FIGURES]
-    return f"{', '.join(changes)} from {first} to {last}"
+def _course(act: Act, first: str, last: str) -> str:
+    """How an unpatched model's figures change from one window to another."""
+    values = {(c.name, c.window): number(act.rows[0].differences[c.key].base) for c in act.trial.columns}
+    return " and its ".join(
+        f"{word} goes from {values[name, first]} to {values[name, last]}" for name, word in COURSE.items()
+    )
 
 
 def _of_fault(act: Act, lines: Sequence[Line]) -> str:
-    row = act.rows[1]
-    error = next(d for name, d, _ in lines if "around the fault, +1" in name)
-    others = [f"{name.partition(': ')[2]} {number(d.mean, sign=True)} {span(d)}" for name, d, better in lines
-              if name.startswith(act.title.lower()) and d.verdict(better) == "worse"]  # fmt: skip
-    price = ", ".join([f"{percent(row.extra)} more denoiser calls", *others])
+    row, error = act.rows[1], next(line for line in lines if line.column.name == SHOWN[0])
+    worse = [line.change for line in lines if line.act is act and line.verdict == "worse"]
+    price = ", ".join([f"{percent(row.extra)} more denoiser calls", *worse])
+    d = error.difference
     return (
-        f"The fault: pruning caught it at once in {percent(row.watched)} of {row.pairs} videos and changed the error "
-        f"around it by {number(error.mean, sign=True)} {span(error)} from {number(error.base)} one chunk later "
-        f"({error.words('lower')}); the price: {price}."
+        f"The fault: a blotch planted in the context was caught at once in {percent(row.watched)} of {row.pairs} "
+        f"videos; pruning changed the error around it, one chunk later, by {number(d.mean, sign=True)} {span(d)} from "
+        f"{number(d.base)} ({d.words('lower')}). The price: {price}."
     )
 
 
-def _of_drift(act: Act, lines: Sequence[Line]) -> str:
-    row = act.rows[1]
-    verdicts = [f"{name.partition(': ')[2]} {d.verdict(better)}" for name, d, better in lines
-                if name.startswith(act.title.lower()) and d.verdict(better)]  # fmt: skip
-    few = f"no verdict below {LEAST_PAIRS} videos" if row.pairs < LEAST_PAIRS else "no measure better or worse"
-    return (
-        f"Slow drift: the paper's policy pruned {percent(row.pruned)} of the judged chunks; "
-        f"{', '.join(verdicts) or few}: it is made for sudden faults, and does not move slow drift here."
-    )
+def _of_slow_drift(acts: Sequence[Act], lines: Sequence[Line]) -> str:
+    rates = " and ".join(f"{percent(act.rows[1].pruned)} of the chunks ({act.name})" for act in acts)
+    found = [f"{line.act.name}: {line.change} ({line.verdict})" for line in lines if line.act in acts and line.verdict]
+    return f"Slow drift: the paper's policy pruned {rates}; {_moved(found, acts[0].rows[1])}."
 
 
-def _name(column: Column) -> str:
-    return f"{column.name}, {column.window}" if column.window else column.name
+def _moved(found: Sequence[str], row: Row) -> str:
+    if found:
+        return "; ".join(found)
+    if row.pairs < LEAST_PAIRS:
+        return f"below {LEAST_PAIRS} videos there is no verdict on what that did"
+    return "no measure got better or worse: it is made for sudden faults and does not move slow drift"
