@@ -38,6 +38,17 @@ def test_what_happens_to_a_sprite_happens_where_it_is(name):
     assert changed.any() and not (changed & (SCENE.masks.sum(2) == 0)).any()
 
 
+@pytest.mark.parametrize("name", [*REDRAWN, "removing"])
+def test_what_is_drawn_anew_stays_in_the_range(name):
+    assert all(BY_NAME[name](SCENE, strength).abs().max() <= 1 + 1e-5 for strength in STRENGTHS)
+
+
+def test_noise_is_on_the_background_only():
+    changed = (BY_NAME["noise"](SCENE, 1.0) - SCENE.video).abs().amax(2)
+    covered = SCENE.masks.sum(2)
+    assert changed[covered == 1].max() == 0 and (changed[covered == 0] > 0.01).float().mean() > 0.99
+
+
 def test_displaced_sprites_keep_their_distance_and_their_size():
     seen = look(BY_NAME["displacing"](SCENE, 1.0), SCENE)
     inside = ((SCENE.positions - 15.5).square().sum(-1).sqrt() < 10).all(2)  # else they may leave the frame
