@@ -42,6 +42,11 @@ def test_every_module_is_in_the_wheel(wheel):
         assert name in wheel
 
 
+def test_every_template_is_in_the_wheel(wheel):
+    templates = [file.relative_to(ROOT).as_posix() for file in (ROOT / "tokentrim_hooks").rglob("*.j2")]
+    assert len(templates) == 2 and set(templates) <= wheel.keys()
+
+
 def test_weights_are_in_the_wheel(wheel):
     weights = [name for name in wheel if name.endswith(".safetensors")]
     trained = (ROOT / "tokentrim_hooks" / "reference" / "weights.safetensors").exists()
