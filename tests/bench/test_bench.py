@@ -132,7 +132,7 @@ def test_wrong_use_and_a_missing_engine_are_explained(capsys, monkeypatch):
 def test_targets_run_and_can_be_pruned():
     torch.set_num_threads(1)
     found = targets.skyreels(Size("cpu", 3))
-    assert found.words["tokens a frame"] == 64
+    assert found.words["tokens per frame"] == 64
     assert measure._once(found, arms(3)["forced trigger"], lambda: None)[1].triggers == 1
 
 

@@ -56,8 +56,8 @@ def make(size: Size) -> Target:
     shape = FULL if size.full else SMALL
     parts = _import(size)
     sampler = Sampler(_transformer(parts, shape, size), parts.set_forward_context, shape, size)
-    words = {"layers": shape.layers, "heads": f"{shape.heads} x {shape.width}", "tokens a frame": shape.tokens,
-             "window": f"{WINDOW} frames", "calls a chunk": len(STEPS) + 1, "fastvideo": parts.version}  # fmt: skip
+    words = {"layers": shape.layers, "heads": f"{shape.heads} x {shape.width}", "tokens per frame": shape.tokens,
+             "window": f"{WINDOW} frames", "calls per chunk": len(STEPS) + 1, "fastvideo": parts.version}  # fmt: skip
     return Target(sampler, lambda: sampler(0), words)
 
 

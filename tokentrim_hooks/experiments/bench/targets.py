@@ -25,7 +25,8 @@ def reference(size: Size) -> Target:
         noise = torch.randn(1, 3 * size.chunks, 3, 4 * side, 4 * side).to(size.device, size.dtype)
         return pipeline.inference(noise)
 
-    return Target(pipeline, run, {**shape, "tokens a frame": side * side, "window": "21 frames", "calls a chunk": 5})
+    words = {**shape, "tokens per frame": side * side, "window": "21 frames", "calls per chunk": 5}
+    return Target(pipeline, run, words)
 
 
 def skyreels(size: Size) -> Target:
@@ -60,7 +61,7 @@ def skyreels(size: Size) -> Target:
         )  # fmt: skip
 
     tokens = pixels[0] * pixels[1] // 256
-    words = {"layers": layers, "heads": f"{heads} x {width}", "tokens a frame": tokens, "calls a chunk": 5,
+    words = {"layers": layers, "heads": f"{heads} x {width}", "tokens per frame": tokens, "calls per chunk": 5,
              "window": "4 latent frames, 2 of them history"}  # fmt: skip
     return Target(pipeline, run, words)
 
