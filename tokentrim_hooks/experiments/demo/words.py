@@ -13,7 +13,7 @@ from tokentrim_hooks.metrics.intervals import LEAST_PAIRS, Difference, adjusted
 COLUMNS = ("", "measure", "unpatched", "pruned", "difference", "95 % interval", "verdict")
 SHOWN = (
     *("error around the fault, +1", "error around the fault, +4"),
-    *("saturation error", "error to ground truth", "sprites alive (identity)", "motion error"),
+    *("saturation error", "sprites alive (identity)", "motion error"),
 )
 """Measures of the small table; of those that a rollout has in several windows, the last window's."""
 COURSE = {"contrast / true contrast": "contrast", "sprites alive (identity)": "share of sprites alive"}
@@ -83,7 +83,7 @@ def _what_drifts(acts: Sequence[Act]) -> str:
 
 def _course(act: Act, first: str, last: str) -> str:
     """How an unpatched model's figures change from one window to another."""
-    values = {(c.name, c.window): number(act.rows[0].differences[c.key].base) for c in act.trial.columns}
+    values = {(c.name, c.window): f"{act.rows[0].differences[c.key].base:.2f}" for c in act.trial.columns}
     return " and its ".join(
         f"{word} goes from {values[name, first]} to {values[name, last]}" for name, word in COURSE.items()
     )
