@@ -30,8 +30,8 @@ def tokentrim_adapters() -> Sequence[type[Adapter[Any]]]:  # type: ignore[empty-
 def tokentrim_observers() -> Mapping[str, ObserverFactory]:  # type: ignore[empty-body]
     """Return the observers that this plugin provides, by name: nothing observes until a user asks for it by that name.
 
-    A factory is called once a patched model. It imports its library, so that whoever does not ask for it does not need
-    it, and leaves the opening of files to ``on_start``.
+    A factory is called once per patched model. It imports its library, so that the library is needed only by those who
+    ask for the observer, and leaves the opening of files to ``on_start``.
     """
 
 

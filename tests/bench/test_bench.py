@@ -77,6 +77,7 @@ def test_a_scope_within_another_counts_for_itself_only():
                 with record_function("somebody else's"), record_function("tokentrim.inner"):
                     torch.linalg.svd(torch.ones(200, 200))
 
+    work()  # the very first decomposition of a process loads a library, in the outer scope
     shares = profile(work, "cpu")
     assert shares.keys() == {MODEL, "outer", "inner"} and sum(shares.values()) == pytest.approx(1)
     assert shares["inner"] > shares["outer"] > 0
