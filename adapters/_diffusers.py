@@ -34,10 +34,10 @@ def dispatcher_of(attention: Any) -> Any:
 
 def lacking(transformer: Any, parameters: Sequence[str]) -> str:
     """Why a transformer is none of ours: its forward lacks parameters. Empty if it has them all."""
-    reason = lacks(transformer.forward, parameters, "the transformer's forward")
+    reason = lacks(transformer, parameters, "the transformer's forward")
     if not reason:
         return ""
-    if {"pose_hidden_states", "face_pixel_values"} <= set(parameters_of(transformer.forward)):
+    if {"pose_hidden_states", "face_pixel_values"} <= set(parameters_of(transformer)):
         return "earlier frames are joined to new ones channel by channel, so there is no context token to remove"
     processors = [getattr(module, "processor", None) for module in transformer.modules()]
     if any("linear" in type(processor).__name__.lower() for processor in processors):

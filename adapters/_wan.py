@@ -60,11 +60,11 @@ class CausalWan(Adapter):
         generator = getattr(model, "generator", model)
         if not isinstance(generator, nn.Module):
             return NoMatch("neither a module nor a pipeline with a .generator module")
-        taken = parameters_of(generator.forward)
+        taken = parameters_of(generator)
         for name, relative in RELATIVES.items():
             if name in taken and name not in cls.own:
                 return NoMatch(f"the generator's forward takes {name!r}: this is {relative}")
-        reason = lacks(generator.forward, (*PARAMETERS, *cls.own), "the generator's forward")
+        reason = lacks(generator, (*PARAMETERS, *cls.own), "the generator's forward")
         return NoMatch(reason) if reason else cls._probe_layers(generator)
 
     @classmethod

@@ -38,7 +38,7 @@ class CausVid(CausalWan):
         for layer in self_attentions(generator):
             if hasattr(layer, "evict_idx"):
                 return NoMatch("self_attn has evict_idx: the cache is a ring buffer, as in StreamDiffusionV2")
-            if lacks(layer.forward, cls.own, "self_attn"):
+            if lacks(layer, cls.own, "self_attn"):
                 return NoMatch("self_attn takes no current_end: this is CausVid's bidirectional teacher")
         return super()._probe_layers(generator)
 

@@ -63,7 +63,7 @@ class SelfForcing(CausalWan):
         """Recognise the generator wrapper; refuse parameters that may stand for rules unknown to this adapter."""
         answer = super().probe(model)
         if isinstance(answer, Match) and isinstance(answer.denoiser, nn.Module):
-            unknown = [n for n in parameters_of(answer.denoiser.forward) if n not in (*PARAMETERS, *OPTIONS)]
+            unknown = [n for n in parameters_of(answer.denoiser) if n not in (*PARAMETERS, *OPTIONS)]
             if unknown:
                 return NoMatch(f"the generator's forward takes {', '.join(unknown)}, which {cls.models[0]}'s does not")
         return answer

@@ -66,7 +66,7 @@ class StreamDiffusionV2(Adapter):
         missing = [name for name in METHODS if not callable(getattr(pipeline, name, None))]
         if missing or not isinstance(generator, nn.Module):
             return NoMatch(f"no pipeline with a .generator module and methods {', '.join(METHODS)}")
-        reason = lacks(generator.forward, PARAMETERS, "the generator's forward")
+        reason = lacks(generator, PARAMETERS, "the generator's forward")
         if reason:
             return NoMatch(reason)
         layers = self_attentions(generator)

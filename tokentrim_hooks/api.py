@@ -161,9 +161,26 @@ def _choose(model: Any, name: str | None) -> tuple[type[Adapter[Any]], Match]:
         names = ", ".join(f"{info.name} ({info.distribution})" for info, _ in hits)
         raise AmbiguousModelError(f"several adapters recognise this model: {names}; choose with adapter='...'")
     if not hits:
+        _refuse_wrapped(model)
         raise UnsupportedModelError(_refusal(model, [found for _, found, _ in answers]))
     info, match = hits[0]
     return info.loaded, match
+
+
+def _refuse_wrapped(model: Any) -> None:
+    """Say so if the model, or a part of it, is inside a wrapper that hides its structure."""
+    children = dict(model.named_children()) if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
+    for name, part in {"the model": model, **{f".{key}": value for key, value in children.items()}}.items():
+        kind = type(part).__name__
+        if hasattr(part, "_orig_mod"):
+            raise CompiledModelError(
+                f"{name} is a {kind}, made by torch.compile(module), which hides the model: patch it before it is "
+                "compiled, or compile it in place with module.compile()"
+            )
+        if isinstance(getattr(part, "module", None), nn.Module) and type(part).__module__.startswith("torch."):
+            raise UnsupportedModelError(
+                f"{name} is wrapped in {kind}, which hides the model: patch what is inside, before it is wrapped"
+            )
 
 
 def _refusal(model: Any, found: list[Detection]) -> str:

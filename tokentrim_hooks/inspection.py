@@ -36,12 +36,16 @@ def home_of(thing: object, function: str = "") -> Any:
 
 
 def parameters_of(function: object) -> tuple[str, ...]:
-    """Names of a function's parameters, in order; none for what cannot be called."""
-    return tuple(inspect.signature(function).parameters) if callable(function) else ()
+    """Names of the parameters of a function, or of a module's forward, in order; none for what cannot be called.
+
+    Of a module those that its class declares: libraries put wrappers on the instance whose own signature says nothing
+    (``*args, **kwargs``) or too little.
+    """
+    return tuple(_signature_of(function).parameters) if callable(function) else ()
 
 
 def lacks(function: object, names: Iterable[str], label: str) -> str:
-    """Why ``function`` (``label`` in words) is not the one that is looked for: it does not take all of ``names``.
+    """Why a function or module (``label`` in words) is not the one looked for: it does not take all of ``names``.
 
     Returns:
         The reason for a :class:`NoMatch`, as in "the generator's forward lacks kv_cache"; empty if it takes them all.
@@ -72,8 +76,7 @@ def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``function(*args, **kwargs)`` by name, defaults included; of a method also ``self``."""
-    called = function.forward if isinstance(function, nn.Module) else function
-    bound = _signature_of(called).bind(*args, **kwargs)
+    bound = _signature_of(function).bind(*args, **kwargs)
     bound.apply_defaults()
     owner = {"self": function.__self__} if inspect.ismethod(function) else {}
     return {**owner, **bound.arguments}
@@ -82,11 +85,20 @@ def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
 _signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
 
 
-def _signature_of(function: Callable[..., Any]) -> inspect.Signature:
+def _signature_of(function: Any) -> inspect.Signature:
     """The signature, looked up once: inspecting costs more than the rest of our work on a denoiser call."""
     # Not the bound method, which is a new object each time; nor anything that would keep the model alive.
-    key = function.__func__ if inspect.ismethod(function) else function
+    key = type(function) if isinstance(function, nn.Module) else getattr(function, "__func__", function)
     found = _signatures.get(key)
     if found is None:
-        found = _signatures[key] = inspect.signature(function)
+        found = _signatures[key] = _inspected(function)
     return found
+
+
+def _inspected(function: Any) -> inspect.Signature:
+    if not isinstance(function, nn.Module):
+        return inspect.signature(function)
+    if type(function).forward is nn.Module.forward:  # declared nowhere but on the instance
+        return inspect.signature(function.forward)
+    declared = inspect.signature(type(function).forward)
+    return declared.replace(parameters=list(declared.parameters.values())[1:])

@@ -25,7 +25,7 @@ class Ribbon(Adapter):
         net = getattr(model, "net", model)
         if not isinstance(net, nn.Module):
             return NoMatch("neither a module nor a pipeline with a .net module")
-        reason = lacks(net.forward, PARAMETERS, "the network's forward")
+        reason = lacks(net, PARAMETERS, "the network's forward")
         return NoMatch(reason) if reason else Match(net, (net.patch_size, net.patch_size))
 
     def attach(self, model: Any, patches: Patches) -> None:

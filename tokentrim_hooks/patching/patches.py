@@ -19,6 +19,7 @@ from torch import nn
 
 from tokentrim_hooks.errors import AttachError
 from tokentrim_hooks.failures import FailurePolicy
+from tokentrim_hooks.patching.hooks import Hook, outermost
 from tokentrim_hooks.patching.tap_site import MISSING, TapNames, TapSite, depth_hooks, eagerly, same
 from tokentrim_hooks.pruning.call_scope import BUSY, current_tap
 
@@ -32,35 +33,6 @@ class Method:
 
 
 _logger = logging.getLogger(__name__)
-
-
-def _inert(*_args: Any, **_kwargs: Any) -> None:
-    """What remains of a hook in a copied or unpickled model: nothing."""
-
-
-def _make_inert() -> Callable[..., None]:
-    return _inert
-
-
-class Hook:
-    """A forward hook bound to one module; copies and pickles of it do nothing."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., Any], patches: Patches) -> None:
-        self._module = module
-        self._function = function
-        self._patches = patches
-
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run, but only for the module that was hooked (a shallow copy shares its hooks) and while the patch is on."""
-        if not self._patches.active or module is not self._module:
-            return None
-        return self._function(module, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _make_inert, ()
 
 
 class Wrapper(wrapt.FunctionWrapper[Any, Any]):
@@ -138,6 +110,16 @@ class Patches:
             )
         for handle in handles:
             self._undo.append(handle.remove)
+
+    def hook_outermost(
+        self,
+        module: nn.Module,
+        before: Callable[..., Any],
+        after: Callable[..., Any],
+        leave: Callable[..., Any],
+    ) -> None:
+        """As :meth:`hook`, and stay the outermost: first before the call, last behind it."""
+        self._undo += [handle.remove for handle in outermost(module, before, after, leave, self)]
 
     def tap(
         self,

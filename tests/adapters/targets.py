@@ -1,0 +1,55 @@
+"""Every kind of model at its smallest, for tests of what happens around a call: the reference model and diffusers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import anyflow_tiny
+import framepack_tiny
+import helios_tiny
+import ltx_tiny
+import pytest
+import skyreels_tiny
+import tiny_reference
+from torch import Tensor, nn
+
+WINDOWS = {"num_frames": 33, "base_num_frames": 17, "overlap_history": 9}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model: ``make()`` gives a pipeline, ``run(pipeline)`` a video, ``part`` names the denoiser."""
+
+    name: str
+    make: Callable[[], Any]
+    run: Callable[..., Tensor]
+    part: str = "transformer"
+
+    def denoiser(self, pipeline: Any) -> nn.Module:
+        module: nn.Module = getattr(pipeline, self.part)
+        return module
+
+    def depths(self, pipeline: Any) -> dict[str, nn.Module]:
+        """Modules in which a call may be interrupted: around it, in its last block, inside self attention."""
+        denoiser = self.denoiser(pipeline)
+        blocks: Any = denoiser.model if self.name == "self-forcing" else denoiser
+        block = (getattr(blocks, "blocks", None) or blocks.transformer_blocks)[-1]
+        attention = next(getattr(block, n) for n in ("self_attn", "attn1", "attn") if hasattr(block, n))
+        return {"denoiser": denoiser, "block": block, "attention": next(attention.children())}
+
+
+def _skyreels(pipeline: Any) -> Tensor:
+    return skyreels_tiny.run(pipeline, **WINDOWS)
+
+
+TARGETS = (
+    Target("self-forcing", tiny_reference.make, tiny_reference.run, "generator"),
+    Target("skyreels-v2", skyreels_tiny.pipeline, _skyreels),
+    Target("framepack", framepack_tiny.pipeline, framepack_tiny.run),
+    Target("helios", helios_tiny.pipeline, helios_tiny.run),
+    Target("anyflow-far", anyflow_tiny.pipeline, anyflow_tiny.run),
+    Target("ltx-long", ltx_tiny.pipeline, ltx_tiny.run),
+)
+each_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)

@@ -1,0 +1,95 @@
+"""Forward hooks on a module: inert in copies, and outermost where a call may be replayed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from tokentrim_hooks.patching.tap_site import eagerly
+
+
+class Switch(Protocol):
+    """What says whether a patch is on."""
+
+    active: bool
+
+
+def _inert(*_args: Any, **_kwargs: Any) -> None:
+    """What remains of a hook in a copied or unpickled model: nothing."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert
+
+
+class Hook:
+    """A forward hook bound to one module; copies and pickles of it do nothing."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], patches: Switch) -> None:
+        self._module = module
+        self._function = function
+        self._patches = patches
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run, but only for the module that was hooked (a shallow copy shares its hooks) and while the patch is on."""
+        if not self._patches.active or module is not self._module:
+            return None
+        return self._function(module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _make_inert, ()
+
+
+def outermost(
+    module: nn.Module,
+    before: Callable[..., Any],
+    after: Callable[..., Any],
+    leave: Callable[..., Any],
+    patches: Switch,
+) -> list[RemovableHandle]:
+    """Hooks that stay first before a call and last behind it, whoever registers hooks later.
+
+    A replay runs the hooks of others again, so none of them may be left to run on what the replay gave: it would be
+    applied twice.
+    """
+    handles: list[RemovableHandle] = []
+
+    def first(*call: Any) -> Any:
+        _to_the_end(module._forward_hooks, handles[1:])
+        return before(*call)
+
+    def last(*call: Any) -> None:
+        leave(*call)
+        # Not in `first`: torch is walking through the hooks before a call while one of them runs.
+        _to_the_beginning(module._forward_pre_hooks, handles[:1])
+
+    handles += [
+        module.register_forward_pre_hook(Hook(module, eagerly(first), patches), prepend=True, with_kwargs=True),
+        module.register_forward_hook(Hook(module, after, patches), with_kwargs=True),
+        module.register_forward_hook(Hook(module, eagerly(last), patches), with_kwargs=True, always_call=True),
+    ]
+    return handles
+
+
+def _to_the_end(hooks: dict[int, Any], handles: Sequence[RemovableHandle]) -> None:
+    """Move hooks to the end of a module's, in their order, unless they are there."""
+    ids = [handle.id for handle in handles if handle.id in hooks]
+    if list(itertools.islice(reversed(hooks), len(ids))) != ids[::-1]:
+        for number in ids:
+            hooks[number] = hooks.pop(number)
+
+
+def _to_the_beginning(hooks: dict[int, Any], handles: Sequence[RemovableHandle]) -> None:
+    """Move hooks to the beginning of a module's, in their order, unless they are there."""
+    ids = [handle.id for handle in handles if handle.id in hooks]
+    if list(itertools.islice(hooks, len(ids))) != ids:
+        rest = [number for number in hooks if number not in ids]
+        for number in rest:
+            hooks[number] = hooks.pop(number)
