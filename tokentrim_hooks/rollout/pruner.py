@@ -111,18 +111,32 @@ class Pruner:
             self._marked[call.stream] = Traces.of(context.values)
 
     def check(self, finite: bool) -> bool:
-        """Self-check after the first prune and replay; on failure everything is revived and pruning stays off."""
+        """Whether the replay behind a prune left dead keys out at every attention call; if not, pruning stays off.
+
+        Asked at every replay, on numbers that the host has: attention processors may be exchanged after the first.
+
+        Args:
+            finite: whether the output is; looked at for the first prune only, for it costs a synchronisation.
+        """
         tap = self._last
         calls, dropped, expected = (tap.calls, tap.dropped, max(self._expected, 1)) if tap else (0, 0, 1)
         self.finding = f"{calls} of {expected} attention calls tapped, {dropped} keys dropped, output finite: {finite}"
-        self.proven = finite and dropped > 0 and calls >= expected
-        if not self.proven:
-            self.enabled = False
-            self._tombstones.revive()
-            self._dead_tokens.killed_by.clear()
-            self._marked.clear()
-        _logger.info("self-check of the first prune %s: %s", "passed" if self.proven else "failed", self.finding)
-        return self.proven
+        holds = finite and dropped > 0 and calls >= expected
+        if not holds:
+            self.give_up()
+        elif not self.proven:
+            _logger.info("the first prune is proved: %s", self.finding)
+        self.proven = self.proven or holds
+        return holds
+
+    def missed(self, tap: CallTap | None) -> bool:
+        """Whether marks in a cache may have reached attention that was not tapped in a call that has come back."""
+        return tap is not None and tap.layout is None and bool(self._marked) and tap.calls < self._expected
+
+    def give_up(self) -> None:
+        """Prune nothing more, and bring back what is dead: what was pruned long ago with one element of V at 0."""
+        self.enabled = False
+        self.clear()
 
     def revive(self, start: int) -> None:
         """Bring back what was pruned for the chunk at latent frame ``start``; valid until that chunk's rows move."""

@@ -161,16 +161,31 @@ class Regenerator:
 
     # ------------------------------------------------------------------------------------------ replay
 
+    def without_marks(self, module: nn.Module, step: Step) -> Any:
+        """Call again what our marks have poisoned, with all of them gone; pruning stays off.
+
+        For a model that attends through a path which the first prune did not show: dense in one step and sparse in
+        another, or with attention processors that were exchanged since.
+        """
+        self.pruner.give_up()
+        warnings.warn(
+            "pruned rows reached attention that is not tapped, in a path that the first prune did not show; they are "
+            "back, the call was repeated, and this model is only observed from now on",
+            TokenTrimWarning,
+            stacklevel=2,
+        )
+        return self._call_again(module, step, None)
+
     def _regenerate(self, case: Case, reading: Reading, found: Judgement) -> Any:
         """Run the steps again on the pruned context. The first prune must prove that it worked, or is undone."""
         again = self._replay(case.module, case.steps)
         found.extra_calls += len(case.steps)
-        if self.pruner.dead and not self.pruner.proven and not self._prove(case.call, again):
+        if self.pruner.dead and not self._prove(case.call, again):
             found.tokens, found.dead = [], 0
             found.notes.append("self-check failed: pruning is off")
             warnings.warn(
-                f"the first prune could not be proved ({self.pruner.finding}); it was undone, and this model is only "
-                "observed from now on",
+                f"a prune could not be proved ({self.pruner.finding}); it was undone, and this model is only observed "
+                "from now on",
                 TokenTrimWarning,
                 stacklevel=2,
             )
@@ -206,9 +221,9 @@ class Regenerator:
             return self.adapter.replay(module, args, kwargs)
 
     def _prove(self, call: Call, output: Any) -> bool:
-        """Self-check of the first prune: every layer dropped rows, and the output is finite."""
-        finite = bool(torch.isfinite(self.adapter.prediction(call, output)).all())
-        return self.pruner.check(finite)
+        """Self-check of a prune: every layer dropped rows; and of the first one, that the output is finite."""
+        proven = self.pruner.proven
+        return self.pruner.check(proven or bool(torch.isfinite(self.adapter.prediction(call, output)).all()))
 
 
 def _merged(old: list[list[int]], new: list[list[int]]) -> list[list[int]]:

@@ -91,11 +91,17 @@ class Rollout:
         with record_function("tokentrim.after"), torch.no_grad():
             self.pruner.follow(call)
             args, kwargs = self._given or (args, kwargs)
-            if self._phase is None and not self._prune_late(call, chunk):
+            missed = self.pruner.missed(self._scope.tap if self._scope is not None else None)
+            late = self._phase is None and self._prune_late(call, chunk)
+            if self._phase is None and not late and not missed:
                 return output
             step = Step(call, args, kwargs, self.adapter.prediction(call, output))
+            if missed and not bool(torch.isfinite(step.prediction).all()):
+                output = self._regenerator.without_marks(module, step)
+                chunk.notes.append("marks reached attention that is not tapped: pruning is off")
+                step.prediction = self.adapter.prediction(call, output)
             if self._phase is None:
-                return self._replay_branch(module, step, chunk, output)
+                return self._replay_branch(module, step, chunk, output) if late else output
             return self._after_step(module, step, self._phase, chunk, video, output)
 
     def leave(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
