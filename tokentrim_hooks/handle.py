@@ -142,9 +142,9 @@ class PatchHandle:
         if isinstance(match.denoiser, Method):
             self._patches.watch(match.denoiser, before, after, leave)
         else:
-            self._patches.hook_outermost(match.denoiser, before, after, leave)
+            self._patches.hook(match.denoiser, before, after, leave, outermost=True)
         for other in match.also:
-            self._patches.hook_outermost(other, before, after, leave)
+            self._patches.hook(other, before, after, leave, outermost=True)
 
     def _guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Run our part of a call so that its failure follows ``on_error``: raise, or warn and step aside."""

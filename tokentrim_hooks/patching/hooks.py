@@ -47,7 +47,26 @@ class Hook:
         return _make_inert, ()
 
 
-def outermost(
+def plain_hooks(
+    module: nn.Module,
+    before: Callable[..., Any] | None,
+    after: Callable[..., Any] | None,
+    leave: Callable[..., Any] | None,
+    patches: Switch,
+) -> list[RemovableHandle]:
+    """Hooks in the order of registration; those that are None are left out."""
+    handles = []
+    if before is not None:
+        handles.append(module.register_forward_pre_hook(Hook(module, before, patches), prepend=True, with_kwargs=True))
+    if after is not None:
+        handles.append(module.register_forward_hook(Hook(module, after, patches), with_kwargs=True))
+    if leave is not None:
+        hook = Hook(module, leave, patches)
+        handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
+    return handles
+
+
+def outermost_hooks(
     module: nn.Module,
     before: Callable[..., Any],
     after: Callable[..., Any],
@@ -70,11 +89,7 @@ def outermost(
         # Not in `first`: torch is walking through the hooks before a call while one of them runs.
         _to_the_beginning(module._forward_pre_hooks, handles[:1])
 
-    handles += [
-        module.register_forward_pre_hook(Hook(module, eagerly(first), patches), prepend=True, with_kwargs=True),
-        module.register_forward_hook(Hook(module, after, patches), with_kwargs=True),
-        module.register_forward_hook(Hook(module, eagerly(last), patches), with_kwargs=True, always_call=True),
-    ]
+    handles += plain_hooks(module, eagerly(first), after, eagerly(last), patches)
     return handles
 
 

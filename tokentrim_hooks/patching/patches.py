@@ -19,7 +19,7 @@ from torch import nn
 
 from tokentrim_hooks.errors import AttachError
 from tokentrim_hooks.failures import FailurePolicy
-from tokentrim_hooks.patching.hooks import Hook, outermost
+from tokentrim_hooks.patching.hooks import outermost_hooks, plain_hooks
 from tokentrim_hooks.patching.tap_site import MISSING, TapNames, TapSite, depth_hooks, eagerly, same
 from tokentrim_hooks.pruning.call_scope import BUSY, current_tap
 
@@ -92,34 +92,18 @@ class Patches:
         before: Callable[..., Any] | None = None,
         after: Callable[..., Any] | None = None,
         leave: Callable[..., Any] | None = None,
+        outermost: bool = False,
     ) -> None:
         """Watch the calls of a module: ``before(module, args, kwargs)``, ``after(module, args, kwargs, output)``.
 
-        ``leave`` has ``after``'s signature and runs also when the call raises.
+        ``leave`` has ``after``'s signature and runs also when the call raises an Exception. With ``outermost`` these
+        stay the first and the last hooks of the module, whoever registers others later; all three are needed then.
         """
-        handles = []
-        if before is not None:
-            handles.append(
-                module.register_forward_pre_hook(Hook(module, before, self), prepend=True, with_kwargs=True)
-            )
-        if after is not None:
-            handles.append(module.register_forward_hook(Hook(module, after, self), with_kwargs=True))
-        if leave is not None:
-            handles.append(
-                module.register_forward_hook(Hook(module, leave, self), with_kwargs=True, always_call=True)
-            )
-        for handle in handles:
-            self._undo.append(handle.remove)
-
-    def hook_outermost(
-        self,
-        module: nn.Module,
-        before: Callable[..., Any],
-        after: Callable[..., Any],
-        leave: Callable[..., Any],
-    ) -> None:
-        """As :meth:`hook`, and stay the outermost: first before the call, last behind it."""
-        self._undo += [handle.remove for handle in outermost(module, before, after, leave, self)]
+        if outermost and before and after and leave:
+            handles = outermost_hooks(module, before, after, leave, self)
+        else:
+            handles = plain_hooks(module, before, after, leave, self)
+        self._undo += [handle.remove for handle in handles]
 
     def tap(
         self,
