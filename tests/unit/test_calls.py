@@ -47,10 +47,15 @@ def test_latents_that_are_a_part_of_an_argument_cannot_be_exchanged_in_silence()
 def test_a_signature_is_looked_up_once_and_keeps_no_model_alive():
     module = torch.nn.Linear(2, 2)
     assert bind(module, (1,), {}) == bind(module, (), {"input": 1}) == {"input": 1}
-    module.forward = lambda input, scale=3: input  # as accelerate and others do, on the instance
-    assert bind(module, (1,), {}) == {"input": 1, "scale": 3}
-    function, model = weakref.ref(module.forward), weakref.ref(module)
-    assert function() in _signatures
-    del module
+    module.forward = lambda *args, **kwargs: args  # as accelerate and others do, on the instance
+    assert bind(module, (1,), {}) == {"input": 1}, "its class says what it takes"
+    assert torch.nn.Linear in _signatures
+
+    def denoise(input, scale=3):
+        return input
+
+    assert bind(denoise, (1,), {}) == {"input": 1, "scale": 3} and denoise in _signatures
+    function, model = weakref.ref(denoise), weakref.ref(module)
+    del denoise, module
     gc.collect()
     assert function() is None and model() is None
