@@ -36,6 +36,13 @@ def _dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
+def _training_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As :func:`_dot_product`, as two products and a softmax: trains twice as fast on a CPU as the fused kernel."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
 def rotary_table(frames: Tensor, grid: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the 3D rotary angles for absolute ``frames`` [F]; each [F*h*w, 1, head_dim/2] float32."""
     pairs = head_dim // 2
@@ -90,23 +97,22 @@ class CausalSelfAttention(nn.Module):
         kv_cache: dict[str, Tensor] | None = None,
         current_start: int = 0,
         chunk: int = 0,
-        clean: bool = False,
+        copies: int = 0,
     ) -> Tensor:
         """Attend from tokens ``x`` [B, L, dim].
 
         With ``kv_cache``, ``x`` is one chunk whose first token has absolute index ``current_start``. Without, ``x`` is
-        a whole video in chunks of ``chunk`` tokens, or with ``clean`` the clean video followed by the noisy one.
+        a whole video in chunks of ``chunk`` tokens, followed by ``copies`` noisy ones that see its earlier chunks.
         """
         q, k, v = self._project(x, table)
         if kv_cache is not None:
             mixed = self._attend_cached(q, k, v, kv_cache, current_start)
-        elif clean:
-            (qc, qn), (kc, kn), (vc, vn) = (part.chunk(2, dim=1) for part in (q, k, v))
-            mixed = torch.cat(
-                [self._attend_blocks(qc, kc, vc, kc, vc, chunk), self._attend_blocks(qn, kn, vn, kc, vc, chunk)], dim=1
-            )
         else:
-            mixed = self._attend_blocks(q, k, v, k, v, chunk)
+            (q, *noisy_q), (k, *noisy_k), (v, *noisy_v) = (part.chunk(1 + copies, dim=1) for part in (q, k, v))
+            noisy = zip(noisy_q, noisy_k, noisy_v, strict=True)
+            parts = [self._attend_blocks(q, k, v, k, v, chunk)]
+            parts += [self._attend_blocks(own_q, own_k, own_v, k, v, chunk) for own_q, own_k, own_v in noisy]
+            mixed = torch.cat(parts, dim=1)
         out: Tensor = self.o(mixed.flatten(2))
         return out
 
@@ -148,7 +154,7 @@ class CausalSelfAttention(nn.Module):
             own, past = slice(start, start + chunk), self._visible_past(start, chunk)
             keys = torch.cat([*(past_k[:, part] for part in past), k[:, own]], dim=1)
             values = torch.cat([*(past_v[:, part] for part in past), v[:, own]], dim=1)
-            mixed.append(_dot_product(q[:, own], keys, values))
+            mixed.append(_training_attention(q[:, own], keys, values))
         return torch.cat(mixed, dim=1)
 
     def _visible_past(self, start: int, chunk: int) -> tuple[slice, ...]:
@@ -203,7 +209,7 @@ class CausalVideoModel(nn.Module):
         self,
         dim: int = 160,
         layers: int = 5,
-        heads: int = 5,
+        heads: int = 4,
         mlp_ratio: int = 3,
         channels: int = 3,
         grid: tuple[int, int] = (8, 8),
@@ -241,39 +247,44 @@ class CausalVideoModel(nn.Module):
         cache_start: int | None = None,
         clean_x: Tensor | None = None,
         aug_t: Tensor | None = None,
+        frame_index: Tensor | None = None,
     ) -> Tensor:
         """Predict the flow of ``x`` [B, C, F, H, W] at timesteps ``t`` [B, F] (0 clean, 1000 noise); same shape as
         ``x``.
 
         With ``kv_cache``, ``x`` is one chunk starting at token ``current_start`` and the cache is written. Without,
         ``x`` is a whole video; ``clean_x`` (at timesteps ``aug_t``, default 0) is then what later chunks see of
-        earlier ones (teacher forcing). ``context``, ``seq_len``, ``crossattn_cache`` and ``cache_start`` are part of
-        the protocol and unused.
+        earlier ones (teacher forcing), and ``x`` may hold several noisy copies of that video, one after another.
+        ``frame_index`` [F] says at which frames ``clean_x`` stands, default 0, 1, 2, ... ``context``, ``seq_len``,
+        ``crossattn_cache`` and ``cache_start`` are part of the protocol and unused.
         """
         frames = x.shape[2]
         hidden, time = self._embed(x, t), self._embed_time(t)
+        copies = 0
         if clean_x is not None:
-            aug_t = torch.zeros_like(t) if aug_t is None else aug_t
+            copies, frames = frames // clean_x.shape[2], clean_x.shape[2]
+            aug_t = torch.zeros_like(t[:, :frames]) if aug_t is None else aug_t
             hidden = torch.cat([self._embed(clean_x, aug_t), hidden], dim=1)
             time = torch.cat([self._embed_time(aug_t), time], dim=1)
-        attn = self._attention_arguments(frames, kv_cache, current_start, x.device, clean_x is not None)
+        if frame_index is None:
+            first = current_start // self.frame_seqlen
+            frame_index = torch.arange(first, first + frames, device=x.device)
+        if kv_cache is None and frames % self.num_frame_per_block:
+            raise ValueError(f"{frames} frames are not whole chunks of {self.num_frame_per_block}")
+        attn = self._attention_arguments(frame_index, current_start, copies)
         modulation = self.time_projection(time).unflatten(2, (6, self.dim))
         for index, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache[index]
             hidden = block(hidden, modulation, kv_cache=layer_cache, **attn)
+        frames = x.shape[2]
         return self._unembed(hidden[:, -frames * self.frame_seqlen :], time[:, -frames:], x, t)
 
-    def _attention_arguments(
-        self, frames: int, kv_cache: KVCache | None, current_start: int, device: torch.device, clean: bool
-    ) -> dict[str, Any]:
-        if kv_cache is None and frames % self.num_frame_per_block:
-            raise ValueError(f"{frames} frames are not whole chunks of {self.num_frame_per_block}")
-        first = current_start // self.frame_seqlen
-        table = rotary_table(torch.arange(first, first + frames, device=device), self.grid, self.head_dim)
-        if clean:
-            table = (table[0].repeat(2, 1, 1), table[1].repeat(2, 1, 1))
+    def _attention_arguments(self, frame_index: Tensor, current_start: int, copies: int) -> dict[str, Any]:
+        table = rotary_table(frame_index, self.grid, self.head_dim)
+        if copies:
+            table = (table[0].repeat(1 + copies, 1, 1), table[1].repeat(1 + copies, 1, 1))
         chunk = self.num_frame_per_block * self.frame_seqlen
-        return {"table": table, "current_start": current_start, "chunk": chunk, "clean": clean}
+        return {"table": table, "current_start": current_start, "chunk": chunk, "copies": copies}
 
     def _embed(self, x: Tensor, t: Tensor) -> Tensor:
         scaled = x * _scales(x, t)[0]
