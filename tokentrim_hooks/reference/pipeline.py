@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tokentrim_hooks.inspection import nearest_sigma
+from tokentrim_hooks.reference.kinds import BASE, load_model, weights_file
 from tokentrim_hooks.reference.model import CausalVideoModel, KVCache
 
-WEIGHTS = Path(__file__).with_name("weights.safetensors")
+WEIGHTS = weights_file(BASE)
 STEPS = (1000, 750, 500, 250)
 
 OnChunk = Callable[[int, int, Tensor], None]
@@ -133,18 +133,22 @@ class ReferencePipeline(nn.Module):
     @classmethod
     def pretrained(
         cls,
+        kind: str = BASE,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        local_attn_size: int = 21,
-        sink_size: int = 0,
-        weights: Path | str = WEIGHTS,
+        local_attn_size: int | None = None,
+        sink_size: int | None = None,
     ) -> ReferencePipeline:
-        """The trained model (32x32 pixels, chunks of 3 frames; trained with the default window and no sink)."""
-        from safetensors.torch import load_file  # an optional dependency: only the trained weights need it
+        """A trained model for 32x32 pixels, one call per denoising step.
 
-        model = CausalVideoModel(local_attn_size=local_attn_size, sink_size=sink_size)
-        model.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
-        return cls._frozen(model.to(device=device, dtype=dtype))
+        Args:
+            kind: how it drifts, a key of ``kinds.KINDS``: ``"fading"`` (plain), ``"burning"`` (guidance on history
+                distilled into the weights), ``"sink"`` (trained with its first chunk kept), ``"frame-wise"`` (chunks
+                of one frame instead of three).
+            device, dtype: where and how it runs.
+            local_attn_size, sink_size: window and sink in frames; None: as it was trained.
+        """
+        return cls.frozen(load_model(kind, local_attn_size, sink_size).to(device=device, dtype=dtype))
 
     @classmethod
     def random(
@@ -174,10 +178,11 @@ class ReferencePipeline(nn.Module):
             for parameter in model.parameters():
                 fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
                 parameter.copy_(torch.randn(parameter.shape, generator=rng) / fan_in**0.5)
-        return cls._frozen(model.to(device=device, dtype=dtype))
+        return cls.frozen(model.to(device=device, dtype=dtype))
 
     @classmethod
-    def _frozen(cls, model: CausalVideoModel) -> ReferencePipeline:
+    def frozen(cls, model: CausalVideoModel) -> ReferencePipeline:
+        """A pipeline around ``model``, for sampling only."""
         pipeline = cls(ReferenceGenerator(model))
         pipeline.eval().requires_grad_(False)
         return pipeline
