@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Names in a wheel built offline from a copy of the checkout."""
+    """Contents by name of a wheel built offline from a copy of the checkout, which has to be small."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE", "tokentrim_hooks", "adapters"):
         if (ROOT / name).exists():
@@ -25,6 +25,7 @@ def wheel(tmp_path_factory):
                "--no-build-isolation", "--no-index", "--wheel-dir", str(out), str(copy)]  # fmt: skip
     subprocess.run(command, check=True, timeout=300)
     (path,) = out.glob("*.whl")
+    assert path.stat().st_size < 6_000_000
     with zipfile.ZipFile(path) as archive:
         yield {name: archive.read(name) for name in archive.namelist()}
 
@@ -47,11 +48,11 @@ def test_every_template_is_in_the_wheel(wheel):
     assert len(templates) == 2 and set(templates) <= wheel.keys()
 
 
-def test_weights_are_in_the_wheel(wheel):
-    weights = [name for name in wheel if name.endswith(".safetensors")]
-    trained = (ROOT / "tokentrim_hooks" / "reference" / "weights.safetensors").exists()
-    assert weights == (["tokentrim_hooks/reference/weights.safetensors"] if trained else [])
-    assert sum(map(len, wheel.values())) < 8_000_000
+def test_weights_and_their_figures_are_in_the_wheel(wheel):
+    folder = "tokentrim_hooks/reference/weights"
+    kept = {f"{folder}/{file.name}" for file in (ROOT / folder).iterdir()}
+    assert f"{folder}/fading.safetensors" in kept
+    assert {name for name in wheel if name.startswith(folder) or name.endswith(".safetensors")} == kept
 
 
 def test_entry_points_name_modules_of_the_wheel(wheel):
