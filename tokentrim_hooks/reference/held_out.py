@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tokentrim_hooks.reference.kinds import FOLDER, KINDS, load_model, weights_file
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
-from tokentrim_hooks.reference.quality import sprites_alive, window
+from tokentrim_hooks.reference.quality import contrast_ratio, window
+from tokentrim_hooks.reference.quality_sprites import sprites_alive
 from tokentrim_hooks.reference.scenes import CHUNK, Scene, scenes
 
 SEED = 123
@@ -37,8 +38,8 @@ def rollout(pipeline: ReferencePipeline, scene: Scene, seed: int = SEED) -> Tens
 def by_chunk(video: Tensor, scene: Scene) -> dict[str, list[float]]:
     """Curves over the generated chunks, means over the scenes; ratios are to the truth's.
 
-    ``squared error``, ``still`` (the error of repeating the last given frame), ``sprites alive``, ``saturation``,
-    ``contrast``.
+    ``squared error``, ``still`` (the error of repeating the last given frame), ``sprites alive``, ``saturation`` and
+    ``contrast`` of the whole picture, ``background contrast``, ``sharpness`` (change between neighbouring pixels).
     """
     curves: dict[str, list[float]] = {}
     for start in range(CHUNK, video.shape[1], CHUNK):
@@ -50,6 +51,8 @@ def by_chunk(video: Tensor, scene: Scene) -> dict[str, list[float]]:
             "sprites alive": sprites_alive(part, window(scene, frames)).mean(),
             "saturation": _saturation(part) / _saturation(truth),
             "contrast": _contrast(part) / _contrast(truth),
+            "background contrast": contrast_ratio(part, window(scene, frames)).nanmean(),
+            "sharpness": _sharpness(part) / _sharpness(truth),
         }
         for name, value in values.items():
             curves.setdefault(name, []).append(round(float(value), 4))
@@ -62,6 +65,10 @@ def _saturation(video: Tensor) -> Tensor:
 
 def _contrast(video: Tensor) -> Tensor:
     return video.std((2, 3, 4)).mean()
+
+
+def _sharpness(video: Tensor) -> Tensor:
+    return video.diff(dim=3).abs().mean() + video.diff(dim=4).abs().mean()
 
 
 def main() -> None:
@@ -79,7 +86,7 @@ def main() -> None:
     figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     figures["held out"] = {"scenes": options.scenes, "seed": SEED, **by_chunk(video, scene)}
     file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    for name in ("squared error", "sprites alive", "saturation", "contrast"):
+    for name in figures["held out"].keys() - {"scenes", "seed"}:
         print(name, *figures["held out"][name])
 
 

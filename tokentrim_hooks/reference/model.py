@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokentrim_hooks.reference.tokens import patchify, rotary_table, rotate, scales, unpatchify
+
 KVCache = list[dict[str, Tensor]]
 """A dict a layer: ``k`` and ``v`` [B, S, n, d]; ``global_end_index``, ``local_end_index`` LongTensor[1], in tokens."""
-
-DATA_STD = 0.5
-"""Standard deviation of the scenes' pixels; fixes how the network's output is scaled at each noise level."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -41,28 +40,6 @@ def _training_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
     return (weights.to(v.dtype) @ v).transpose(1, 2)
-
-
-def rotary_table(frames: Tensor, grid: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the 3D rotary angles for absolute ``frames`` [F]; each [F*h*w, 1, head_dim/2] float32."""
-    pairs = head_dim // 2
-    sizes = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-    axes = (frames.float(), *(torch.arange(n, device=frames.device).float() for n in grid))
-    angles = []
-    for axis, (position, size) in enumerate(zip(axes, sizes, strict=True)):
-        # Distances here are tens of frames and tokens, not thousands: a base of 100 spends no pair on constants.
-        rate = 100.0 ** (-torch.arange(size, device=frames.device) / size)
-        shape = [-1 if i == axis else 1 for i in range(3)] + [size]
-        angles.append((position[:, None] * rate).view(shape).expand(len(frames), *grid, size))
-    flat = torch.cat(angles, dim=-1).reshape(-1, 1, pairs)
-    return flat.cos(), flat.sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary position ``table`` to ``x`` [B, L, n, d]; keeps dtype."""
-    cos, sin = (part.to(x.dtype) for part in table)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -287,8 +264,8 @@ class CausalVideoModel(nn.Module):
         return {"table": table, "current_start": current_start, "chunk": chunk, "copies": copies}
 
     def _embed(self, x: Tensor, t: Tensor) -> Tensor:
-        scaled = x * _scales(x, t)[0]
-        hidden: Tensor = self.patch_embedding(_patchify(scaled, self.patch_size[1:]))
+        scaled = x * scales(x, t)[0]
+        hidden: Tensor = self.patch_embedding(patchify(scaled, self.patch_size[1:]))
         return hidden
 
     def _embed_time(self, t: Tensor) -> Tensor:
@@ -302,31 +279,5 @@ class CausalVideoModel(nn.Module):
     def _unembed(self, hidden: Tensor, time: Tensor, x: Tensor, t: Tensor) -> Tensor:
         shift, scale = self.head_modulation(time).unsqueeze(2).chunk(2, dim=-1)
         out = self.head(_modulate(self.norm(hidden), shift, scale))
-        _, skip, gain = _scales(x, t)
-        return skip * x + gain * _unpatchify(out, x.shape, self.patch_size[1:])
-
-
-def _scales(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Input scale, skip and output scale [B, 1, F, 1, 1] that keep the network's input and target at unit variance.
-
-    For a noise level s the network sees ``x_t / std(x_t)`` and predicts only what ``x_t`` does not tell of the flow.
-    """
-    s = (t.double() / 1000)[:, None, :, None, None]
-    variance = (1 - s) ** 2 * DATA_STD**2 + s**2
-    skip = (s - (1 - s) * DATA_STD**2) / variance
-    gain = DATA_STD / variance.sqrt()
-    return variance.rsqrt().to(x.dtype), skip.to(x.dtype), gain.to(x.dtype)
-
-
-def _patchify(x: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """[B, C, F, H, W] to [B, F*h*w, ph*pw*C]."""
-    tiles = x.unflatten(4, (-1, patch[1])).unflatten(3, (-1, patch[0]))
-    return tiles.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
-
-
-def _unpatchify(tokens: Tensor, shape: torch.Size, patch: tuple[int, ...]) -> Tensor:
-    """Inverse of :func:`_patchify` for a video of ``shape`` [B, C, F, H, W]."""
-    _, channels, frames, height, width = shape
-    grid = (frames, height // patch[0], width // patch[1])
-    tiles = tokens.unflatten(2, (patch[0], patch[1], channels)).unflatten(1, grid)
-    return tiles.permute(0, 6, 1, 2, 4, 3, 5).reshape(shape)
+        _, skip, gain = scales(x, t)
+        return skip * x + gain * unpatchify(out, x.shape, self.patch_size[1:])

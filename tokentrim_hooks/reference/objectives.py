@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.reference.model import DATA_STD, CausalVideoModel
+from tokentrim_hooks.reference.model import CausalVideoModel
 from tokentrim_hooks.reference.pipeline import STEPS
 from tokentrim_hooks.reference.recipes import Phase, Recipe
 from tokentrim_hooks.reference.scenes import CHUNK, scenes_at
+from tokentrim_hooks.reference.tokens import DATA_STD
 
 COPIES = 2
 """Noisy copies of a video that share one pass over the clean one."""
