@@ -50,7 +50,7 @@ class Recipe:
 
 RECIPES = {
     BASE: Recipe(steps=450, rate=1.5e-3, phases=(Phase(0.65, 12, 6), Phase(0.35, 24, 3))),
-    "burning": Recipe(steps=200, rate=1.5e-3, phases=(Phase(1.0, 24, 3, passes=8),), warmup=20, rank=16, guidance=2.3),
+    "burning": Recipe(steps=160, rate=1.5e-3, phases=(Phase(1.0, 24, 3, passes=8),), warmup=20, rank=16, guidance=2.3),
     "sink": Recipe(steps=200, rate=1.5e-3, phases=(Phase(1.0, 24, 3),), warmup=20, rank=16, jump=180),
     "frame-wise": Recipe(steps=200, rate=1.5e-3, phases=(Phase(1.0, 12, 6),), warmup=20, rank=16),
 }
