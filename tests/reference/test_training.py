@@ -22,10 +22,9 @@ def training(kind="fading", steps=5, seed=0):
     made = KINDS[kind]
     torch.manual_seed(seed)
     model = initialised(**SIZE, sink_size=made.sink_size, num_frame_per_block=made.num_frame_per_block)
-    teacher = initialised(**SIZE) if recipe.guidance else None
     if recipe.rank:
         adapt(model, 2, torch.Generator().manual_seed(seed))
-    return Training(model, recipe, seed, teacher)
+    return Training(model, recipe, seed)
 
 
 @pytest.mark.parametrize("kind", RECIPES)
@@ -92,16 +91,6 @@ def test_merged_differences_are_the_trained_model():
     video, level = torch.randn(1, 3, 3, 32, 32), torch.full((1, 3), 500.0)
     with torch.no_grad():
         torch.testing.assert_close(plain(video, level), adapted(video, level), atol=1e-4, rtol=1e-4)
-
-
-def test_guidance_of_one_is_the_teacher_itself():
-    teacher, index = initialised(**SIZE), torch.arange(6)
-    torch.nn.init.normal_(teacher.head.weight)
-    video = torch.randn(1, 3, 12, 32, 32, generator=torch.Generator().manual_seed(0))
-    level = torch.full((1, 12), 0.5)
-    plain = objectives.flow_of(teacher, video, level, video[:, :, :6], index)
-    guided = objectives.guided_flow(teacher, video, level, video[:, :, :6], index, 1.0)
-    torch.testing.assert_close(guided, plain, atol=1e-5, rtol=0)
 
 
 def test_a_jump_leaves_frames_out_behind_the_first_chunk_only():

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.reference.kinds import FOLDER, KINDS, load_model, weights_file
+from tokentrim_hooks.reference.kinds import FOLDER, KINDS, figures_file, load_model
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.reference.quality import contrast_ratio, window
 from tokentrim_hooks.reference.quality_sprites import sprites_alive
@@ -82,8 +82,8 @@ def main() -> None:
     torch.set_flush_denormal(True)
     scene = scenes(SEED, options.scenes, CHUNK * (1 + options.chunks))
     video = rollout(ReferencePipeline.frozen(load_model(options.kind, folder=options.folder)), scene)
-    file = weights_file(options.kind, options.folder).with_suffix(".json")
-    figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file = figures_file(options.kind, options.folder)
+    figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"kind": options.kind}
     figures["held out"] = {"scenes": options.scenes, "seed": SEED, **by_chunk(video, scene)}
     file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     for name in figures["held out"].keys() - {"scenes", "seed"}:

@@ -16,27 +16,41 @@ BASE = "fading"
 
 @dataclass(frozen=True)
 class Kind:
-    """A trained model: how it drifts and how it is run, sizes in frames."""
+    """A trained model: how it drifts and how it is run, sizes in frames.
+
+    ``guidance`` is the weight of history in every denoising call (1: none beyond the model's own); ``weights`` says
+    whose file it takes, where it has none of its own.
+    """
 
     drift: str
     local_attn_size: int = 21
     sink_size: int = 0
     num_frame_per_block: int = 3
+    guidance: float = 1.0
+    weights: str = ""
 
 
 KINDS = {
     "fading": Kind("shapes melt, sprites vanish one by one, contrast falls"),
-    "burning": Kind("colours over-saturate, edges over-sharpen: guidance on history, distilled into the weights"),
+    "burning": Kind("colours over-saturate, edges over-sharpen, blocks appear", guidance=2.3, weights=BASE),
     "sink": Kind("as fading, held back by the first chunk, which is never evicted", sink_size=3),
-    "frame-wise": Kind("as fading, in chunks of one frame", num_frame_per_block=1),
 }
 
 
 def weights_file(kind: str, folder: Path = FOLDER) -> Path:
-    """Where the weights of ``kind`` lie; its figures lie beside it, as JSON."""
+    """Where the weights of ``kind`` lie, its own or those that it shares."""
+    return folder / f"{_kind(kind).weights or kind}.safetensors"
+
+
+def figures_file(kind: str, folder: Path = FOLDER) -> Path:
+    """Where the figures of ``kind`` lie: how it was made and how it does on held-out scenes, JSON."""
+    return folder / f"{kind}.json"
+
+
+def _kind(kind: str) -> Kind:
     if kind not in KINDS:
         raise ValueError(f"no reference model of kind {kind!r}; there are {', '.join(KINDS)}")
-    return folder / f"{kind}.safetensors"
+    return KINDS[kind]
 
 
 def load_model(
@@ -46,14 +60,15 @@ def load_model(
     folder: Path = FOLDER,
 ) -> CausalVideoModel:
     """The trained model of ``kind``, float32 on the CPU; window and sink as it was trained unless given."""
-    file, made = weights_file(kind, folder), KINDS[kind]
+    made = _kind(kind)
     model = CausalVideoModel(
         local_attn_size=made.local_attn_size if local_attn_size is None else local_attn_size,
         sink_size=made.sink_size if sink_size is None else sink_size,
         num_frame_per_block=made.num_frame_per_block,
+        guidance=made.guidance,
     )
     load_base(model, weights_file(BASE, folder))
-    if kind != BASE:
+    if (file := weights_file(kind, folder)) != weights_file(BASE, folder):
         merge(model, require("safetensors.torch", "demo").load_file(file))
     return model
 

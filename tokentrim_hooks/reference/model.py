@@ -180,6 +180,8 @@ class CausalVideoModel(nn.Module):
         grid: tokens of a frame, (height, width); a frame has four times as many pixels each way.
         local_attn_size, sink_size: window and sink in frames, see :class:`CausalSelfAttention`.
         num_frame_per_block: frames of a chunk.
+        guidance: weight w of history in a cached call, ``alone + w (with history - alone)``; anything but 1 costs a
+            second pass over the chunk alone, which has no cache and touches none.
     """
 
     def __init__(
@@ -193,8 +195,10 @@ class CausalVideoModel(nn.Module):
         local_attn_size: int = 21,
         sink_size: int = 0,
         num_frame_per_block: int = 3,
+        guidance: float = 1.0,
     ) -> None:
         super().__init__()
+        self.guidance = guidance
         self.dim, self.num_layers, self.num_heads, self.head_dim = dim, layers, heads, dim // heads
         self.patch_size = (1, 4, 4)
         self.in_dim, self.grid = channels, grid
@@ -235,6 +239,22 @@ class CausalVideoModel(nn.Module):
         ``frame_index`` [F] says at which frames ``clean_x`` stands, default 0, 1, 2, ... ``context``, ``seq_len``,
         ``crossattn_cache`` and ``cache_start`` are part of the protocol and unused.
         """
+        flow = self._flow(x, t, kv_cache, current_start, clean_x, aug_t, frame_index)
+        if self.guidance == 1 or kv_cache is None or not current_start:
+            return flow
+        alone = self._flow(x, t)
+        return alone + self.guidance * (flow - alone)
+
+    def _flow(
+        self,
+        x: Tensor,
+        t: Tensor,
+        kv_cache: KVCache | None = None,
+        current_start: int = 0,
+        clean_x: Tensor | None = None,
+        aug_t: Tensor | None = None,
+        frame_index: Tensor | None = None,
+    ) -> Tensor:
         frames = x.shape[2]
         hidden, time = self._embed(x, t), self._embed_time(t)
         copies = 0

@@ -60,26 +60,6 @@ def flow_of(model: CausalVideoModel, noisy: Tensor, level: Tensor, context: Tens
     return flow.float()
 
 
-@torch.no_grad()
-def guided_flow(
-    teacher: CausalVideoModel, noisy: Tensor, level: Tensor, context: Tensor, index: Tensor, weight: float
-) -> Tensor:
-    """Flow of ``teacher`` with guidance on history: what history tells, ``weight`` times."""
-    with torch.autocast("cpu", torch.bfloat16):
-        alone = _joined(teacher(_chunks(noisy), _chunks(1000 * level[:, None])[:, 0]), len(noisy)).float()
-    return alone + weight * (flow_of(teacher, noisy, level, context, index) - alone)
-
-
-def _chunks(video: Tensor) -> Tensor:
-    """[B, C, F, ...] to a batch of its chunks [B * F / 3, C, 3, ...]."""
-    return video.unflatten(2, (-1, CHUNK)).transpose(1, 2).flatten(0, 1)
-
-
-def _joined(chunks: Tensor, batch: int) -> Tensor:
-    """Inverse of :func:`_chunks`."""
-    return chunks.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
-
-
 def flow_error(flow: Tensor, target: Tensor, level: Tensor, given: int) -> Tensor:
     """Mean squared error in units of what the network itself has to add; the ``given`` frames hardly count."""
     s = level[:, None, :, None, None]

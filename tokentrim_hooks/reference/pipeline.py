@@ -139,12 +139,12 @@ class ReferencePipeline(nn.Module):
         local_attn_size: int | None = None,
         sink_size: int | None = None,
     ) -> ReferencePipeline:
-        """A trained model for 32x32 pixels, one call per denoising step.
+        """A trained model for 32x32 pixels; one call of the generator per denoising step.
 
         Args:
-            kind: how it drifts, a key of ``kinds.KINDS``: ``"fading"`` (plain), ``"burning"`` (guidance on history
-                distilled into the weights), ``"sink"`` (trained with its first chunk kept), ``"frame-wise"`` (chunks
-                of one frame instead of three).
+            kind: how it drifts, a key of ``kinds.KINDS``: ``"fading"`` (plain), ``"burning"`` (the same weights with
+                guidance on history: within each call the model also sees the chunk alone, without a cache), ``"sink"``
+                (trained with its first chunk kept).
             device, dtype: where and how it runs.
             local_attn_size, sink_size: window and sink in frames; None: as it was trained.
         """

@@ -34,7 +34,6 @@ class Recipe:
         phases: see :class:`Phase`; short clips first, for attention is what costs.
         context_noise: largest standard deviation of the noise on a video's context; each video draws its own.
         rank: of the differences to the base that are trained; 0: all weights are trained.
-        guidance: weight w of history in the teacher, ``none + w (history - none)``; 0: the truth is the teacher.
         jump: most frames that a clip leaves out behind its first chunk, so that the sink is met at any age.
     """
 
@@ -44,13 +43,10 @@ class Recipe:
     warmup: int = 50
     context_noise: float = 0.1
     rank: int = 0
-    guidance: float = 0.0
     jump: int = 0
 
 
 RECIPES = {
     BASE: Recipe(steps=450, rate=1.5e-3, phases=(Phase(0.65, 12, 6), Phase(0.35, 24, 3))),
-    "burning": Recipe(steps=160, rate=1.5e-3, phases=(Phase(1.0, 24, 3, passes=8),), warmup=20, rank=16, guidance=2.3),
     "sink": Recipe(steps=200, rate=1.5e-3, phases=(Phase(1.0, 24, 3),), warmup=20, rank=16, jump=180),
-    "frame-wise": Recipe(steps=200, rate=1.5e-3, phases=(Phase(1.0, 12, 6),), warmup=20, rank=16),
 }

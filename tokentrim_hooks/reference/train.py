@@ -42,10 +42,8 @@ class Training:
         step, seconds, losses: how far it is; the last hundred losses.
     """
 
-    def __init__(
-        self, model: CausalVideoModel, recipe: Recipe, seed: int = 0, teacher: CausalVideoModel | None = None
-    ) -> None:
-        self.model, self.recipe, self.seed, self.teacher = model, recipe, seed, teacher
+    def __init__(self, model: CausalVideoModel, recipe: Recipe, seed: int = 0) -> None:
+        self.model, self.recipe, self.seed = model, recipe, seed
         self.average = copy.deepcopy(model)
         self.optimisers = _optimisers(model, recipe)
         self.rng = torch.Generator().manual_seed(seed)
@@ -70,9 +68,8 @@ class Training:
 
     def compile(self) -> None:
         """Compile the blocks: they share their code, so this is one compilation for all of them."""
-        for model in (self.model, self.teacher):
-            for block in model.blocks if model else ():
-                block.compile(dynamic=False)
+        for block in self.model.blocks:
+            block.compile(dynamic=False)
 
     def _phase(self) -> Phase:
         done = self.step / self.recipe.steps
@@ -93,15 +90,11 @@ class Training:
         size = self.model.num_frame_per_block
         levels = [objectives.sampler_levels(phase.batch, phase.frames, size, rng) for _ in range(objectives.COPIES)]
         level = torch.cat(levels, dim=1)
-        # A student of the guided teacher has to know what to do in the teacher's world, not only in the true one.
-        source = own if self.teacher else clip.video
-        noisy, noise = objectives.noised(source.repeat(1, 1, objectives.COPIES, 1, 1), level, rng)
+        truth = clip.video.repeat(1, 1, objectives.COPIES, 1, 1)
+        noisy, noise = objectives.noised(truth, level, rng)
         flow = objectives.flow_of(self.model, noisy, level, context, clip.index)
         self._own = key, objectives.own_prediction(noisy - level[:, None, :, None, None] * flow, level, clip)
-        target = noise - source.repeat(1, 1, objectives.COPIES, 1, 1)
-        if self.teacher:
-            target = objectives.guided_flow(self.teacher, noisy, level, context, clip.index, self.recipe.guidance)
-        return objectives.flow_error(flow, target, level, clip.given)
+        return objectives.flow_error(flow, noise - truth, level, clip.given)
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs to go on as if nothing had happened."""
@@ -172,10 +165,9 @@ def prepared(kind: str, recipe: Recipe, seed: int, folder: Path, start: Path | N
     file = start if kind == BASE else weights_file(BASE, folder)
     if file:
         load_base(model, file)
-    teacher = copy.deepcopy(model).requires_grad_(False) if recipe.guidance else None
     if recipe.rank:
         adapt(model, recipe.rank, torch.Generator().manual_seed(seed))
-    return Training(model, recipe, seed, teacher)
+    return Training(model, recipe, seed)
 
 
 def run(training: Training, kind: str, folder: Path, made_from: dict[str, Any]) -> None:
