@@ -84,6 +84,7 @@ def main() -> None:
     video = rollout(ReferencePipeline.frozen(load_model(options.kind, folder=options.folder)), scene)
     file = figures_file(options.kind, options.folder)
     figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"kind": options.kind}
+    figures["guidance"] = KINDS[options.kind].guidance
     figures["held out"] = {"scenes": options.scenes, "seed": SEED, **by_chunk(video, scene)}
     file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     for name in figures["held out"].keys() - {"scenes", "seed"}:

@@ -32,7 +32,7 @@ class Kind:
 
 KINDS = {
     "fading": Kind("shapes melt, sprites vanish one by one, contrast falls"),
-    "burning": Kind("colours over-saturate, edges over-sharpen, blocks appear", guidance=2.3, weights=BASE),
+    "burning": Kind("colours over-saturate, edges over-sharpen, blocks appear", guidance=2.2, weights=BASE),
     "sink": Kind("as fading, held back by the first chunk, which is never evicted", sink_size=3),
 }
 
