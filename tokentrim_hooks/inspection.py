@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -87,18 +88,21 @@ _signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKey
 
 def _signature_of(function: Any) -> inspect.Signature:
     """The signature, looked up once: inspecting costs more than the rest of our work on a denoiser call."""
+    function = _declared(function)
     # Not the bound method, which is a new object each time; nor anything that would keep the model alive.
-    key = type(function) if isinstance(function, nn.Module) else getattr(function, "__func__", function)
+    key = getattr(function, "__func__", function)
     found = _signatures.get(key)
     if found is None:
-        found = _signatures[key] = _inspected(function)
+        found = _signatures[key] = inspect.signature(function)
     return found
 
 
-def _inspected(function: Any) -> inspect.Signature:
+def _declared(function: Any) -> Any:
+    """What says how ``function`` is called: of a module its class's forward, whatever hangs on the instance.
+
+    A module whose class declares none (a bare ``nn.Module`` with a forward of its own) is read by that one.
+    """
     if not isinstance(function, nn.Module):
-        return inspect.signature(function)
-    if type(function).forward is nn.Module.forward:  # declared nowhere but on the instance
-        return inspect.signature(function.forward)
-    declared = inspect.signature(type(function).forward)
-    return declared.replace(parameters=list(declared.parameters.values())[1:])
+        return function
+    declared = type(function).forward
+    return function.forward if declared is nn.Module.forward else types.MethodType(declared, function)

@@ -67,3 +67,11 @@ def test_an_adapter_may_say_its_kind_of_call_or_not(kind):
         name = "mine"
 
     assert issubclass(Mine, tokentrim.Adapter) and Mine.carry is tokentrim.Adapter.carry
+
+
+def test_two_bare_modules_have_signatures_of_their_own():
+    first, second = nn.Module(), nn.Module()
+    first.forward = lambda x: x
+    second.forward = lambda y, z=1: y
+    assert bind(first, (1,), {}) == {"x": 1}
+    assert bind(second, (1,), {}) == {"y": 1, "z": 1}
