@@ -14,6 +14,7 @@ from tokentrim_hooks.console import progress, show_table
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.experiments.compare.settings import STANDARD, changes, choose
 from tokentrim_hooks.extras import imported
+from tokentrim_hooks.reference.kinds import BASE, KINDS
 from tokentrim_hooks.report.provenance import versions
 
 HELP = "Compare settings over paired rollouts, with controls."
@@ -35,7 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("reference model")
     own.add_argument("--chunks", type=positive, default=24, metavar="N", help="chunks to generate (default: 24)")
     own.add_argument("--fault", choices=("context", "chunk"), help="plant a blotch and measure the error around it")
-    own.add_argument("--sink", type=int, default=0, metavar="FRAMES", help="frames that are an anchor (default: 0)")
+    own.add_argument("--kind", choices=tuple(KINDS), default=BASE, help="how it drifts (default: fading)")
+    own.add_argument("--sink", type=int, metavar="FRAMES", help="frames of an anchor (default: as it was trained)")
     own.add_argument("--device", default="cpu")
     own.add_argument("--untrained", action="store_true", help="tiny random weights: plumbing only")
 
@@ -63,8 +65,8 @@ def _compare(options: argparse.Namespace) -> None:
     from tokentrim_hooks.experiments.compare.store import Store
 
     names = None if options.only is None else [n.strip() for n in options.only.split(",") if n.strip()]
-    settings = choose(names, options.setting, anchors=bool(options.target) or options.sink > 0)
     make = make_of(options)
+    settings = choose(names, options.setting, anchors=getattr(make, "sink", 1) > 0)
     groups = batches(range(options.first_seed, options.first_seed + options.seeds), options.batch)
     trial = make(groups[0])
     store = Store(options.out, made_with(options, trial), settings)
@@ -81,7 +83,12 @@ def make_of(options: argparse.Namespace) -> Any:
     from tokentrim_hooks.experiments.compare.trials import ReferenceMaker
 
     return ReferenceMaker.load(
-        options.chunks, options.fault, options.sink, trained=not options.untrained, device=options.device
+        options.chunks,
+        options.fault,
+        options.sink,
+        trained=not options.untrained,
+        device=options.device,
+        kind=options.kind,
     )
 
 

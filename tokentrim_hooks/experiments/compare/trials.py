@@ -29,7 +29,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +36,8 @@ from torch import Tensor
 
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.reference.fault import Blotch, Planter, Where
-from tokentrim_hooks.reference.pipeline import WEIGHTS, ReferencePipeline
+from tokentrim_hooks.reference.kinds import BASE, weights_file
+from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.reference.quality import METRICS, MORE, window
 from tokentrim_hooks.reference.scenes import Scene, scenes
 
@@ -105,7 +105,7 @@ class ReferenceMaker:
         pipeline: used by all trials, one after the other.
         chunks: generated after the given first one.
         fault: where a blotch is planted in chunk HEALTHY + 1, or None for the natural drift.
-        weights: what the model is, for the settings.
+        weights: what the model is, for the settings. kind: how it drifts (a key of ``reference.kinds.KINDS``).
         sink: frames of the sink (anchor).
         on_chunk: called after every generated chunk.
     """
@@ -116,18 +116,20 @@ class ReferenceMaker:
     weights: str = "untrained"
     sink: int = 0
     on_chunk: Callable[..., None] | None = None
+    kind: str = BASE
 
     @classmethod
     def load(
         cls,
         chunks: int,
         fault: Where | None,
-        sink: int,
+        sink: int | None,
         trained: bool,
         device: str,
         on_chunk: Callable[..., None] | None = None,
+        kind: str = BASE,
     ) -> ReferenceMaker:
-        """The trained model, or a tiny random one on the same frames.
+        """The trained model of a kind, or a tiny random one on the same frames; ``sink`` None: as it was trained.
 
         Raises:
             TokenTrimError: too few chunks for a fault.
@@ -135,11 +137,13 @@ class ReferenceMaker:
         if fault and chunks < HEALTHY + 2:
             raise TokenTrimError(f"a fault needs at least {HEALTHY + 2} chunks: it is planted in chunk {HEALTHY + 1}")
         if trained:
-            pipeline = ReferencePipeline.pretrained(device=device, sink_size=sink)
-            weights = hashlib.sha256(Path(WEIGHTS).read_bytes()).hexdigest()[:12]
-            return cls(pipeline, chunks, fault, weights, sink, on_chunk)
-        pipeline = ReferencePipeline.random(grid=(8, 8), sink_size=sink, device=device)
-        return cls(pipeline, chunks, fault, sink=sink, on_chunk=on_chunk)
+            pipeline = ReferencePipeline.pretrained(kind, device=device, sink_size=sink)
+            weights = hashlib.sha256(weights_file(kind).read_bytes()).hexdigest()[:12]
+        else:
+            pipeline, weights = ReferencePipeline.random(grid=(8, 8), sink_size=sink or 0, device=device), "untrained"
+        attention: Any = pipeline.generator.model.blocks[0].self_attn
+        kept = int(attention.sink_size)
+        return cls(pipeline, chunks, fault, weights, kept, on_chunk, kind)
 
     def __call__(self, seeds: Sequence[int]) -> ReferenceTrial:
         """A batch: for each seed its scene, its first noise and, for a fault, its blotch."""
@@ -158,8 +162,8 @@ class ReferenceTrial:
         self.blotch = Blotch(corner, color, (4, 4))
         self.columns: Sequence[Column] = fault_columns(maker.chunks) if maker.fault else drift_columns(maker.chunks)
         self.watch = HEALTHY + 2 if maker.fault else None
-        self.settings: Mapping[str, Any] = {"model": "reference", "weights": maker.weights, "chunks": maker.chunks,
-                         "sink": maker.sink,
+        self.settings: Mapping[str, Any] = {"model": "reference", "kind": maker.kind, "weights": maker.weights,
+                         "chunks": maker.chunks, "sink": maker.sink,
                          "fault": maker.fault, "device": str(self._like.device)}  # fmt: skip
 
     @property
