@@ -41,7 +41,7 @@ def test_every_written_file_is_named_and_there(demo):
     assert all(path.is_file() for path in files)
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("fault", FAULT_CHUNKS), ("drift", CHUNKS)])
+@pytest.mark.parametrize(("name", "chunks"), [("fault", FAULT_CHUNKS), ("burning", CHUNKS), ("fading", CHUNKS)])
 def test_a_film_has_every_frame_and_plays_over_and_over(demo, name, chunks):
     with Image.open(demo[0] / f"{name}.gif") as film:
         assert (film.n_frames, film.info["loop"]) == (3 * (1 + chunks), 0)
@@ -51,7 +51,7 @@ def test_a_film_has_every_frame_and_plays_over_and_over(demo, name, chunks):
 
 
 def test_all_versions_begin_with_the_given_chunk(demo):
-    with Image.open(demo[0] / "drift.gif") as film:
+    with Image.open(demo[0] / "fading.gif") as film:
         first = film.convert("RGB")
     left, top, side = 12, 12 + 22 + 8 + 18 + 2, 256
     shown = [first.crop((left + i * (side + 6), top, left + i * (side + 6) + side, top + side)) for i in range(3)]
@@ -62,7 +62,7 @@ def test_all_versions_begin_with_the_given_chunk(demo):
 def test_figures_are_those_of_the_table(demo):
     data = json.loads((demo[0] / "results.json").read_text())
     assert data["settings"]["weights"] == "untrained" and "torch" in data["settings"]["versions"]
-    off, paper = data["drift"]
+    off, paper = data["fading"]
     assert (off["setting"], paper["setting"], off["seeds"]) == ("off", "paper first-step", [1, 2])
     mean = sum(off["values"]["motion error @ chunks 3-4"]) / SEEDS
     row = [line for line in demo[1].splitlines() if line.strip().startswith("motion error")][-1]

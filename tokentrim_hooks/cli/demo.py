@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from tokentrim_hooks.experiments.demo.acts import play
 
     size = size_of(options)
-    load = functools.partial(ReferenceMaker.load, sink=0, trained=not options.untrained, device=options.device)
+    load = functools.partial(ReferenceMaker.load, sink=None, trained=not options.untrained, device=options.device)
     with progress(f"{size.scenes} videos", size.total_chunks) as advance:
         acts = play(load, size, lambda *_: advance())
     print(said(acts))

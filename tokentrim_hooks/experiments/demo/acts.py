@@ -10,8 +10,15 @@ from tokentrim_hooks.experiments.compare.rollouts import Take, roll_out
 from tokentrim_hooks.experiments.compare.settings import STANDARD
 from tokentrim_hooks.experiments.compare.table import Row, summarise
 from tokentrim_hooks.experiments.compare.trials import HEALTHY, ReferenceMaker, ReferenceTrial
+from tokentrim_hooks.reference.fault import Where
 
 OFF, PAPER = STANDARD[:2]
+ACTS: tuple[tuple[str, str, str, Where | None], ...] = (
+    ("fault", "A planted fault", "fading", "context"),
+    ("burning", "Natural drift: the burning model", "burning", None),
+    ("fading", "Natural drift: the fading model", "fading", None),
+)
+"""Name, title, kind of the reference model, where a fault is planted."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Size:
         seed: of the first scene and its noise.
     """
 
-    scenes: int = 12
+    scenes: int = 10
     chunks: int = 20
     after: int = 8
     seed: int = 1
@@ -38,7 +45,7 @@ class Size:
     @property
     def total_chunks(self) -> int:
         """Chunks that all rollouts generate."""
-        return 2 * (self.fault_chunks + self.chunks)
+        return 2 * sum(self.fault_chunks if fault else self.chunks for *_, fault in ACTS)
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,9 @@ def play(load: Callable[..., ReferenceMaker], size: Size, advance: Callable[...,
     """Roll out all acts; ``load`` makes a :class:`ReferenceMaker`, ``advance`` is called after each chunk."""
     seeds = range(size.seed, size.seed + size.scenes)
     acts = []
-    for name, title, chunks, fault in (
-        ("fault", "A planted fault", size.fault_chunks, "context"),
-        ("drift", "Natural drift", size.chunks, None),
-    ):
-        acts.append(_act(name, title, load(chunks=chunks, fault=fault, on_chunk=advance), seeds))
+    for name, title, kind, fault in ACTS:
+        chunks = size.fault_chunks if fault else size.chunks
+        acts.append(_act(name, title, load(kind=kind, chunks=chunks, fault=fault, on_chunk=advance), seeds))
     return acts
 
 
