@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tokentrim_hooks.console import markdown_table
 from tokentrim_hooks.metrics import metrics
 from tokentrim_hooks.reference.injection import INJECTIONS, STRENGTHS
 from tokentrim_hooks.reference.quality import METRICS, MORE, window
@@ -168,7 +169,7 @@ def matrix(found: Responses, meant: Mapping[str, Sequence[str]]) -> str:
         bold = [i.name in own and found[name, i.name].monotone for i in INJECTIONS]
         cells = [f"{100 * share(found, meant, name, i.name):.0f}" for i in INJECTIONS]
         lines.append([name, *(f"**{text}**" if is_bold else text for text, is_bold in zip(cells, bold, strict=True))])
-    return _table(["", *(i.name for i in INJECTIONS)], lines)
+    return markdown_table(["", *(i.name for i in INJECTIONS)], lines)
 
 
 def steps(found: Responses, meant: Mapping[str, Sequence[str]]) -> str:
@@ -178,16 +179,16 @@ def steps(found: Responses, meant: Mapping[str, Sequence[str]]) -> str:
         for name, own in meant.items()
         for injection in own
     ]
-    return _table(["measure", "drift", "none", *(f"{strength:g}" for strength in STRENGTHS)], lines)
+    return markdown_table(["measure", "drift", "none", *(f"{strength:g}" for strength in STRENGTHS)], lines)
 
 
 def blocks() -> dict[str, str]:
     """All that is generated, by the name of its place in the page."""
-    planted = _table(["drift", "at full strength"], [[i.name, i.what] for i in INJECTIONS])
+    planted = markdown_table(["drift", "at full strength"], [[i.name, i.what] for i in INJECTIONS])
     about = [[m.name, m.better or "-", _first_line(m.measure)] for m in (*METRICS, *MORE)]
     return {
         "drift": planted,
-        "measures": _table(["measure", "better", "what it is"], about),
+        "measures": markdown_table(["measure", "better", "what it is"], about),
         "matrix": matrix(responses(), MEANT),
         "steps": steps(responses(), MEANT),
         "real-matrix": matrix(real_responses(), MEANT_REAL),
@@ -218,10 +219,6 @@ def page() -> str:
 
 def _first_line(function: Callable[..., object]) -> str:
     return re.sub(r":func:(`\w+`)", r"\1", (inspect.getdoc(function) or "").split("\n")[0])
-
-
-def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [headings, ["---"] * len(headings), *lines])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,7 +37,7 @@ class CallScope:
     def __init__(
         self, tap: CallTap | None, frame: FrameType, outer: CallScope | None, replayer: object = None
     ) -> None:
-        self.tap = tap
+        self.tap: CallTap | None = tap
         self.outer = outer
         self.replayer = replayer
         self.depth = 0
@@ -57,8 +57,8 @@ class CallScope:
         return False
 
     def close(self) -> None:
-        """The call is over: let go of its frame, and with it of the call's arguments."""
-        self._frame = None
+        """The call is over: let go of its tap and of its frame, and with that of the call's arguments."""
+        self.tap = self._frame = None
         BUSY.drop(self)
 
 
