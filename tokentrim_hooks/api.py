@@ -14,6 +14,7 @@ from tokentrim_hooks.errors import (
     AlreadyPatchedError,
     AmbiguousModelError,
     CompiledModelError,
+    PluginError,
     TokenTrimError,
     UnknownAdapterError,
     UnsupportedModelError,
@@ -21,8 +22,9 @@ from tokentrim_hooks.errors import (
 )
 from tokentrim_hooks.failures import OnError
 from tokentrim_hooks.handle import PatchHandle, handle_of, judge_of, owners_of
+from tokentrim_hooks.loading import FAILURES, asked, why
 from tokentrim_hooks.patching.patches import Method
-from tokentrim_hooks.plugins import AdapterInfo, all_made, installed_adapters, usable_adapters
+from tokentrim_hooks.plugins import AdapterInfo, all_made, installed_adapters, left_out, usable_adapters
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy
 from tokentrim_hooks.report.observers import Observer
@@ -68,7 +70,7 @@ def patch(
 
     Raises:
         UnsupportedModelError, AmbiguousModelError, UnknownAdapterError, AlreadyPatchedError, CompiledModelError,
-        AttachError, UnsupportedProbeError, UnknownObserverError; TypeError or ValueError for a bad option.
+        AttachError, UnsupportedProbeError, UnknownObserverError, PluginError; TypeError or ValueError for a bad option.
     """
     policies = _policies(policy)
     _check_options(probe, on_error)
@@ -78,10 +80,10 @@ def patch(
     existing = _patches_on(model, match, replace)
     for denoiser in (match.denoiser, *match.also):
         _refuse_compiled(denoiser)
-    watching = all_made(observers)
+    instance, watching = _made(chosen), all_made(observers)
     for handle in existing:
         handle.unpatch()
-    return PatchHandle.attach(model, chosen(), match, policies, probe, on_error, watching)
+    return PatchHandle.attach(model, instance, match, policies, probe, on_error, watching)
 
 
 def unpatch(model: Any) -> None:
@@ -140,21 +142,14 @@ def _ask_all(model: Any) -> list[tuple[Detection, Match | None]]:
 
 
 def _ask(info: AdapterInfo, model: Any) -> tuple[Detection, Match | None]:
-    try:
-        answer = info.loaded.probe(model)
-    except Exception as failure:
-        reason = f"its probe failed with {type(failure).__name__}: {failure}"
-        return Detection(info.name, info.distribution, False, reason), None
+    answer = asked(info.loaded, model)
     if isinstance(answer, Match):
         return Detection(info.name, info.distribution, True, answer.note or "recognised"), answer
     return Detection(info.name, info.distribution, False, answer.reason), None
 
 
 def _choose(model: Any, name: str | None) -> tuple[type[Adapter[Any]], Match]:
-    by_name = {info.name: info for info in usable_adapters()}
-    if name is not None and name not in by_name:
-        raise UnknownAdapterError(f"no adapter named {name!r}; installed: {', '.join(by_name) or 'none'}")
-    infos = [by_name[name]] if name is not None else list(by_name.values())
+    infos = usable_adapters() if name is None else [_named(name)]
     answers = [(info, *_ask(info, model)) for info in infos]
     hits = [(info, match) for info, _, match in answers if match is not None]
     if len(hits) > 1:
@@ -165,6 +160,39 @@ def _choose(model: Any, name: str | None) -> tuple[type[Adapter[Any]], Match]:
         raise UnsupportedModelError(_refusal(model, [found for _, found, _ in answers]))
     info, match = hits[0]
     return info.loaded, match
+
+
+def _named(name: str) -> AdapterInfo:
+    """The usable adapter of that name.
+
+    Raises:
+        UnknownAdapterError: there is none. PluginError: its plugin failed, or two distributions claim the name.
+    """
+    usable = {info.name: info for info in usable_adapters()}
+    if name in usable:
+        return usable[name]
+    broken = [info for info in left_out() if info.name == name]
+    if len(broken) > 1:
+        origins = " and ".join(info.distribution for info in broken)
+        raise PluginError(
+            f"several plugins claim the name {name!r}, {origins}, so none of them is used.\n"
+            "Uninstall all but one, or name the others' distributions in TOKENTRIM_DISABLE_ADAPTERS."
+        )
+    if broken:
+        raise PluginError(f"plugin {name!r} ({broken[0].distribution}) cannot be used: {broken[0].error}")
+    raise UnknownAdapterError(f"no adapter named {name!r}; installed: {', '.join(usable) or 'none'}")
+
+
+def _made(adapter: type[Adapter[Any]]) -> Adapter[Any]:
+    """An instance of the adapter's class.
+
+    Raises:
+        PluginError: its constructor failed.
+    """
+    try:
+        return adapter()
+    except FAILURES as failure:
+        raise PluginError(f"adapter {adapter.name!r} cannot be made: {why(failure)}") from failure
 
 
 def _refuse_wrapped(model: Any) -> None:
@@ -190,7 +218,9 @@ def _refusal(model: Any, found: list[Detection]) -> str:
             f"cannot patch {kind}: no adapter is installed or enabled; install this package with pip "
             "(adapters are found through entry points) and see `tokentrim adapters`"
         )
-    reasons = "\n".join(f"  {item.adapter}: {item.reason}" for item in found)
+    lines = [f"  {item.adapter}: {item.reason}" for item in found]
+    lines += [f"  not used: {info.name} ({info.distribution}): {info.error}" for info in left_out()]
+    reasons = "\n".join(lines)
     return f"cannot patch {kind}; the adapters say:\n{reasons}\nTo add a model, see 'Writing an adapter' in the README."
 
 

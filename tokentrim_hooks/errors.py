@@ -48,7 +48,7 @@ class LatentsError(TokenTrimError):
 
 
 class PluginError(TokenTrimError):
-    """Two installed adapters have one name, or a plugin breaks the hook's contract."""
+    """A name was asked for that two plugins claim, or a plugin fails or breaks the hook's contract."""
 
 
 class ReportError(TokenTrimError):

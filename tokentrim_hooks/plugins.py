@@ -1,105 +1,87 @@
-"""Finding adapters and observers: built-in and third-party ones come through the same entry points."""
+"""Finding adapters and observers: built-in and third-party ones come through the same entry points.
+
+A name belongs to one of them. The built-in one has it before any third party's; of two third parties' neither has it,
+for no order between them would be what their user meant.
+"""
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import pluggy
-
-from tokentrim_hooks.adapter import Adapter
 from tokentrim_hooks.errors import PluginError, TokenTrimError, UnknownObserverError
-from tokentrim_hooks.markers import GROUP, hookspec
-from tokentrim_hooks.report.observers import Observer, ObserverFactory
+from tokentrim_hooks.loading import (
+    FAILURES,
+    AdapterInfo,
+    Found,
+    ObserverInfo,
+    Point,
+    installed_points,
+    load,
+    plain,
+    project_of,
+    tokentrim_adapters,
+    tokentrim_observers,
+    why,
+)
+from tokentrim_hooks.report.observers import Observer
 
 DISABLE = "TOKENTRIM_DISABLE_ADAPTERS"
+OURS = "tokentrim-hooks"
+Info = TypeVar("Info", AdapterInfo, ObserverInfo)
 
 
+class _Finder:
+    """Answers what installed plugins provide. Each is loaded once per process, when it is wanted and not disabled."""
 
-@hookspec
-def tokentrim_adapters() -> Sequence[type[Adapter[Any]]]:  # type: ignore[empty-body]
-    """Return the adapter classes that this plugin provides."""
+    def __init__(self) -> None:
+        self.cache_clear()
 
+    def cache_clear(self) -> None:
+        """Forget it all: something was installed."""
+        self._points: list[Point] | None = None
+        self._loaded: dict[Point, Found] = {}
 
-@hookspec
-def tokentrim_observers() -> Mapping[str, ObserverFactory]:  # type: ignore[empty-body]
-    """Return the observers that this plugin provides, by name: nothing observes until a user asks for it by that name.
+    def __call__(self) -> Found:
+        """What the plugins provide, names settled; which are disabled is read from the environment anew."""
+        if self._points is None:
+            self._points = installed_points()
+        every = [self._of(point, disabled_names()) for point in self._points]
+        adapters = _with_owners([info for found in every for info in found.adapters])
+        watchers = _distinct([info for found in every for info in found.observers])
+        observers = [replace(w, error=_why_lost(w, [c for c in watchers if c.name == w.name])) for w in watchers]
+        adapters.sort(key=lambda info: (info.adapter is None, info.name, info.distribution))
+        return Found(tuple(adapters), tuple(sorted(observers, key=lambda info: (info.name, info.distribution))))
 
-    A factory is called once per patched model. It imports its library, so that the library is needed only by those who
-    ask for the observer, and leaves the opening of files to ``on_start``.
-    """
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """An installed adapter, or a plugin that failed to load (then ``adapter`` is None and ``error`` says why)."""
-
-    name: str
-    distribution: str
-    adapter: type[Adapter[Any]] | None = None
-    error: str = ""
-    disabled: bool = False
-
-    @property
-    def loaded(self) -> type[Adapter[Any]]:
-        """The adapter's class.
-
-        Raises:
-            PluginError: the plugin failed to load.
-        """
-        if self.adapter is None:
-            raise PluginError(f"plugin {self.name!r} ({self.distribution}) failed to load: {self.error}")
-        return self.adapter
+    def _of(self, point: Point, off: dict[str, str]) -> Found:
+        """One plugin; code that is disabled is not even imported."""
+        if off.keys() & {plain(point.name), plain(project_of(point.distribution))}:
+            name, words = off.get(plain(point.name), point.name), f"named in {DISABLE}: its code was not imported"
+            return Found((AdapterInfo(name, point.distribution, None, words, disabled=True),), ())
+        if point not in self._loaded:
+            self._loaded[point] = load(point)
+        return self._loaded[point]
 
 
-@dataclass(frozen=True)
-class ObserverInfo:
-    """An observer that can be asked for by name."""
-
-    name: str
-    distribution: str
-    factory: ObserverFactory
+found = _Finder()
 
 
-@dataclass(frozen=True)
-class Found:
-    """What the installed plugins provide; those that failed to load stand among the adapters, with their error."""
-
-    adapters: tuple[AdapterInfo, ...]
-    observers: tuple[ObserverInfo, ...]
-
-
-def load(points: Sequence[EntryPoint]) -> Found:
-    """Load plugins in a fixed order, each in its own try; raise PluginError only for two adapters of one name."""
-    adapters: list[AdapterInfo] = []
-    observers: list[ObserverInfo] = []
-    for point in sorted(points, key=lambda p: (_distribution(p), p.name)):
-        loaded = _load_one(point)
-        adapters.extend(loaded.adapters)
-        observers.extend(loaded.observers)
-    _refuse_duplicates(adapters)
-    adapters.sort(key=lambda info: (info.adapter is None, info.name))
-    return Found(tuple(adapters), tuple(sorted(observers, key=lambda info: (info.name, info.distribution))))
-
-
-@functools.cache
-def found() -> Found:
-    """What all installed plugins provide, loaded once per process."""
-    return load(list(entry_points(group=GROUP)))
+def disabled_names() -> dict[str, str]:
+    """What ``TOKENTRIM_DISABLE_ADAPTERS`` names now, as written, by the plain form of it."""
+    return {plain(name.strip()): name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
 
 
 def installed_adapters() -> list[AdapterInfo]:
-    """All installed adapters, those that failed to load included; which are disabled is read from the environment anew.
+    """All installed adapters: those that failed to load, have lost their name or are disabled included.
 
-    ``TOKENTRIM_DISABLE_ADAPTERS=name,name`` disables adapters by name.
+    ``TOKENTRIM_DISABLE_ADAPTERS=name,name`` disables adapters by their name, and plugins by that of their entry point
+    or distribution; the code of the latter is not imported.
     """
-    off = {name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
-    return [replace(info, disabled=info.name in off) for info in found().adapters]
+    off = disabled_names()
+    return [replace(info, disabled=info.disabled or plain(info.name) in off) for info in found().adapters]
 
 
 def usable_adapters() -> list[AdapterInfo]:
@@ -107,78 +89,46 @@ def usable_adapters() -> list[AdapterInfo]:
     return [info for info in installed_adapters() if info.adapter is not None and not info.disabled]
 
 
-def _load_one(point: EntryPoint) -> Found:
-    origin = _distribution(point)
-    try:
-        classes, factories = _contents(point.load())
-    except Exception as failure:
-        return Found((AdapterInfo(point.name, origin, None, f"{type(failure).__name__}: {failure}"),), ())
-    observers = (ObserverInfo(name, origin, factory) for name, factory in factories.items())
-    return Found(tuple(AdapterInfo(c.name, origin, c) for c in classes), tuple(observers))
+def left_out() -> list[AdapterInfo]:
+    """Those that would take part, but failed to load or do not own their name."""
+    return [info for info in installed_adapters() if info.adapter is None and not info.disabled]
 
 
-def _contents(plugin: object) -> tuple[list[type[Adapter[Any]]], dict[str, ObserverFactory]]:
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(_Spec)
-    manager.register(plugin)
-    manager.check_pending()
-    classes = [cls for answer in manager.hook.tokentrim_adapters() for cls in answer]
-    for cls in classes:
-        _check_class(cls)
-    factories: dict[str, ObserverFactory] = {}
-    for answer in manager.hook.tokentrim_observers():
-        _check_factories(answer)
-        factories.update(answer)
-    if not classes and not factories:
-        raise PluginError(
-            "the plugin provides no adapter and no observer: does it have a hookimpl named tokentrim_adapters or "
-            "tokentrim_observers?"
-        )
-    return classes, factories
-
-
-class _Spec:
-    tokentrim_adapters = staticmethod(tokentrim_adapters)
-    tokentrim_observers = staticmethod(tokentrim_observers)
-
-
-def _check_factories(answer: Any) -> None:
-    if not isinstance(answer, Mapping):
-        raise PluginError(f"tokentrim_observers must return a mapping of names to factories, got {answer!r}")
-    for name, factory in answer.items():
-        if not (isinstance(name, str) and name) or not callable(factory):
-            raise PluginError(f"tokentrim_observers must name factories, got {name!r}: {factory!r}")
-
-
-def _check_class(cls: object) -> None:
-    if not (isinstance(cls, type) and issubclass(cls, Adapter)):
-        raise PluginError(f"tokentrim_adapters must return Adapter subclasses, got {cls!r}")
-    if not getattr(cls, "name", ""):
-        raise PluginError(f"adapter class {cls.__name__} has no name")
-    missing = sorted(getattr(cls, "__abstractmethods__", ()))
-    if missing:
-        raise PluginError(f"adapter {cls.name!r} lacks {', '.join(missing)}")
-
-
-def _distribution(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
-
-
-def _refuse_duplicates(infos: Sequence[AdapterInfo]) -> None:
-    seen: dict[str, AdapterInfo] = {}
+def _distinct(infos: Sequence[Info]) -> list[Info]:
+    """The same, one that comes twice from one distribution once."""
+    kept: list[Info] = []
     for info in infos:
-        if info.adapter is None:
-            continue
-        if info.name in seen:
-            raise PluginError(
-                f"two adapters are named {info.name!r}: one from {seen[info.name].distribution}, one from "
-                f"{info.distribution}; uninstall one of them"
-            )
-        seen[info.name] = info
+        if info not in kept:
+            kept.append(info)
+    return kept
+
+
+def _with_owners(infos: Sequence[AdapterInfo]) -> list[AdapterInfo]:
+    """Those whose name is somebody else's have lost their adapter, and say to whom."""
+    claims = [info for info in _distinct(infos) if info.adapter is not None]
+    failed = [info for info in infos if info.adapter is None]
+    lost = {id(info): _why_lost(info, [c for c in claims if c.name == info.name]) for info in claims}
+    return failed + [
+        replace(info, adapter=None, error=lost[id(info)], shadowed=True) if lost[id(info)] else info for info in claims
+    ]
+
+
+def _why_lost(info: Info, claims: Sequence[Info]) -> str:
+    """Why ``info`` does not own the name that all ``claims`` have; nothing if it does."""
+    built_in = [claim for claim in claims if plain(project_of(claim.distribution)) == OURS]
+    if len(claims) == 1 or (built_in and info is built_in[0]):
+        return ""
+    if built_in:
+        return f"{built_in[0].distribution} has a built-in one of this name, which is used; rename this one"
+    rivals = sorted({claim.distribution for claim in claims if claim is not info})
+    return (
+        f"{' and '.join(rivals)} has one of this name too, so none of them is used; uninstall all but one, or name the "
+        f"others' distributions in {DISABLE}"
+    )
 
 
 def installed_observers() -> list[ObserverInfo]:
-    """List the observers that can be asked for by name, with their distributions."""
+    """List the observers of installed plugins, with their distributions; one that cannot be asked for has an error."""
     return list(found().observers)
 
 
@@ -190,15 +140,18 @@ def find_observer(name: str) -> ObserverInfo:
         PluginError: there are two; the message names both distributions.
     """
     named = [info for info in found().observers if info.name == name]
-    if not named:
-        known = ", ".join(sorted({info.name for info in found().observers})) or "none"
-        broken = [f"{i.name} ({i.distribution}): {i.error}" for i in found().adapters if i.adapter is None]
-        failures = f"; plugins that failed to load: {'; '.join(broken)}" if broken else ""
-        raise UnknownObserverError(f"no observer named {name!r}; installed: {known}{failures}")
-    if len(named) > 1:
+    usable = [info for info in named if not info.error]
+    if usable:
+        return usable[0]
+    if named:
         origins = " and ".join(info.distribution for info in named)
-        raise PluginError(f"two observers are named {name!r}, from {origins}; uninstall one of them")
-    return named[0]
+        raise PluginError(
+            f"two observers are named {name!r}, from {origins}; uninstall one of them, or name it in {DISABLE}"
+        )
+    known = ", ".join(sorted({info.name for info in found().observers if not info.error})) or "none"
+    broken = [f"{i.name} ({i.distribution}): {i.error}" for i in left_out()]
+    failures = f"; plugins that failed to load: {'; '.join(broken)}" if broken else ""
+    raise UnknownObserverError(f"no observer named {name!r}; installed: {known}{failures}")
 
 
 def make_observer(name: str, folder: str | Path | None = None) -> Observer:
@@ -211,14 +164,15 @@ def make_observer(name: str, folder: str | Path | None = None) -> Observer:
     info = find_observer(name)
     try:
         made: Any = info.factory(None if folder is None else Path(folder))
+        watches = isinstance(made, Observer) and callable(made.on_chunk)
     except TokenTrimError:
         raise
-    except Exception as failure:
-        message = f"observer {name!r} ({info.distribution}) cannot be made: {type(failure).__name__}: {failure}"
+    except FAILURES as failure:
+        message = f"observer {name!r} ({info.distribution}) cannot be made: {why(failure)}"
         raise PluginError(message) from failure
-    if not isinstance(made, Observer):
+    if not watches:
         raise PluginError(f"observer {name!r} ({info.distribution}) has no on_chunk: {made!r}")
-    return made
+    return made  # type: ignore[no-any-return]
 
 
 def all_made(observers: Iterable[Observer | str]) -> list[Observer]:
@@ -226,3 +180,20 @@ def all_made(observers: Iterable[Observer | str]) -> list[Observer]:
     if isinstance(observers, str):
         raise TypeError(f"observers must be a list, got the string {observers!r}")
     return [make_observer(item) if isinstance(item, str) else item for item in observers]
+
+
+__all__ = [
+    "AdapterInfo",
+    "Found",
+    "ObserverInfo",
+    "all_made",
+    "find_observer",
+    "found",
+    "installed_adapters",
+    "installed_observers",
+    "left_out",
+    "make_observer",
+    "tokentrim_adapters",
+    "tokentrim_observers",
+    "usable_adapters",
+]

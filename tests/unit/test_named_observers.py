@@ -6,7 +6,7 @@ import pytest
 import tiny_reference as tiny
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import plugins
+from tokentrim_hooks import loading, plugins
 from tokentrim_hooks.markers import hookimpl
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -133,4 +133,4 @@ def test_a_plugin_that_breaks_the_contract(answer, words):
             return answer
 
     with pytest.raises(tokentrim.PluginError, match=words):
-        plugins._contents(Plugin())
+        loading.contents(Plugin())

@@ -6,7 +6,7 @@ import pytest
 import tiny_reference as tiny
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import plugins
+from tokentrim_hooks import loading, plugins
 from tokentrim_hooks.markers import hookimpl
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -42,10 +42,14 @@ def test_broken_plugins_are_recorded_and_harm_nobody(installed):
         assert handle.adapter.name == "self-forcing"
 
 
-def test_two_adapters_of_one_name_are_an_error(installed):
+def test_a_built_in_adapter_keeps_its_name(installed):
     installed(FIXTURES / "twin")
-    with pytest.raises(tokentrim.PluginError, match=r"'self-forcing'.*tokentrim-hooks .*twin-plugin 2.0"):
-        tokentrim.adapters()
+    claims = {info.distribution: info for info in tokentrim.adapters() if info.name == "self-forcing"}
+    (ours,) = (info for origin, info in claims.items() if origin.startswith("tokentrim-hooks "))
+    twin = claims["twin-plugin 2.0"]
+    assert ours.adapter and twin.adapter is None and twin.shadowed and "built-in one of this name" in twin.error
+    with tokentrim.patched(tiny.make(), adapter="self-forcing") as handle:
+        assert type(handle.adapter) is ours.adapter
 
 
 def test_adapters_can_be_disabled(monkeypatch):
@@ -81,4 +85,4 @@ def test_a_plugin_that_breaks_the_contract(answer, words):
             return answer
 
     with pytest.raises(tokentrim.PluginError, match=words):
-        plugins._contents(Plugin())
+        loading.contents(Plugin())
