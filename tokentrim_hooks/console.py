@@ -19,12 +19,18 @@ Rows = Sequence[Sequence[str]]
 def plain_table(columns: Sequence[str], rows: Rows, title: str = "") -> str:
     """Rows of text under their headings, aligned with spaces; only the last column wraps, at ``WIDTH``."""
     before = sum(4 + max(_width(row[i]) for row in [columns, *rows]) for i in range(len(columns) - 1))
+    columns, *rows = [[printable(cell) for cell in row] for row in (columns, *rows)]
     # Cells are words already: a number is not to be read and rounded once more.
     table = tabulate(
         rows, columns, tablefmt="simple", disable_numparse=True,
         maxcolwidths=[*[None] * (len(columns) - 1), max(WIDTH - before, 30)] if rows else None,
     )  # fmt: skip
     return f"{title}\n{table}" if title else table
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: of what would steer it, a plugin's or a log's words keep nothing but the ends of lines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _width(cell: str) -> int:
@@ -37,10 +43,17 @@ def show_table(columns: Sequence[str], rows: Rows, title: str = "") -> None:
 
 
 def markdown_table(columns: Sequence[str], rows: Rows) -> str:
-    """A Markdown table; a bar in a cell, or what looks like a tag, is escaped. Not padded, as tabulate's would be."""
-    escaped = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in [columns, *rows]]
+    """A Markdown table of text that anybody may have written. Not padded, as tabulate's would be."""
+    escaped = [[in_markdown(cell) for cell in row] for row in [columns, *rows]]
     lines = [escaped[0], ["---"] * len(columns), *escaped[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def in_markdown(text: str) -> str:
+    """Text that ends no cell and no line of Markdown, and is neither a tag, nor a link, nor a picture."""
+    for sign, instead in (("\\|", "\\\\|"), ("|", "\\|"), ("<", "&lt;"), ("](", "]\\(")):
+        text = text.replace(sign, instead)
+    return " ".join(text.splitlines())
 
 
 @contextmanager

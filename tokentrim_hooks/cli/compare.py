@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.experiments.compare.settings import STANDARD, changes, choose
 from tokentrim_hooks.extras import imported
 from tokentrim_hooks.reference.kinds import BASE, KINDS
+from tokentrim_hooks.report.files import write
 from tokentrim_hooks.report.provenance import versions
 
 HELP = "Compare settings over paired rollouts, with controls."
@@ -113,8 +113,8 @@ def _present(folder: Path, store: Any, trial: Any) -> None:
     for columns, lines in terminal(rows, trial.columns, watch):
         show_table(columns, lines)
     print(NOTES)
-    made = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    made = {**store.made_with}
     made["settings"] = {o.setting: changes(o.description) for o in store.outcomes}
-    (folder / "table.md").write_text(f"{markdown(rows, trial.columns, watch)}\n{BOLD}\n{NOTES}\n", encoding="utf-8")
-    (folder / "compare.html").write_text(render(rows, trial.columns, made, watch), encoding="utf-8")
+    write(folder / "table.md", f"{markdown(rows, trial.columns, watch)}\n{BOLD}\n{NOTES}\n")
+    write(folder / "compare.html", render(rows, trial.columns, made, watch))
     print(f"Written: {folder / 'table.md'}, {folder / 'compare.html'}, {folder / 'results.jsonl'}")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokentrim_hooks.cli.options import need, positive, write_json
+from tokentrim_hooks.cli.options import as_json, need, positive
 from tokentrim_hooks.console import plain_table, progress
+from tokentrim_hooks.report import files
 from tokentrim_hooks.report.provenance import versions
 
 if TYPE_CHECKING:
@@ -84,16 +85,16 @@ def write(acts: Sequence[Act], folder: Path, made: dict[str, Any]) -> None:
     from tokentrim_hooks.experiments.compare.page import render
     from tokentrim_hooks.experiments.demo.pictures import draw_all
 
-    folder.mkdir(parents=True, exist_ok=True)
+    files.made(folder)
     draw_all(acts, folder)
     for act in acts:
         about = {**made, "target": act.title, "trial": dict(act.trial.settings)}
         page = render(act.rows, act.trial.columns, about, act.trial.watch)
-        (folder / f"{act.name}.html").write_text(page, encoding="utf-8")
-    save_report(acts[0], folder / "report")
-    (folder / "table.txt").write_text(said(acts), encoding="utf-8")
+        files.write(folder / f"{act.name}.html", page)
+    save_report(acts[0], files.below(folder, "report"))
+    files.write(folder / "table.txt", said(acts))
     outcomes = {act.name: [vars(take.outcome) for take in (act.off, act.paper)] for act in acts}
-    write_json(folder / "results.json", {"settings": made, **outcomes})
+    files.write(folder / "results.json", as_json({"settings": made, **outcomes}))
 
 
 def save_report(act: Act, folder: Path) -> Path:

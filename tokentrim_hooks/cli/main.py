@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol, cast
 
 from tokentrim_hooks.cli import adapters, bench, compare, demo, detect, metrics, report, run
+from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import TokenTrimError
 
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[options.command].run(options)
     except TokenTrimError as failure:
-        print(f"tokentrim {options.command}: {failure}", file=sys.stderr)
+        print(printable(f"tokentrim {options.command}: {failure}"), file=sys.stderr)
         return 2
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokentrim_hooks.extras import require
+from tokentrim_hooks.report.files import made, told
 from tokentrim_hooks.report.record import finite
 
 
@@ -30,7 +31,17 @@ def need(*modules: str, extra: str = "demo") -> None:
 
 
 def write_json(path: Path, values: Any) -> Path:
-    """Write strict JSON, the folder made if absent; what is not finite becomes null. Returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write strict JSON to the file that a user named, its folder made if absent; returns the path.
+
+    Raises:
+        ReportError: it cannot be written.
+    """
+    made(path.parent)
+    with told(f"cannot write {path}"):
+        path.write_text(as_json(values), encoding="utf-8")
     return path
+
+
+def as_json(values: Any) -> str:
+    """Strict JSON; what is not finite becomes null."""
+    return json.dumps(finite(values), indent=2, allow_nan=False) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from tokentrim_hooks.cli.report import page_of
 from tokentrim_hooks.cli.runner import Run, folder_of_process, run_script
+from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.policy.base import Policy
@@ -104,14 +106,16 @@ def observers_of(options: argparse.Namespace, config: Mapping[str, Any]) -> list
 
 
 def _say_what_happened(this: Run) -> None:
-    """Summaries and report pages of all models that were patched, or why none was."""
+    """Summaries and report pages of all models that were patched, or why none was; a fork leaves that to its parent."""
+    if os.getpid() != this.process:
+        return
     for handle in this.handles:
         print(handle.report.summary(), file=sys.stderr)
     if not this.handles:
         reasons = "\n".join(this.refusals) or "the script constructed no object of a known class"
         print(f"tokentrim: no model was patched.\n{reasons}", file=sys.stderr)
-    for log in sorted(this.folder.glob("**/chunks.jsonl")):
+    for log in this.logs:
         try:
-            print(f"report: {page_of(log.parent)}", file=sys.stderr)
+            print(f"report: {page_of(log.path)}", file=sys.stderr)
         except TokenTrimError as failure:
-            print(f"no report page for {log.parent}: {failure}", file=sys.stderr)
+            print(printable(f"no report page for {log.path}: {failure}"), file=sys.stderr)

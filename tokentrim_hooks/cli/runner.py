@@ -26,8 +26,9 @@ from tokentrim_hooks.handle import PatchHandle
 from tokentrim_hooks.plugins import find_observer, make_observer, usable_adapters
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy
+from tokentrim_hooks.report.files import below, made
 from tokentrim_hooks.report.observers import JsonLines, Observer, ProgressLine
-from tokentrim_hooks.report.thumbnails import Thumbnails
+from tokentrim_hooks.report.thumbnails import Thumbnails, clear
 from tokentrim_hooks.rollout.rollout import Probe
 
 
@@ -42,7 +43,9 @@ class Run:
     observers: Sequence[str] = ()
     thumbnails: bool = False
     handles: list[PatchHandle] = field(default_factory=list)
+    logs: list[JsonLines] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    process: int = field(default_factory=os.getpid)
     _constructing: list[int] = field(default_factory=list)
     _active: bool = True
 
@@ -73,9 +76,11 @@ class Run:
             self._patch(instance)
 
     def _patch(self, instance: Any) -> None:
-        folder = self.folder if not self.handles else self.folder / f"model-{len(self.handles) + 1}"
+        number = len(self.handles) + 1
         try:
-            watching = self._observers(folder)
+            folder = self.folder if number == 1 else below(self.folder, f"model-{number}")
+            log = JsonLines(folder, per_rank=False)
+            watching = [log, *self._observers(folder)]
             handle = patch(instance, self.policy, probe=self.probe, on_error="warn", observers=watching)
         except AlreadyPatchedError:
             return
@@ -86,12 +91,18 @@ class Run:
             warnings.warn(f"not patched: {failure}", TokenTrimWarning, stacklevel=3)
         else:
             self.handles.append(handle)
+            self.logs.append(log)
+            self._clear_pictures(folder)
+
+    def _clear_pictures(self, folder: Path) -> None:
+        try:
+            clear(folder)
+        except TokenTrimError as failure:
+            warnings.warn(str(failure), TokenTrimWarning, stacklevel=4)
 
     def _observers(self, folder: Path) -> list[Observer]:
-        """The log, the progress line, those asked for by name; one that cannot be made is left out."""
-        watching: list[Observer] = [JsonLines(folder)] if self.quiet else [JsonLines(folder), ProgressLine()]
-        for picture in (folder / "thumbs").glob("v*-c*-s*.png"):
-            picture.unlink()  # an earlier run's: the report would show it with this run's drift
+        """The progress line, the pictures, those asked for by name; one that cannot be made is left out."""
+        watching: list[Observer] = [] if self.quiet else [ProgressLine()]
         if self.thumbnails and "thumbnails" not in self.observers:
             watching.append(Thumbnails(folder))
         for name in self.observers:
@@ -114,12 +125,16 @@ def constructors() -> list[str]:
 
 
 def run_script(script: Path, arguments: Sequence[str], run: Run) -> None:
-    """Run ``script`` as ``python script arguments...`` would, patched; the log is complete also when it crashes."""
+    """Run ``script`` as ``python script arguments...`` would, patched; the log is complete also when it crashes.
+
+    Raises:
+        TokenTrimError: there is no such script, observer or folder. Anything that the script raises.
+    """
     if not script.is_file():
         raise TokenTrimError(f"no such script: {script}")
     for name in run.observers:
         find_observer(name)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    made(run.folder)
     run.watch(constructors())
     try:
         with _as_main(script, arguments):

@@ -20,6 +20,8 @@ Array = npt.NDArray[Any]
 INK, BAND, WARM, CUT = "#20242c", "#b8cbe6", "#eeeeee", "#d62839"
 CELLS = {"live": "#5b8bd0", "pruned by a later chunk": "#d62839", "anchor, never pruned": "#e0a030"}
 """Cells of the cache map, in the order of their numbers (from 1), with their colours."""
+CELLS_AT_MOST = 100_000_000
+"""Cells of a cache map, a byte each."""
 
 
 def control_chart(records: Sequence[ChunkRecord], warmup: int = 0, narrow: bool = False) -> Any:
@@ -65,8 +67,8 @@ def drift_map(record: ChunkRecord, picture: Array | None = None) -> Any:
     if len(record.drift) != height * width:
         _empty(heat_axes, "this chunk was not judged")
     else:
-        heat = np.asarray(record.drift).reshape(height, width)
-        top = max(float(heat.max()), 1e-12)
+        heat = np.asarray(record.drift, dtype=float).reshape(height, width)
+        top = max([1e-12, *heat[np.isfinite(heat)].tolist()])
         image = heat_axes.imshow(heat, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
         figure.colorbar(image, ax=heat_axes, shrink=0.8, label="drift")
         _outline(heat_axes, record)
@@ -86,8 +88,11 @@ def cache_map(records: Sequence[ChunkRecord], narrow: bool = False) -> Any:
     Rows are tokens, columns the chunks that hold them; ``records`` are those of one sample of one video. ``narrow`` is
     for a phone.
     """
-    grid = cache_cells(records)
     figure, axes = _figure(4.4 if narrow else 7.5, 3.2)
+    if len(records) * max((r.grid[0] * r.grid[1] for r in records), default=0) > CELLS_AT_MOST:
+        _empty(axes, "there are too many tokens and chunks to draw them all")
+        return figure
+    grid = cache_cells(records)
     if not grid.size:
         _empty(axes, "no chunk was recorded")
         return figure
@@ -109,7 +114,7 @@ def cache_cells(records: Sequence[ChunkRecord]) -> Array:
     as many as a prune has spared."""
     records = [r for r in records if r.grid[0] * r.grid[1]]
     tokens = max((r.grid[0] * r.grid[1] for r in records), default=0)
-    cells = np.ones((tokens, len(records)), dtype=int)
+    cells = np.ones((tokens, len(records)), dtype=np.int8)
     for record in (r for r in records if r.pruned and r.tokens):
         reached = math.ceil(record.dead / len(record.tokens))
         for column, other in enumerate(records):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO, runtime_checkable
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from torch import Tensor
 
 from tokentrim_hooks.errors import TokenTrimWarning
-from tokentrim_hooks.report.record import ChunkRecord, write_settings
+from tokentrim_hooks.report.files import made
+from tokentrim_hooks.report.log_file import LogFile
+from tokentrim_hooks.report.names import log_of
+from tokentrim_hooks.report.record import ChunkRecord
 
 
 @runtime_checkable
@@ -29,45 +31,40 @@ ObserverFactory = Callable[[Path | None], Observer]
 
 
 class JsonLines:
-    """Writes every record to ``folder/chunks.jsonl`` as it comes, flushed line by line, so that a crash loses nothing.
+    """Writes every record to ``folder/chunks.jsonl`` as it comes, line by line, so that a crash loses nothing.
 
-    ``folder/settings.json`` holds the settings. A log that is there already is replaced; with ``append`` it is
-    continued, in the same file.
+    ``folder/settings.json`` holds the settings. No record is lost to another process: a log of an earlier run is set
+    aside as ``chunks.old-1.jsonl``, or continued with ``append``; a rank other than 0 writes ``chunks.rank1.jsonl``; a
+    fork ``chunks.pid1234.jsonl``, and so does, with a warning, who finds the log being written by another.
+
+    Args:
+        folder: made if absent. append: continue the log that is there already.
+        per_rank: False where every rank has a folder of its own.
+
+    Raises:
+        ReportError: the folder cannot be made.
     """
 
-    def __init__(self, folder: str | Path, append: bool = False) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._append = append
-        self._file: TextIO | None = None
+    def __init__(self, folder: str | Path, append: bool = False, per_rank: bool = True) -> None:
+        self.folder = made(folder)
+        self._log = LogFile(self.folder, append, per_rank)
+
+    @property
+    def path(self) -> Path:
+        """The log of this process."""
+        return log_of(self.folder, self._log.tag)
 
     def on_start(self, settings: dict[str, Any]) -> None:
         """Write the settings and open the log."""
-        write_settings(self.folder, settings)
-        self._open()
+        self._log.start(settings)
 
     def on_chunk(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
         """Append one line per sample."""
-        file = self._file or self._open()
-        file.writelines(record.as_json() + "\n" for record in records)
-        file.flush()
+        self._log.write("".join(record.as_json() + "\n" for record in records))
 
     def on_end(self) -> None:
         """Close the log."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> TextIO:
-        path = self.folder / "chunks.jsonl"
-        mode: Literal["a", "w"] = "a" if self._append else "w"
-        if self._append and path.is_file():
-            # A crash may have cut the last line off: what is appended must not be joined to it.
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self._append = True
-        file: TextIO = path.open(mode, encoding="utf-8")
-        self._file = file
-        return file
+        self._log.close()
 
 
 class ProgressLine:

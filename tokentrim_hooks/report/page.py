@@ -15,8 +15,11 @@ import numpy as np
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.metrics.metrics import Frames
+from tokentrim_hooks.report import names
 from tokentrim_hooks.report.charts import cache_map, control_chart, drift_map, figure_bytes
-from tokentrim_hooks.report.record import ChunkRecord, Report, read_report, thumbnail_name
+from tokentrim_hooks.report.files import write
+from tokentrim_hooks.report.record import ChunkRecord, Report, log_in, read_report
+from tokentrim_hooks.report.thumbnails import picture_of
 
 MAPS = 12
 """Drift maps shown at most for a sample of a video."""
@@ -30,22 +33,26 @@ HEADS = (
 
 
 def write_page(folder: str | Path, frames: Frames | None = None, unpatched: Frames | None = None) -> Path:
-    """Render ``folder/chunks.jsonl`` as ``folder/report.html``; return its path.
+    """Render the log of a run as a page beside it; return its path.
 
-    ``frames`` are the decoded frames of the (first) video, if they are at hand: drift maps are then drawn over them.
-    ``unpatched`` are those of the same noise without the patch: the two are then shown above one another.
+    ``folder`` is the run's, whose ``chunks.jsonl`` becomes ``report.html``, or one log in it: ``chunks.rank1.jsonl``
+    becomes ``report.rank1.html``. ``frames`` are the decoded frames of the (first) video, if they are at hand: drift
+    maps are then drawn over them. ``unpatched`` are those of the same noise without the patch: the two are then shown
+    above one another.
+
+    Raises:
+        ReportError: no log, or one that cannot be read; the page cannot be written.
+        VideoError: ``frames`` and ``unpatched`` differ in size or length.
     """
-    path = Path(folder)
-    report = read_report(path)
-    page = path / "report.html"
-    page.write_text(render(report, path, frames, unpatched), encoding="utf-8")
-    return page
+    log = log_in(Path(folder))
+    page = names.page_of(log.parent, names.tag_of(log))
+    return write(page, render(read_report(log), log, frames, unpatched))
 
 
 def render(
-    report: Report, folder: Path | None = None, frames: Frames | None = None, unpatched: Frames | None = None
+    report: Report, log: Path | None = None, frames: Frames | None = None, unpatched: Frames | None = None
 ) -> str:
-    """The page as a string; thumbnails are looked for in ``folder``.
+    """The page as a string; thumbnails are looked for beside ``log``.
 
     Raises:
         ReportError: the report has no record.
@@ -57,10 +64,10 @@ def render(
         TEMPLATE,
         summary=report.summary(),
         settings=json.dumps(report.settings, indent=2, default=str),
-        title=_title(report, folder),
+        title=_title(report, log),
         heads=HEADS,
         strip=None if frames is None or unpatched is None else _strip(report.records, frames, unpatched),
-        runs=[_run(records, report, folder, frames) for records in split(report.records)],
+        runs=[_run(records, report, log, frames) for records in split(report.records)],
     )
 
 
@@ -71,10 +78,9 @@ def filled(template: Path, **values: Any) -> str:
     return html
 
 
-def _title(report: Report, folder: Path | None) -> str:
+def _title(report: Report, log: Path | None) -> str:
     """Model, adapter, policy, probe, and the day on which the log was last written to."""
     parts = [str(report.settings[k]) for k in ("denoiser", "adapter", "policy", "probe") if k in report.settings]
-    log = None if folder is None else folder / "chunks.jsonl"
     if log is not None and log.is_file():
         parts.append(datetime.fromtimestamp(log.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
     return ", ".join(parts)
@@ -96,10 +102,10 @@ def split(records: Sequence[ChunkRecord]) -> list[list[ChunkRecord]]:
     return list(groups.values())
 
 
-def _run(records: list[ChunkRecord], report: Report, folder: Path | None, frames: Frames | None) -> dict[str, Any]:
-    warmup = int(report.settings.get("policy.warmup", 0) or 0)
+def _run(records: list[ChunkRecord], report: Report, log: Path | None, frames: Frames | None) -> dict[str, Any]:
+    warmup = _warmup(report)
     mapped = worth_a_map(records)
-    pictures = [_picture(r, records, folder, frames) for r in mapped]
+    pictures = [_picture(r, records, log, frames) for r in mapped]
     decoded = frames is not None and _is_first(records[0])
     below = "the decoded frame" if decoded else "the latent's first principal components"
     maps = zip(mapped, pictures, strict=True)
@@ -116,6 +122,12 @@ def _run(records: list[ChunkRecord], report: Report, folder: Path | None, frames
         "shown": _shown(records, len(mapped)),
         "rows": [{"pruned": r.pruned, "cells": _cells(r)} for r in records],
     }
+
+
+def _warmup(report: Report) -> int:
+    """The warm-up that the settings name; they may hold anything."""
+    warmup = report.settings.get("policy.warmup")
+    return warmup if type(warmup) is int and warmup > 0 else 0
 
 
 def verdict(records: Sequence[ChunkRecord]) -> str:
@@ -153,17 +165,14 @@ def _is_first(record: ChunkRecord) -> bool:
 
 
 def _picture(
-    record: ChunkRecord, records: Sequence[ChunkRecord], folder: Path | None, frames: Frames | None
+    record: ChunkRecord, records: Sequence[ChunkRecord], log: Path | None, frames: Frames | None
 ) -> Any | None:
     """A frame of the chunk: decoded if ``frames`` cover the video, else the latent's thumbnail, else None."""
-    latents = max(r.start + r.frames for r in records)
+    latents = max(1, *(r.start + r.frames for r in records))
     if frames is not None and _is_first(record):
         middle = (record.start + record.frames / 2) / latents
         return (255 * frames[min(int(middle * len(frames)), len(frames) - 1)]).astype(np.uint8)
-    path = None if folder is None else folder / "thumbs" / thumbnail_name(record)
-    if path is None or not path.is_file():
-        return None
-    return np.asarray(require("PIL.Image", "report").open(path).convert("RGB"))
+    return None if log is None else picture_of(record, log)
 
 
 def _embed(figure: Any, kind: str = "svg") -> str:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from tokentrim_hooks.errors import ReportError
+from tokentrim_hooks.report import names
+from tokentrim_hooks.report.fields import fields_of, parsed
+from tokentrim_hooks.report.files import made, read, refuse_links_out, told, write
+from tokentrim_hooks.report.log_file import is_held, write_settings
+
+LINE = 1 << 26
+"""Bytes of a line of a log at most: that of a chunk of 14,400 tokens has 130,000."""
+SETTINGS = 1 << 24
+"""Bytes of settings at most."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ def finite(value: Any) -> Any:
 
 def thumbnail_name(record: ChunkRecord) -> str:
     """File name of a chunk's thumbnail; it stands here so that a page finds pictures without what draws them."""
-    return f"v{record.video}-c{record.chunk:04d}-s{record.sample}.png"
+    return f"v{record.video:d}-c{record.chunk:04d}-s{record.sample:d}.png"
 
 
 @dataclass
@@ -110,46 +121,91 @@ class Report:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``chunks.jsonl`` and ``settings.json`` into ``folder`` (made if absent); return the folder."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        lines = "".join(record.as_json() + "\n" for record in self.records)
-        (path / "chunks.jsonl").write_text(lines, encoding="utf-8")
-        write_settings(path, self.settings)
+        """Write ``chunks.jsonl`` and ``settings.json`` into ``folder`` (made if absent); return the folder.
+
+        What lies there is replaced. A rank other than 0 has its rank in the names, as in :class:`JsonLines`.
+
+        Raises:
+            ReportError: a run is writing that log just now, or the folder cannot be written.
+        """
+        path, tag = made(folder), names.tag_of_process()
+        log = names.log_of(path, tag)
+        if is_held(log):
+            raise ReportError(f"a run is writing {log}, and saving would take its place.\nGive save another folder.")
+        write(log, "".join(record.as_json() + "\n" for record in self.records))
+        write_settings(path, self.settings, tag)
         return path
 
 
-def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write ``folder/settings.json`` whole or not at all, whenever the process may be killed."""
-    draft = folder / "settings.json.part"
-    draft.write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")
-    draft.replace(folder / "settings.json")
-
-
-def read_report(folder: str | Path) -> Report:
+def read_report(place: str | Path) -> Report:
     """Read back what :meth:`Report.save` or :class:`JsonLines` wrote; a last line that a crash cut off is left out.
 
+    Args:
+        place: a run's folder, or one log in it.
+
     Raises:
-        ReportError: no such log, or a line that is no record.
+        ReportError: no such log, a line that is no record, settings that cannot be read.
     """
-    path = Path(folder)
-    log = path / "chunks.jsonl"
-    if not log.is_file():
-        raise ReportError(f"no chunks.jsonl in {path}: is this the folder of a run?")
-    lines = log.read_text(encoding="utf-8").split("\n")
-    whole, rest = lines[:-1], lines[-1]
-    records = [_record_of(line, f"{log}:{number}") for number, line in enumerate(whole, 1) if line.strip()]
-    if rest.strip():
-        with contextlib.suppress(ReportError):
-            records.append(_record_of(rest, str(log)))
-    settings = path / "settings.json"
-    return Report(json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}, records)
+    log = log_in(Path(place))
+    settings = _settings_beside(log)
+    return Report(settings, list(_records_of(log, settings)))
 
 
-def _record_of(line: str, place: str) -> ChunkRecord:
+def log_in(place: Path) -> Path:
+    """The log that is meant: ``place`` itself, or the main one of a folder, or the first one where there is no main.
+
+    Raises:
+        ReportError: there is none.
+    """
+    if place.is_file():
+        return place
+    with told(f"cannot read {place}"):
+        logs = names.logs_in(place) if place.is_dir() else []
+        below = sorted(inner.parent.name for inner in place.glob("*/chunks*.jsonl")) if not logs else []
+    if not logs:
+        hint = f"\nThere are logs in {', '.join(dict.fromkeys(below))}: give one of these." if below else ""
+        raise ReportError(f"no chunks.jsonl in {place}: is this the folder of a run?{hint}")
+    return logs[0]
+
+
+def _settings_beside(log: Path) -> dict[str, Any]:
+    path = names.settings_of(log.parent, names.tag_of(log))
+    if not path.is_file():
+        return {}
+    content = read(path, SETTINGS)
     try:
-        values: dict[str, Any] = json.loads(line)
-        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-        return ChunkRecord(**{**values, **lists})
-    except (ValueError, TypeError, AttributeError) as failure:
-        raise ReportError(f"{place} is not a chunk record: {failure}") from failure
+        settings = parsed(content)
+        json.dumps(settings, indent=2)
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+    except (ValueError, RecursionError) as failure:
+        hint = "Move it away: the log is read without it."
+        raise ReportError(f"{path} cannot be read: {shorten(str(failure), 120)}.\n{hint}") from failure
+    return settings
+
+
+def _records_of(log: Path, settings: Mapping[str, Any]) -> Iterator[ChunkRecord]:
+    refuse_links_out(log)
+    with told(f"cannot read {log}"), log.open("rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(LINE)
+            if not line.strip() and line.endswith(b"\n"):
+                continue
+            try:
+                fields = fields_of(line)
+            except ValueError as failure:
+                if len(line) < LINE and not line.endswith(b"\n"):
+                    return  # the end, or what a crash left of it
+                words = "it has no end" if len(line) == LINE else shorten(str(failure), 120)
+                message = f"{log}:{number} is not a chunk record: {words}.\n{_hint(settings)}"
+                raise ReportError(message) from failure
+            yield ChunkRecord(**fields)
+
+
+def _hint(settings: Mapping[str, Any]) -> str:
+    versions = settings.get("versions")
+    theirs = versions.get("tokentrim-hooks") if isinstance(versions, Mapping) else None
+    ours = version("tokentrim-hooks")
+    if isinstance(theirs, str) and theirs != ours:
+        return f"It was written by version {shorten(theirs, 30)}, this is {ours}: read it with that one."
+    return "Take the line out, or give the folder of another run."

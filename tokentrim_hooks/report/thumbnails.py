@@ -2,41 +2,82 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.markers import hookimpl
+from tokentrim_hooks.report.files import below, is_within, write
+from tokentrim_hooks.report.log_file import tag_in
+from tokentrim_hooks.report.names import tag_of, thumbs_of
 from tokentrim_hooks.report.observers import ObserverFactory
 from tokentrim_hooks.report.record import ChunkRecord, thumbnail_name
+
+SIDE = 4096
+"""Pixels of a side of a picture at most; those that we write are the size of a latent."""
 
 
 class Thumbnails:
     """Writes ``folder/thumbs/v0-c0003-s0.png`` for every accepted chunk: its first three principal components as RGB.
 
     The components are those of the video's first chunk, so that colours mean the same throughout. Costs one more host
-    read per chunk, of one small picture per sample.
+    read per chunk, of one small picture per sample. Where the log beside them has a tag they have it too: the pictures
+    of ``chunks.rank1.jsonl`` are in ``thumbs.rank1``.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder) / "thumbs"
+        self._run = Path(folder)
+        self._process = os.getpid()
         self._video = -1
         self._basis: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def on_chunk(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
-        """Write one picture per sample."""
+        """Write one picture per sample.
+
+        Raises:
+            ReportError: a picture cannot be written, or its folder is a link.
+        """
         image = require("PIL.Image", "report")
         mean = latents.float().mean(dim=1)
         if records[0].video != self._video or self._basis is None:
             self._video, self._basis = records[0].video, principal(mean)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = below(self._run, thumbs_of(tag_in(self._run, self._process)))
         pictures = project(mean, self._basis).cpu().numpy()
         for record, picture in zip(records, pictures, strict=True):
-            image.fromarray(picture).save(self.folder / thumbnail_name(record))
+            buffer = io.BytesIO()
+            image.fromarray(picture).save(buffer, "png")
+            write(folder / thumbnail_name(record), buffer.getvalue())
+
+
+def picture_of(record: ChunkRecord, log: Path) -> Any | None:
+    """A chunk's picture ``[H, W, 3]`` beside its log; None where there is none, or none that can be trusted."""
+    path = log.parent / thumbs_of(tag_of(log)) / thumbnail_name(record)
+    if not path.is_file() or not is_within(path, log.parent):
+        return None
+    image = require("PIL.Image", "report")
+    try:
+        with image.open(path, formats=["PNG"]) as picture:
+            return np.asarray(picture.convert("RGB")) if max(picture.size) <= SIDE else None
+    except (OSError, ValueError, SyntaxError, image.DecompressionBombError):
+        return None
+
+
+def clear(folder: Path) -> None:
+    """Remove the pictures that an earlier run left where this process's will lie: the page would take them for its own.
+
+    Raises:
+        ReportError: their folder is a link.
+    """
+    for picture in below(folder, thumbs_of(tag_in(folder, os.getpid()))).glob("v*-c*-s*.png"):
+        picture.unlink(missing_ok=True)
 
 
 def _thumbnails(folder: Path | None) -> Thumbnails:

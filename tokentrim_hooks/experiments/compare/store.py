@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,12 @@ from typing import Any
 
 from tokentrim_hooks.errors import ReportError, TokenTrimError
 from tokentrim_hooks.experiments.compare.settings import Setting
+from tokentrim_hooks.report.fields import LARGE, parsed
+from tokentrim_hooks.report.files import append, made, read, write
 from tokentrim_hooks.report.record import finite
+
+MOST = 1 << 30
+"""Bytes of a file of a comparison at most."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Store:
 
     def __init__(self, folder: Path, made_with: Mapping[str, Any], settings: Sequence[Setting] = ()) -> None:
         self.folder, self.log = folder, folder / "results.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+        made(folder)
         self._guard(made_with)
         self.outcomes = read_outcomes(self.log)
         for outcome in self.outcomes:
@@ -62,16 +68,16 @@ class Store:
 
     def _guard(self, made_with: Mapping[str, Any]) -> None:
         file = self.folder / "settings.json"
-        now = json.loads(json.dumps(made_with))
+        now = self.made_with = json.loads(json.dumps(made_with))
         if not file.is_file():
             if self.log.is_file() and self.log.stat().st_size:
                 raise TokenTrimError(f"{self.log} has no settings.json beside it: of what are these results?")
-            file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+            write(file, json.dumps(now, indent=2) + "\n")
             return
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = _settings(file)
         changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
         if changed:
-            words = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+            words = "; ".join(f"{key}: {_short(before.get(key))} then, {_short(now.get(key))} now" for key in changed)
             raise TokenTrimError(f"{self.folder} holds another comparison ({words}); give another --out")
 
     def has(self, setting: str, seeds: Sequence[int]) -> bool:
@@ -79,29 +85,70 @@ class Store:
         return any(o.setting == setting and o.seeds == list(seeds) for o in self.outcomes)
 
     def add(self, outcome: Outcome) -> None:
-        """Append one outcome and see it on disk."""
-        line = json.dumps(finite(asdict(outcome)), allow_nan=False)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Append one outcome and see it on disk.
+
+        Raises:
+            ReportError: it cannot be written.
+        """
+        append(self.log, json.dumps(finite(asdict(outcome)), allow_nan=False) + "\n")
         self.outcomes.append(outcome)
 
 
+def _settings(file: Path) -> dict[str, Any]:
+    content = read(file, MOST)
+    try:
+        settings = parsed(content)
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as failure:
+        hint = "Give another --out, or a folder whose settings are whole."
+        raise TokenTrimError(f"{file} cannot be read: {_short(str(failure))}.\n{hint}") from failure
+    return settings
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(value if isinstance(value, str) else repr(value), 120)
+
+
 def read_outcomes(log: Path) -> list[Outcome]:
-    """All whole lines of a log; what a crash left of a last one is removed from the file."""
+    """All whole lines of a log; what a crash left of a last one is removed from the file.
+
+    Raises:
+        ReportError: it cannot be read, or a line is no outcome.
+    """
     if not log.is_file():
         return []
-    text = log.read_bytes()
+    text = read(log, MOST)
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):
         # Otherwise the next outcome would be appended to half a line.
-        log.write_bytes(whole)
-    return [_outcome(line, f"{log}:{n}") for n, line in enumerate(whole.decode().splitlines(), 1) if line.strip()]
+        write(log, whole)
+    return [_outcome(line, f"{log}:{n}") for n, line in enumerate(whole.split(b"\n"), 1) if line.strip()]
 
 
-def _outcome(line: str, place: str) -> Outcome:
+def _outcome(line: bytes, place: str) -> Outcome:
     try:
-        found: dict[str, Any] = json.loads(line)
+        found = parsed(line)
+        _check(found)
         values = {k: [math.nan if v is None else v for v in column] for k, column in found["values"].items()}
         return Outcome(**{**found, "values": values})
     except (ValueError, TypeError, KeyError, AttributeError) as failure:
-        raise ReportError(f"{place} is not an outcome of a comparison: {failure}") from failure
+        hint = "Take the line out, or give another --out."
+        raise ReportError(f"{place} is not an outcome of a comparison: {_short(str(failure))}.\n{hint}") from failure
+
+
+def _check(found: Any) -> None:
+    """See that every value is of its kind, and that there is one of each for every seed."""
+    if not (isinstance(found, dict) and isinstance(found["setting"], str) and isinstance(found["description"], dict)):
+        raise ValueError("it names no setting")
+    lists = {name: found[name] for name in ("seeds", "judged", "alone")}
+    numbers = {name: [found[name]] for name in ("chunks", "calls", "extra")}
+    pruned = {"pruned": [number for chunks in found["pruned"] for number in chunks]}
+    for name, values in {**lists, **numbers, **pruned}.items():
+        if not all(type(value) is int for value in values):
+            raise ValueError(f"{name} must be whole numbers")
+    columns = list(found["values"].values())
+    if not all(v is None or (type(v) in (int, float) and abs(v) < LARGE) for column in columns for v in column):
+        raise ValueError("values must be numbers")
+    if {len(found["seeds"])} != {*map(len, (*lists.values(), found["pruned"], *columns))}:
+        raise ValueError("it has not one value for each seed")

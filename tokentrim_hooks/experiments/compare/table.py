@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tokentrim_hooks.console import markdown_table
+from tokentrim_hooks.console import in_markdown, markdown_table
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.experiments.compare.settings import BASE
 from tokentrim_hooks.experiments.compare.store import Outcome
@@ -148,7 +148,7 @@ def markdown(rows: Sequence[Row], columns: Sequence[Column], watch: int | None =
         heads = [f"{c.aspect}: {c.name}" if c.aspect else c.name for c in some]
         lines = [[r.setting, *shares(r, watch), *(_short(cell(r, c)) for c in some)] for r in rows]
         table = markdown_table(["setting", *share_heads(watch), *heads], lines)
-        tables.append(f"**{window}**\n\n{table}\n" if window else f"{table}\n")
+        tables.append(f"**{in_markdown(window)}**\n\n{table}\n" if window else f"{table}\n")
     return "\n".join(tables)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tokentrim_hooks.experiments.compare.rollouts import Take
 from tokentrim_hooks.experiments.compare.trials import HEALTHY
 from tokentrim_hooks.experiments.demo.acts import Act
 from tokentrim_hooks.reference.fault import TOKENS
+from tokentrim_hooks.report.files import write
 from tokentrim_hooks.report.filmstrip import (
     CUT,
     FAINT,
@@ -52,7 +54,9 @@ def draw_all(acts: Sequence[Act], folder: Path) -> None:
     for act in acts:
         pictures = Pictures(act)
         save_film(pictures.film(), folder / f"{act.name}.gif", pictures.milliseconds())
-        pictures.still().save(folder / f"{act.name}.png")
+        buffer = io.BytesIO()
+        pictures.still().save(buffer, "png")
+        write(folder / f"{act.name}.png", buffer.getvalue())
 
 
 class Pictures:
