@@ -15,6 +15,7 @@ from tokentrim_hooks import (
     UnsupportedContextError,
     bind,
     home_of,
+    is_driven_by,
     lacks,
     parameters_of,
 )
@@ -95,12 +96,22 @@ class Overheard:
         self.failure: Exception | None = None
 
     def listen(
-        self, patches: Patches, owner: Any, name: str, learn: Callable[[Mapping[str, Any], Any], None]
+        self,
+        patches: Patches,
+        owner: Any,
+        name: str,
+        learn: Callable[[Mapping[str, Any], Any], None],
+        pipeline: Any = None,
     ) -> None:
-        """Have ``learn(arguments, result)`` told of every call of the method or function ``owner.name``."""
+        """Have ``learn(arguments, result)`` told of every call of the method or function ``owner.name``.
+
+        Of a function that all pipelines of a module share, those calls only that ``pipeline`` makes.
+        """
 
         def heard(wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result = wrapped(*args, **kwargs)
+            if pipeline is not None and not is_driven_by(pipeline, pipeline.transformer):
+                return result
             try:
                 learn(bind(wrapped, args, kwargs), result)
             except Exception as failure:

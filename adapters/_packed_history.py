@@ -79,6 +79,10 @@ class PackedHistory(Adapter[PackedCall]):
     def begin(self, packing: Packing, arguments: Mapping[str, Any]) -> int:
         """A new video begins: set ``inverted``; return how many frames its history holds already."""
 
+    def starts_over(self, packing: Packing, arguments: Mapping[str, Any]) -> bool:
+        """Whether a new section begins a new video although ``packing.video`` is that of the section before."""
+        return False
+
     def others(self, call: PackedCall) -> int:
         """Keys behind the chunk's own (text)."""
         return 0
@@ -120,11 +124,13 @@ class PackedHistory(Adapter[PackedCall]):
     def _follow(self, packing: Packing, arguments: Mapping[str, Any], frames: int) -> None:
         """Which chunk, step and branch: told by the objects that the sampler passes, without reading any."""
         last, self._packing = self._packing, packing
-        if last is None or last.video is not packing.video:
+        opens = last is None or last.video is not packing.video
+        new_section = last is None or last.section is not packing.section
+        if opens or (new_section and self.starts_over(packing, arguments)):
             self._given = self.begin(packing, arguments)
             self._section, self._start = -1, -frames if self.inverted else self._given
             self._begin_section(0, packing)
-        elif last.section is not packing.section:
+        elif new_section:
             self._begin_section(-frames if self.inverted else frames, packing)
         elif arguments["timestep"] is self._timestep:
             self._branch += 1

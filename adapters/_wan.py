@@ -86,6 +86,10 @@ class CausalWan(Adapter):
         for home in dict.fromkeys(map(home_of, self.layers)):
             patches.tap(home, "attention", refuse=("q_lens", "k_lens"))
 
+    def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """A video has a KV cache of its own."""
+        return (values_of(arguments["kv_cache"]),)
+
     def parse(self, arguments: Mapping[str, Any]) -> Call | None:
         """Read one generator call; calls without a KV cache are training or scoring, not a rollout."""
         if arguments["kv_cache"] is None:
@@ -94,7 +98,7 @@ class CausalWan(Adapter):
         return Call(
             latents,
             start=start_of(arguments) // self.rows_per_frame(latents),
-            stream=id(arguments["kv_cache"]),
+            stream=values_of(arguments["kv_cache"]),
             timestep=arguments["timestep"],
             arguments=arguments,
         )
@@ -121,6 +125,16 @@ def rows_per_frame(transformer: Any, latents: Tensor) -> int:
     """Tokens of a latent frame of ``latents`` ``[..., H, W]``; ``patch_size`` is (frames, height, width) of one."""
     _, height, width = transformer.patch_size
     return math.prod(latents.shape[-2:]) // (int(height) * int(width))
+
+
+def values_of(cache: Any) -> Any:
+    """V of the first layer of a cache, which is one piece of memory whatever lists and dicts it comes in.
+
+    None where there is no cache, or none that we know: ``parse`` says what follows.
+    """
+    layer = cache[0] if isinstance(cache, Sequence) and cache else None
+    values = layer.get("v") if isinstance(layer, Mapping) else None
+    return values if isinstance(values, Tensor) else None
 
 
 def history_rows(arguments: Mapping[str, Any], new: int, per_frame: int, anchors: int) -> CacheRows:

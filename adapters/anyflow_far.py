@@ -76,6 +76,11 @@ class AnyFlowFAR(Adapter):
         self._opens = False
         tap_dispatch(patches, layers_of(model.transformer, "blocks", "attn1"))
 
+    def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The pipeline makes a cache for every video, and writes it in place."""
+        cache = arguments["kv_cache"]
+        return () if cache is None else (cache[0]["full_cache"],)
+
     def parse(self, arguments: Mapping[str, Any]) -> Call | None:
         """Read one call; without a KV cache it is training. A cache call brings all frames, the chunk's are last."""
         cache, partition = arguments["kv_cache"], list(arguments["chunk_partition"])

@@ -34,7 +34,7 @@ from tokentrim_hooks import (
     parameters_of,
 )
 
-from ._wan import history_rows, rows_per_frame
+from ._wan import history_rows, rows_per_frame, values_of
 
 PARAMETERS = ("hidden_states", "timestep", "kv_cache", "crossattn_cache", "current_start", "start_frame")
 FOREIGN = ("kv_cache_mouse", "kv_cache_keyboard")
@@ -85,7 +85,7 @@ class FastVideo(Adapter):
         return Call(
             latents,
             start=int(given["current_start"]) // rows_per_frame(self.transformer, latents),
-            stream=id(given["kv_cache"]),
+            stream=values_of(given["kv_cache"]),
             timestep=given["timestep"],
             arguments=given,
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokentrim_hooks import Adapter, Match, NoMatch, hookimpl, layers_of
+from tokentrim_hooks import Adapter, Match, NoMatch, hookimpl, layers_of, strand
 
 from ._diffusers import dispatcher_of, lacking, recognised
 from ._packed_history import PackedCall, PackedHistory, Packing
@@ -61,6 +61,10 @@ class FramePack(PackedHistory):
         lists = ("transformer_blocks", "single_transformer_blocks")
         return [layer for blocks in lists for layer in layers_of(transformer, blocks, "attn")]
 
+    def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Videos of one picture may share its embedding; in one thread they come one after the other."""
+        return strand(), arguments[self.image]
+
     def packing(self, arguments: Mapping[str, Any]) -> Packing | None:
         """History is ``[4x | 2x | first frame, 1x]``. The sampler makes new frame indices for every section and
         embeds the image once per video.
@@ -75,8 +79,21 @@ class FramePack(PackedHistory):
         """Frame indices live on the host and tell the direction; forward, history holds the given image."""
         self._lengths: list[tuple[Tensor, int]] = []
         section, history = arguments[self.frames].flatten(), arguments[self.twice_frames].flatten()
-        self.inverted = int(section[0]) < int(history[0])
+        self.inverted, self._gap = int(section[0]) < int(history[0]), int(section[0])
         return 0 if self.inverted else 1
+
+    def starts_over(self, packing: Packing, arguments: Mapping[str, Any]) -> bool:
+        """Whether a section is a video's first although the picture is the last one's.
+
+        Backwards each section lies closer to the video's first frame than the one before, and the last one at it.
+        Forwards history is blank but for the picture: the one host read of a section.
+        """
+        gap, self._gap = self._gap, int(arguments[self.frames].flatten()[0])
+        if self.inverted:
+            return gap <= 1 or self._gap > gap
+        return not bool(packing.parts[1][0].any())
+
+    _gap = 0
 
     def others(self, call: PackedCall) -> int:
         """Image and text keys. With one sample the transformer cuts the text to its length, otherwise it masks."""

@@ -54,6 +54,10 @@ class Helios(PackedHistory):
         """Self attention is ``attn1``; ``attn2`` reads the text."""
         return layers_of(transformer, "blocks", "attn1")
 
+    def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Frame indices are made once per video."""
+        return (arguments["indices_hidden_states"],)
+
     def packing(self, arguments: Mapping[str, Any]) -> Packing | None:
         """History is ``[long | mid | first frame, short]``."""
         long, mid, short = (arguments[name] for name in HISTORY)

@@ -105,7 +105,7 @@ class LTXLong(Adapter[WindowCall]):
         self._step = -1
         self._overheard = Overheard()
         self._overheard.listen(patches, model, "prepare_latents", self._begin_video)
-        self._overheard.listen(patches, _pipeline_home(model), COORDINATES, self._follow)
+        self._overheard.listen(patches, _pipeline_home(model), COORDINATES, self._follow, model)
         tap_dispatch(patches, _self_attentions(model.transformer))
 
     def _begin_video(self, _given: Mapping[str, Any], _latents: Any) -> None:

@@ -77,6 +77,10 @@ class Magi1(Adapter):
         for layer in _attentions(dit):
             patches.tap_packed(layer, "core_attention", attend_ranges)
 
+    def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Every video has a memory of its own."""
+        return (arguments["inference_params"],)
+
     def parse(self, arguments: Mapping[str, Any]) -> Call | None:
         """Read one call; other models of the class are none of ours. A prefix video is given, clean, in one call."""
         memory, options = arguments["inference_params"], arguments["kwargs"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokentrim_hooks import Adapter, CacheRows, Call, Phase, Seen, hookimpl
 
-from ._wan import CausalWan, history_rows, start_of
+from ._wan import CausalWan, history_rows, start_of, values_of
 
 
 class RollingForcing(CausalWan):
@@ -50,7 +50,7 @@ class RollingForcing(CausalWan):
         return Call(
             latents,
             start=first + window.shape[1] - latents.shape[1],
-            stream=id(arguments["kv_cache"]),
+            stream=values_of(arguments["kv_cache"]),
             timestep=arguments["timestep"][:, -latents.shape[1] :],
             commits=bool(arguments["updating_cache"]),
             arguments=arguments,

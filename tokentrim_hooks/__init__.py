@@ -24,6 +24,7 @@ from tokentrim_hooks.errors import (
     CompiledModelError,
     LatentsError,
     PluginError,
+    SessionError,
     TokenTrimError,
     TokenTrimWarning,
     UnknownAdapterError,
@@ -33,7 +34,17 @@ from tokentrim_hooks.errors import (
     UnsupportedProbeError,
 )
 from tokentrim_hooks.handle import PatchHandle
-from tokentrim_hooks.inspection import bind, home_of, lacks, layers_of, nearest_sigma, parameters_of, shares_storage
+from tokentrim_hooks.inspection import (
+    bind,
+    home_of,
+    is_driven_by,
+    lacks,
+    layers_of,
+    nearest_sigma,
+    parameters_of,
+    shares_storage,
+    strand,
+)
 from tokentrim_hooks.markers import hookimpl
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.plugins import AdapterInfo, ObserverInfo, installed_observers, make_observer
@@ -84,6 +95,7 @@ __all__ = [
     "Role",
     "Seen",
     "Segment",
+    "SessionError",
     "TokenTrimError",
     "TokenTrimWarning",
     "UnknownAdapterError",
@@ -99,6 +111,7 @@ __all__ = [
     "home_of",
     "hookimpl",
     "installed_observers",
+    "is_driven_by",
     "is_patched",
     "lacks",
     "layers_of",
@@ -108,5 +121,6 @@ __all__ = [
     "patch",
     "patched",
     "shares_storage",
+    "strand",
     "unpatch",
 ]

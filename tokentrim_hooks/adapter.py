@@ -65,8 +65,8 @@ class Call:
         latents: noisy latents of the newest chunk in the call, ``[B, F, C, H, W]``.
         start: absolute latent frame at which that chunk starts. Where no argument has it, count the frames of the
             chunks before, on the host: a wrapped method of the sampler shows where a chunk and a video begin.
-        stream: key of the context that the call reads. Branches of classifier-free guidance that keep their own
-            cache have different streams; the first stream seen in a video is the one that is judged.
+        stream: the context that the call reads: a tensor of its cache, or a number. Branches of classifier-free
+            guidance that keep their own cache have different streams; the first one seen in a video is judged.
         timestep: noise level of ``latents`` in the model's units, any shape, 0 = clean. Read on the device only.
         commits: True or False where call arguments tell whether this call writes clean context, None where only
             ``timestep`` could tell. So it is None for a prefill (a given image or video that is written into the
@@ -76,7 +76,7 @@ class Call:
 
     latents: Tensor
     start: int
-    stream: Hashable = 0
+    stream: Hashable | Tensor = 0
     timestep: Tensor | None = None
     commits: bool | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -169,6 +169,23 @@ class Adapter(ABC, Generic[CallT]):
         Raises:
             UnsupportedContextError: the context of this call cannot be pruned exactly; the message says what to do.
         """
+
+    def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Say what tells the video of a call from others that are made at the same time; asked before :meth:`parse`.
+
+        Calls with the same identity are one session: its videos come one after the other, and it has a copy of the
+        adapter of its own, taken when it had attached. So keep what is learnt from calls in attributes that are set
+        anew, not in lists or dicts made in ``attach``.
+
+        Args:
+            arguments: as for :meth:`parse`, which this must not change; nothing is read from the device.
+
+        Returns:
+            A tensor of the KV cache (told apart by its memory, whatever list or dict it comes in), an object that
+            lives as long as the video, :func:`strand` (the thread or task), or numbers. Default: nothing. Then all
+            calls are one session, and a second thread that calls amid a call of the first gets a SessionError.
+        """
+        return ()
 
     @abstractmethod
     def context(self, call: CallT) -> Context:

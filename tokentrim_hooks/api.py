@@ -28,7 +28,7 @@ from tokentrim_hooks.plugins import AdapterInfo, all_made, installed_adapters, l
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy
 from tokentrim_hooks.report.observers import Observer
-from tokentrim_hooks.rollout.rollout import Probe
+from tokentrim_hooks.rollout.shared import Probe
 
 
 @dataclass(frozen=True)

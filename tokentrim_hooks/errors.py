@@ -43,6 +43,10 @@ class UnsupportedContextError(TokenTrimError):
     """The context of this call cannot be pruned exactly (quantised, sharded, foreign layout)."""
 
 
+class SessionError(TokenTrimError):
+    """Two videos are made at the same time on one model, and its calls do not show which is whose."""
+
+
 class LatentsError(TokenTrimError):
     """Latents have a shape, batch size or value (NaN, inf) that cannot be judged."""
 

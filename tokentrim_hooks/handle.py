@@ -18,7 +18,8 @@ from tokentrim_hooks.report.observers import Guarded, Observer, tell
 from tokentrim_hooks.report.provenance import versions
 from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.rollout.records import Recorder
-from tokentrim_hooks.rollout.rollout import Probe, Rollout
+from tokentrim_hooks.rollout.rollout import Rollout
+from tokentrim_hooks.rollout.shared import Probe
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class PatchHandle:
             adapter.attach(model, patches)
             patches.require_tap(adapter.name)
             recorder = Recorder(Report(_settings(adapter, match, policies, probe)), [Guarded(o) for o in observers])
-            rollout = Rollout(adapter, match, judge_of(policies), probe, recorder, patches.layers, failures)
+            judge = judge_of(policies)
+            rollout = Rollout(model, adapter, match, judge, probe, recorder, patches.layers, failures)
             failures.on_step_aside(rollout.abandon)
             handle = cls(adapter, policies, patches, rollout, failures)
             handle._watch(match)
@@ -87,7 +89,7 @@ class PatchHandle:
     @property
     def policy(self) -> Policy:
         """The policy that judges."""
-        return self._rollout.policy
+        return self._rollout.shared.policy
 
     def reset(self) -> None:
         """Start a new video at the next call: statistics and marks are forgotten."""
@@ -102,9 +104,10 @@ class PatchHandle:
         finally:
             self._patches.undo()
             self._rollout.release()
-        tell(self._rollout.recorder.observers, "on_end")
-        _logger.info("unpatched: %s", self._rollout.recorder.report.summary().splitlines()[0])
-        if not self._failures.stepped_aside and self._rollout.unread_calls and not len(self._rollout.recorder.report):
+        recorder = self._rollout.shared.recorder
+        tell(recorder.observers, "on_end")
+        _logger.info("unpatched: %s", recorder.report.summary().splitlines()[0])
+        if not self._failures.stepped_aside and self._rollout.unread_calls and not len(recorder.report):
             warnings.warn(
                 "tokentrim was patched in and the denoiser was called, but no chunk was recognised: nothing was "
                 "judged or pruned",

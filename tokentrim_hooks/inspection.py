@@ -5,15 +5,21 @@ Adapters recognise models with these, and so say in the same words why one is no
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import inspect
 import sys
+import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+MACHINERY = ("torch.", "wrapt.", "tokentrim_hooks.patching", "tokentrim_hooks.rollout", "tokentrim_hooks.pruning")
+"""Modules whose methods lie between a sampler and the call that we watch."""
 
 
 def layers_of(model: object, blocks: str, name: str) -> list[Any]:
@@ -73,6 +79,70 @@ def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None or a.device != b.device or a.numel() == 0:
         return False
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def strand() -> object:
+    """The thread or asyncio task that is running: an adapter's :meth:`identity` where no memory tells videos apart."""
+    with contextlib.suppress(RuntimeError):  # no event loop in this thread
+        task = asyncio.current_task()
+        if task is not None:
+            return task
+    return threading.current_thread()
+
+
+def holds(owner: object, part: object) -> bool:
+    """Whether ``part`` is an attribute or submodule of ``owner``, or in a list, tuple or dict that is one."""
+    attributes = getattr(owner, "__dict__", {})
+    for value in (*attributes.values(), *(attributes.get("_modules") or {}).values()):
+        inside = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+        if value is part or any(item is part for item in inside):
+            return True
+    return False
+
+
+def is_driven_by(model: object, denoiser: object) -> bool:
+    """Whether ``model`` makes the running call of its ``denoiser``, and not another object that shares it.
+
+    Pipelines share components (``Pipe(**pipe.components)``), so the call alone does not tell. The nearest caller that
+    holds the denoiser does: if it is of the model's own kind, it decides; a helper's word counts only where the model
+    itself is not on the way. Loops outside of any object are the model's.
+    """
+    if model is denoiser:
+        return True
+    helper = None
+    for caller in _callers():
+        if caller is model or holds(model, caller):
+            return True
+        if caller is not denoiser and holds(caller, denoiser) and not holds(caller, model):
+            if _related(caller, model):
+                return False
+            helper = caller
+    return helper is None
+
+
+def _related(one: object, other: object) -> bool:
+    """Whether two objects have a class in common beside the most general ones."""
+    shared = set(type(one).__mro__) & set(type(other).__mro__)
+    return any(kind not in (object, nn.Module) and "Mixin" not in kind.__name__ for kind in shared)
+
+
+def _callers() -> Iterator[object]:
+    """``self`` of the methods that are running, innermost first; those of torch and of this package left out."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code, name = frame.f_code, str(frame.f_globals.get("__name__", ""))
+        if code.co_argcount and code.co_varnames[0] == "self" and not name.startswith(MACHINERY):
+            yield _local(frame, "self")
+        frame = frame.f_back
+
+
+def _local(frame: types.FrameType, name: str) -> object:
+    found = frame.f_locals
+    value = found.get(name)
+    if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        # Before Python 3.13 this is a copy that the frame keeps, and with it every tensor that the function lets go.
+        found.clear()
+    return value
 
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

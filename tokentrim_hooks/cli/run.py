@@ -18,7 +18,7 @@ from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
-from tokentrim_hooks.rollout.rollout import Probe
+from tokentrim_hooks.rollout.shared import Probe
 
 OPTIONS = {
     "fraction": float,

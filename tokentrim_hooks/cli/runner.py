@@ -29,7 +29,7 @@ from tokentrim_hooks.policy.token_trim import DriftPolicy
 from tokentrim_hooks.report.files import below, made
 from tokentrim_hooks.report.observers import JsonLines, Observer, ProgressLine
 from tokentrim_hooks.report.thumbnails import Thumbnails, clear
-from tokentrim_hooks.rollout.rollout import Probe
+from tokentrim_hooks.rollout.shared import Probe
 
 
 @dataclass

@@ -29,36 +29,67 @@ class CallScope:
         frame: the frame that lasts as long as the call.
         outer: the scope that it was opened in.
         replayer: who makes the call, where it is a replay of ours.
+        note: what whoever opened it keeps with the call.
 
     Attributes:
         depth: self-attention modules that have been entered in it.
     """
 
     def __init__(
-        self, tap: CallTap | None, frame: FrameType, outer: CallScope | None, replayer: object = None
+        self,
+        tap: CallTap | None,
+        frame: FrameType,
+        outer: CallScope | None,
+        replayer: object = None,
+        note: object = None,
     ) -> None:
         self.tap: CallTap | None = tap
         self.outer = outer
         self.replayer = replayer
+        self.note = note
         self.depth = 0
         self._frame: FrameType | None = frame
 
     @property
-    def running(self) -> bool:
-        """Whether the call is still under way. Closes the scope if it is not."""
-        if self._frame is None:
-            return False
+    def open(self) -> bool:
+        """Whether nobody has closed it."""
+        return self._frame is not None
+
+    @property
+    def runs(self) -> bool:
+        """Whether the call is still under way."""
         try:
             # A frame that is executing, in whatever thread, refuses to be cleared; one that has ended does not.
-            self._frame.clear()
+            if self._frame is not None:
+                self._frame.clear()
         except RuntimeError:
             return True
-        self.close()
         return False
+
+    @property
+    def running(self) -> bool:
+        """Whether the call is still under way. Closes the scope if it is not."""
+        if self.runs:
+            return True
+        if self.open:
+            self.close()
+        return False
+
+    @property
+    def encloses(self) -> bool:
+        """Whether the code that asks runs inside this call, in this thread or task."""
+        scope = current_scope()
+        while scope is not None and scope is not self:
+            scope = scope.outer
+        return scope is self
+
+    def belongs_to(self, frame: FrameType) -> bool:
+        """Whether ``frame`` is that of the call."""
+        return self._frame is frame
 
     def close(self) -> None:
         """The call is over: let go of its tap and of its frame, and with that of the call's arguments."""
-        self.tap = self._frame = None
+        self.tap = self._frame = self.note = None
         BUSY.drop(self)
 
 
@@ -115,9 +146,23 @@ def current_tap() -> CallTap | None:
     return None if scope is None else scope.tap
 
 
-def open_scope(tap: CallTap | None, replayer: object = None) -> CallScope:
+def scope_of_call() -> CallScope | None:
+    """The scope that was opened for the very call whose hook is running; None if there is none."""
+    scope = current_scope()
+    return scope if scope is not None and scope.belongs_to(_frame_of_call()) else None
+
+
+def scope_left() -> CallScope | None:
+    """The scope of the call that is being left: under way still where it came back, over where it raised."""
+    scope = _current.get()
+    if scope is None or not scope.open:
+        return None
+    return scope if not scope.runs or scope.belongs_to(_frame_of_call()) else None
+
+
+def open_scope(tap: CallTap | None, replayer: object = None, note: object = None) -> CallScope:
     """Open a scope for the denoiser call whose hook is running."""
-    scope = CallScope(tap, _frame_of_call(), current_scope(), replayer)
+    scope = CallScope(tap, _frame_of_call(), current_scope(), replayer, note)
     if tap is not None:
         BUSY.add(scope)
     _current.set(scope)

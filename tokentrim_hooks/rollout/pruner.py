@@ -1,9 +1,10 @@
-"""One model's pruning: chooses tombstones or key selection by the context, proves itself once, cleans up."""
+"""One video's pruning: chooses tombstones or key selection by the context, proves itself, cleans up."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 from tokentrim_hooks.adapter import Adapter, Call
 from tokentrim_hooks.failures import FailurePolicy
@@ -17,18 +18,34 @@ from tokentrim_hooks.pruning.tombstones import Tombstones, Traces
 _logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Proof:
+    """What the first prune of a patched model has shown, for all its videos.
+
+    Attributes:
+        layers: self-attention modules whose tapped function also serves cross attention; 0 if it does not.
+        expected: attention calls over the context in one denoiser call, as far as is known.
+        enabled: False once the self-check of a prune failed. proven: True once it passed.
+        finding: what the self-check found, in words.
+    """
+
+    layers: int = 0
+    expected: int = 0
+    enabled: bool = True
+    proven: bool = False
+    finding: str = ""
+
+
 class Pruner:
-    """Applies verdicts to contexts and gives every denoiser call its tap.
+    """One video's pruning: applies verdicts to its context and gives every denoiser call its tap.
 
     Args:
         adapter, patch_size: of the model.
         policy: its options ``prune_anchors`` and ``coarse`` say which rows die.
-        layers: self-attention modules whose tapped function also serves cross attention; 0 if it does not.
+        proof: of the model.
         failures: what follows a failure of a tap.
 
     Attributes:
-        enabled: False once the self-check of the first prune failed. proven: True once it passed.
-        finding: what the self-check found, in words.
         anchors: latent frames that the latest prune spared as sinks or anchors.
     """
 
@@ -37,20 +54,16 @@ class Pruner:
         adapter: Adapter,
         patch_size: tuple[int, int],
         policy: Policy,
-        layers: int = 0,
+        proof: Proof,
         failures: FailurePolicy | None = None,
     ) -> None:
-        self.enabled = True
-        self.proven = False
-        self.finding = ""
+        self.proof = proof
         self.anchors = 0
         self._adapter, self._patch_size, self._policy, self._failures = adapter, patch_size, policy, failures
-        self._layers = layers
         self._dead_tokens = DeadTokens(policy.prune_anchors, policy.coarse)
         self._tombstones = Tombstones()
         # Weak: a sampler that drops its cache must get the memory back, marks or no marks.
         self._marked: dict[Hashable, Traces] = {}
-        self._expected = layers
         self._last: CallTap | None = None
 
     @property
@@ -60,6 +73,9 @@ class Pruner:
 
     def tap(self, call: Call) -> CallTap | None:
         """Tap for one denoiser call; None while nothing is dead, so that nothing is computed."""
+        if self.dead and not self.proof.enabled:
+            # The proof has failed for another video of this model since.
+            self.clear()
         if not self.dead:
             return None
         layout = None
@@ -67,7 +83,7 @@ class Pruner:
             context = self._adapter.context(call)
             assert not isinstance(context, CacheRows), "a model keeps its context in one way"
             layout = context
-        self._last = CallTap(layout, self._dead_tokens, self._layers > 0, self._failures)
+        self._last = CallTap(layout, self._dead_tokens, self.proof.layers > 0, self._failures)
         return self._last
 
     def prune(self, call: Call, tokens: Sequence[Sequence[int]], start: int) -> int:
@@ -86,7 +102,7 @@ class Pruner:
         if isinstance(context, CacheRows):
             dead = self._mark(context, tokens, call.stream)
         else:
-            self._expected = context.attentions or self._expected
+            self.proof.expected = context.attentions or self.proof.expected
             dead = self._dead_tokens.kill(context, tokens, start, grid_of(call.latents, self._patch_size))
         _logger.debug("pruned %d rows of the context for the chunk at latent frame %d", dead, start)
         return dead
@@ -97,7 +113,7 @@ class Pruner:
         self._marked[stream] = Traces.of(context.values)
         dead = self._tombstones.mark(context, tokens, self._policy.prune_anchors)
         if dead:
-            self._expected = len(context.values)
+            self.proof.expected = len(context.values)
         elif before is None:
             del self._marked[stream]
         return dead
@@ -118,24 +134,24 @@ class Pruner:
         Args:
             finite: whether the output is; looked at for the first prune only, for it costs a synchronisation.
         """
-        tap = self._last
-        calls, dropped, expected = (tap.calls, tap.dropped, max(self._expected, 1)) if tap else (0, 0, 1)
-        self.finding = f"{calls} of {expected} attention calls tapped, {dropped} keys dropped, output finite: {finite}"
+        tap, proof = self._last, self.proof
+        calls, dropped, expected = (tap.calls, tap.dropped, max(proof.expected, 1)) if tap else (0, 0, 1)
+        proof.finding = f"{calls} of {expected} attention calls tapped, {dropped} keys dropped, output finite: {finite}"
         holds = finite and dropped > 0 and calls >= expected
         if not holds:
             self.give_up()
-        elif not self.proven:
-            _logger.info("the first prune is proved: %s", self.finding)
-        self.proven = self.proven or holds
+        elif not proof.proven:
+            _logger.info("the first prune is proved: %s", proof.finding)
+        proof.proven = proof.proven or holds
         return holds
 
     def missed(self, tap: CallTap | None) -> bool:
         """Whether marks in a cache may have reached attention that was not tapped in a call that has come back."""
-        return tap is not None and tap.layout is None and bool(self._marked) and tap.calls < self._expected
+        return tap is not None and tap.layout is None and bool(self._marked) and tap.calls < self.proof.expected
 
     def give_up(self) -> None:
         """Prune nothing more, and bring back what is dead: what was pruned long ago with one element of V at 0."""
-        self.enabled = False
+        self.proof.enabled = False
         self.clear()
 
     def revive(self, start: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 
 from tokentrim_hooks.report.observers import Observer, progress_line, tell
 from tokentrim_hooks.report.record import ChunkRecord, Report
@@ -20,35 +21,46 @@ class Recorder:
 
     def __init__(self, report: Report, observers: Sequence[Observer] = ()) -> None:
         self.report, self.observers = report, list(observers)
+        self._videos = 0
+        # Videos that are made at the same time, in several threads, share one report and its observers.
+        self._lock = threading.RLock()
 
-    def publish(self, video_index: int, video: VideoState | None, chunk: ChunkState | None) -> None:
+    def number_video(self) -> int:
+        """Ordinal of a video that begins."""
+        with self._lock:
+            self._videos += 1
+            return self._videos - 1
+
+    def publish(self, video: VideoState | None, chunk: ChunkState | None) -> None:
         """Record a chunk and tell the observers, once: at its commit, or at the next chunk where there is none."""
         if video is None or chunk is None or chunk.published:
             return
         chunk.published = True
-        records = records_of(video_index, video, chunk)
-        self.report.records.extend(records)
-        if _logger.isEnabledFor(logging.DEBUG):
-            _logger.debug("%s", progress_line(records))
-        if chunk.latents is not None:
-            tell(self.observers, "on_chunk", records, chunk.latents)
+        records = records_of(video, chunk)
+        with self._lock:
+            self.report.records.extend(records)
+            if _logger.isEnabledFor(logging.DEBUG):
+                _logger.debug("%s", progress_line(records))
+            if chunk.latents is not None:
+                tell(self.observers, "on_chunk", records, chunk.latents)
 
-    def snapshot(self, video_index: int, video: VideoState | None, chunk: ChunkState | None) -> Report:
-        """The report so far, an unpublished chunk included."""
+    def snapshot(self, underway: Iterable[tuple[VideoState | None, ChunkState | None]]) -> Report:
+        """The report so far, unpublished chunks included."""
         report = Report(dict(self.report.settings), list(self.report.records))
-        if video is not None and chunk is not None and not chunk.published:
-            report.records += records_of(video_index, video, chunk)
+        for video, chunk in underway:
+            if video is not None and chunk is not None and not chunk.published:
+                report.records += records_of(video, chunk)
         return report
 
 
-def records_of(video_index: int, video: VideoState, chunk: ChunkState) -> list[ChunkRecord]:
-    """Records of a chunk, one per sample; ``video_index`` is the video's ordinal."""
-    return [_record(video_index, video, chunk, sample) for sample in range(video.batch)]
+def records_of(video: VideoState, chunk: ChunkState) -> list[ChunkRecord]:
+    """Records of a chunk, one per sample."""
+    return [_record(video, chunk, sample) for sample in range(video.batch)]
 
 
-def _record(video_index: int, video: VideoState, chunk: ChunkState, sample: int) -> ChunkRecord:
+def _record(video: VideoState, chunk: ChunkState, sample: int) -> ChunkRecord:
     record = ChunkRecord(
-        video=video_index,
+        video=video.number,
         chunk=video.index,
         sample=sample,
         start=chunk.start,

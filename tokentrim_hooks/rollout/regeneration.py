@@ -16,7 +16,7 @@ from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import LatentsError, TokenTrimWarning
 from tokentrim_hooks.policy.base import Chunk, Policy, Verdict
 from tokentrim_hooks.policy.drift import latent_summary, token_drift
-from tokentrim_hooks.pruning.call_scope import current_scope, scoped
+from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, read
 from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState, clean_flag
@@ -49,12 +49,6 @@ class Regenerator:
 
     def __init__(self, adapter: Adapter, patch_size: tuple[int, int], policy: Policy, pruner: Pruner) -> None:
         self.adapter, self.patch_size, self.policy, self.pruner = adapter, patch_size, policy, pruner
-
-    @property
-    def replaying(self) -> bool:
-        """Whether the code that asks runs in a replay of ours: its calls are not the sampler's."""
-        scope = current_scope()
-        return scope is not None and scope.replayer is self
 
     def judge(self, case: Case, output: Any) -> Judgement:
         """Judge ``output`` of the case's last step; regenerate all its steps while the policy asks for it.
@@ -130,7 +124,7 @@ class Regenerator:
 
     def _regenerate_while_unstable(self, case: Case, reading: Reading, found: Judgement) -> None:
         """Prune, generate again, judge again, at most R times (Algorithm 1)."""
-        while any(reading.prune) and found.regenerations < self.policy.max_regenerations and self.pruner.enabled:
+        while any(reading.prune) and found.regenerations < self.policy.max_regenerations and self.pruner.proof.enabled:
             if not self._prune(case, reading, found):
                 break
             found.output = self._regenerate(case, reading, found)
@@ -184,8 +178,8 @@ class Regenerator:
             found.tokens, found.dead = [], 0
             found.notes.append("self-check failed: pruning is off")
             warnings.warn(
-                f"a prune could not be proved ({self.pruner.finding}); it was undone, and this model is only observed "
-                "from now on",
+                f"a prune could not be proved ({self.pruner.proof.finding}); it was undone, and this model is only "
+                "observed from now on",
                 TokenTrimWarning,
                 stacklevel=2,
             )
@@ -217,12 +211,12 @@ class Regenerator:
         args, kwargs = step.args, step.kwargs
         if latents is not None:
             args, kwargs = self.adapter.with_latents(step.call, args, kwargs, latents)
-        with scoped(self.pruner.tap(step.call), replayer=self):
+        with scoped(self.pruner.tap(step.call), replayer=self.pruner.proof):
             return self.adapter.replay(module, args, kwargs)
 
     def _prove(self, call: Call, output: Any) -> bool:
         """Self-check of a prune: every layer dropped rows; and of the first one, that the output is finite."""
-        proven = self.pruner.proven
+        proven = self.pruner.proof.proven
         return self.pruner.check(proven or bool(torch.isfinite(self.adapter.prediction(call, output)).all()))
 
 

@@ -75,6 +75,8 @@ class ChunkState:
         judgement: what came of judging it; None before.
         pruned_streams: streams whose context has been pruned for it.
         history: its calls so far, for a replay of all of them.
+        noisy: latents that the latest judged call was given, by which another branch of guidance is known.
+        heard: streams that have called since.
         began, ended: seconds, of the first and the last call.
     """
 
@@ -93,9 +95,18 @@ class ChunkState:
     judgement: Judgement | None = None
     pruned_streams: set[Hashable] = field(default_factory=set)
     history: list[Step] = field(default_factory=list)
+    noisy: Tensor | None = None
+    heard: set[Hashable] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     ended: float = field(default_factory=time.perf_counter)
+
+    def hear(self, call: Call, judged: bool) -> None:
+        """A call of the chunk begins: of the judged stream, or of another branch."""
+        if judged:
+            self.noisy, self.heard = call.latents, set()
+        else:
+            self.heard.add(call.stream)
 
     def count(self, phase: Phase) -> None:
         """Note a call of the sampler."""
@@ -147,7 +158,9 @@ class VideoState:
     """What belongs to one video: made anew when the next one starts.
 
     Attributes:
+        number: ordinal of the video among all of this patched model.
         stream: key of the context whose calls are judged. streams: those of its other guidance branches.
+        unsure: those of them that may yet turn out to be another video's.
         batch: number of samples. index: ordinal of the chunk in progress.
         statistics: of the severities accepted so far.
         previous: latent summary of the previous chunk as accepted, ``[B, N, D]``.
@@ -157,10 +170,12 @@ class VideoState:
         waiting: flags of the previous chunk's calls, on the device, until something is read anyway.
     """
 
+    number: int
     stream: Hashable
     batch: int
     statistics: RunningStatistics
     streams: set[Hashable] = field(default_factory=set)
+    unsure: set[Hashable] = field(default_factory=set)
     previous: Tensor | None = None
     first: Tensor | None = None
     index: int = 0

@@ -10,7 +10,7 @@ from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.controls import AlwaysPolicy, ChooseTokens, FreshNoise
 from tokentrim_hooks.policy.token_trim import DriftPolicy
-from tokentrim_hooks.rollout.rollout import Probe
+from tokentrim_hooks.rollout.shared import Probe
 
 Tokens = Literal["unstable", "random", "least", "none"]
 BASE = "off"

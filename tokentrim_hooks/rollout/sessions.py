@@ -1,0 +1,91 @@
+"""Which session a denoiser call belongs to: videos that alternate, or run in several threads, each have their own."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tokentrim_hooks.adapter import Adapter
+from tokentrim_hooks.rollout.names import Key, gone
+from tokentrim_hooks.rollout.session import Found, Session, read_call
+from tokentrim_hooks.rollout.shared import Shared
+
+
+class Sessions:
+    """The sessions of one patched model, by what :meth:`Adapter.identity` says of their calls.
+
+    The first session has the adapter itself, every other a copy of it as it was when it had attached: what an adapter
+    learns from calls belongs to one session.
+    """
+
+    def __init__(self, adapter: Adapter, shared: Shared) -> None:
+        self._adapter, self._shared = adapter, shared
+        self._as_attached = copy.copy(adapter)
+        self._by_key: dict[Key, Session] = {}
+        self._lock = threading.RLock()
+
+    def __iter__(self) -> Iterator[Session]:
+        """Every session once."""
+        return iter(list(dict.fromkeys(self._by_key.values())))
+
+    def of(self, arguments: Mapping[str, Any]) -> Found | None:
+        """The session that a call belongs to.
+
+        None for calls that are no rollout's, and for those that are made inside another call of their session.
+
+        Raises:
+            SessionError: it cannot be told to which of two running videos the call belongs.
+        """
+        with self._lock:
+            parts = self._adapter.identity(arguments)
+            key = self._shared.names.key(parts)
+            session = self._by_key.get(key)
+            if session is None:
+                return self._join(key, parts, arguments)
+            if not session.free():
+                return None
+            call = read_call(session.adapter, arguments, self._shared)
+            if call is not None and session.mistook(call):
+                return self._open(key, arguments)
+            return None if call is None else Found(session, call, key, arguments)
+
+    def follow(self, found: Found) -> None:
+        """After a call: know its context again where the cache made its tensors anew."""
+        self._shared.names.follow(found.key, self._adapter.identity(found.arguments))
+
+    def _join(self, key: Key, parts: Sequence[Any], arguments: Mapping[str, Any]) -> Found | None:
+        """A context never seen before: a branch of guidance, one that has moved in memory, or a new session's."""
+        if not self._by_key:
+            return self._open(key, arguments)
+        call = read_call(copy.copy(self._as_attached), arguments, self._shared)
+        if call is None:
+            return None
+        for known, session in list(self._by_key.items()):
+            if not gone(known) and session.takes(call):
+                self._by_key[key] = session
+                return Found(session, call, key, arguments)
+            if gone(known) and session.continues(call):
+                self._shared.names.follow(known, parts)
+                return self.of(arguments)
+        self._forget_the_gone()
+        return self._open(key, arguments)
+
+    def _open(self, key: Key, arguments: Mapping[str, Any]) -> Found | None:
+        """A new session, unless the call is no rollout's."""
+        taken = any(session.adapter is self._adapter for session in self)
+        session = Session(copy.copy(self._as_attached) if taken else self._adapter, self._shared)
+        call = read_call(session.adapter, arguments, self._shared)
+        if call is None:
+            return None
+        self._by_key[key] = session
+        return Found(session, call, key, arguments)
+
+    def _forget_the_gone(self) -> None:
+        """Sessions whose context exists no more have made their last chunk."""
+        for key, session in list(self._by_key.items()):
+            if gone(key):
+                del self._by_key[key]
+                if session not in self._by_key.values():
+                    session.reset()

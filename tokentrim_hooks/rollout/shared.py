@@ -1,0 +1,36 @@
+"""What all videos of one patched model have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokentrim_hooks.failures import FailurePolicy
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.rollout.names import Names
+from tokentrim_hooks.rollout.pruner import Proof
+from tokentrim_hooks.rollout.records import Recorder
+
+Probe = Literal["first-step", "candidate"]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Options, report and proof of a patched model.
+
+    Attributes:
+        policy: the one that judges. probe: which prediction it judges.
+        patch_size: (height, width) of a token in latent pixels.
+        recorder: keeps the report.
+        failures: what follows a failure of ours.
+        proof: what the first prune has shown.
+        names: of the contexts.
+    """
+
+    policy: Policy
+    probe: Probe
+    patch_size: tuple[int, int]
+    recorder: Recorder
+    failures: FailurePolicy
+    proof: Proof
+    names: Names = field(default_factory=Names)
