@@ -103,9 +103,9 @@ def holds(owner: object, part: object) -> bool:
 def is_driven_by(model: object, denoiser: object) -> bool:
     """Whether ``model`` makes the running call of its ``denoiser``, and not another object that shares it.
 
-    Pipelines share components (``Pipe(**pipe.components)``), so the call alone does not tell. The nearest caller that
-    holds the denoiser does: if it is of the model's own kind, it decides; a helper's word counts only where the model
-    itself is not on the way. Loops outside of any object are the model's.
+    Pipelines share components (``Pipe(**pipe.components)``) and functions, so the call alone does not tell. The nearest
+    caller of the model's own kind does; that of a helper which holds the denoiser counts only where the model itself is
+    not on the way. Loops outside of any object are the model's.
     """
     if model is denoiser:
         return True
@@ -113,9 +113,11 @@ def is_driven_by(model: object, denoiser: object) -> bool:
     for caller in _callers():
         if caller is model or holds(model, caller):
             return True
-        if caller is not denoiser and holds(caller, denoiser) and not holds(caller, model):
-            if _related(caller, model):
-                return False
+        if caller is denoiser or holds(caller, model):
+            continue
+        if _related(caller, model):
+            return False
+        if holds(caller, denoiser):
             helper = caller
     return helper is None
 
