@@ -13,7 +13,7 @@ from tokentrim_hooks.policy.drift import grid_of
 from tokentrim_hooks.pruning.context import CacheRows, anchor_frames
 from tokentrim_hooks.pruning.key_selection import DeadTokens
 from tokentrim_hooks.pruning.tap import CallTap
-from tokentrim_hooks.pruning.tombstones import Tombstones, Traces
+from tokentrim_hooks.pruning.tombstones import Tombstones, Traces, alive_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -117,6 +117,12 @@ class Pruner:
         elif before is None:
             del self._marked[stream]
         return dead
+
+    def inherit(self, call: Call) -> None:
+        """Find the marks in a cache that was copied from another video's: they were copied with it."""
+        context = self._adapter.context(call) if self.proof.proven else None
+        if isinstance(context, CacheRows) and context.stop and not bool(alive_rows(context.values[0]).all()):
+            self._marked[call.stream] = Traces.of(context.values)
 
     def follow(self, call: Call) -> None:
         """After a call: find the marks again where the cache made its tensors anew (concatenation copies the marks)."""

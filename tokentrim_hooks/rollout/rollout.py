@@ -132,4 +132,4 @@ class Rollout:
 
     def snapshot(self) -> Report:
         """The report so far, chunks in progress included."""
-        return self.shared.recorder.snapshot(session.state for session in self._sessions)
+        return self.shared.recorder.snapshot([(s.timeline.video, s.timeline.chunk) for s in self._sessions])

@@ -1,6 +1,6 @@
 """One session: the calls of one sampler over one context, video after video, and all that is remembered of them.
 
-Each hook of a policy has one place: ``guide`` in :meth:`Session._begin_chunk`, ``hide`` in :meth:`Session.before`,
+Each hook of a policy has one place: ``guide`` in :meth:`Timeline._begin_chunk`, ``hide`` in :meth:`Session.before`,
 ``judge`` in :meth:`Regenerator.judge`, ``correct`` and ``settle`` in :meth:`Session.after`.
 """
 
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase
-from tokentrim_hooks.errors import LatentsError, SessionError, UnsupportedProbeError
-from tokentrim_hooks.inspection import shares_storage
-from tokentrim_hooks.policy.drift import RunningStatistics, grid_of, latent_summary
+from tokentrim_hooks.errors import SessionError, UnsupportedProbeError
 from tokentrim_hooks.pruning.call_scope import CallScope, open_scope
 from tokentrim_hooks.rollout.names import Key
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.regeneration import Case, Regenerator
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState
+from tokentrim_hooks.rollout.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Running:
 
 
 class Session:
-    """Algorithm 1 of the paper over the calls of one sampler; the one owner of the video's and the chunk's state.
+    """Algorithm 1 of the paper over the calls of one sampler; what it remembers of video and chunk is in its timeline.
 
     Args:
         adapter: of the model; its own copy where a model has several sessions.
@@ -66,14 +65,8 @@ class Session:
         self.adapter, self.shared = adapter, shared
         self.pruner = Pruner(adapter, shared.patch_size, shared.policy, shared.proof, shared.failures)
         self._regenerator = Regenerator(adapter, shared.patch_size, shared.policy, self.pruner)
-        self._video: VideoState | None = None
-        self._chunk: ChunkState | None = None
+        self.timeline = Timeline(adapter, shared, self.pruner)
         self._scope: CallScope | None = None
-
-    @property
-    def state(self) -> tuple[VideoState | None, ChunkState | None]:
-        """The video and the chunk in progress."""
-        return self._video, self._chunk
 
     # ------------------------------------------------------------------------------------------ a call
 
@@ -83,33 +76,37 @@ class Session:
         Raises:
             SessionError: one is running in another thread or task.
         """
+        self.notice_end()
         if self._scope is None:
             return True
         if self._scope.encloses:
             return False
-        if self._scope.runs:
-            raise SessionError(
-                "two threads or tasks run this model at the same time, and their videos cannot be told apart: give "
-                "each a model of its own, or let one wait for the other"
-            )
-        # It ended in a way that no hook sees (Ctrl-C, a timeout, a cancelled task).
-        self.fail()
-        return True
+        raise SessionError(
+            "two threads or tasks run this model at the same time, and their videos cannot be told apart: give each a "
+            "model of its own, or let one wait for the other"
+        )
+
+    def notice_end(self) -> None:
+        """Notice a call that has ended in a way that no hook sees (Ctrl-C, a timeout, a cancelled task)."""
+        if self._scope is not None and not self._scope.runs:
+            self.fail()
 
     def before(self, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Classify the call, accept the previous chunk if a new one begins, hand the tap its live keys."""
         call = found.call
-        phase = self._classify(call)
-        if self._chunk is not None:
-            self._chunk.hear(call, judged=phase is not None)
+        phase = self.timeline.classify(call)
+        chunk = self.timeline.chunk
+        if chunk is not None:
+            chunk.hear(call, judged=phase is not None)
             if self.shared.policy.persist:
-                self._prune_branch(call, self._chunk)
+                self._prune_branch(call, chunk)
         note = Running(found, phase, args, kwargs)
         self._scope = open_scope(self.pruner.tap(call), note=note)
 
     def after(self, module: nn.Module, running: Running, output: Any) -> Any:
         """Judge the chunk where the probe says so; return the output that the sampler goes on with."""
-        call, phase, chunk, video = running.found.call, running.phase, self._chunk, self._video
+        call, phase = running.found.call, running.phase
+        video, chunk = self.timeline.video, self.timeline.chunk
         if chunk is None or video is None:
             return output
         self.pruner.follow(call)
@@ -134,9 +131,17 @@ class Session:
 
     def fail(self) -> None:
         """The call has not come back."""
-        if self._chunk is not None:
-            self._chunk.failed = True
+        if self.timeline.chunk is not None:
+            self.timeline.chunk.failed = True
         self.release()
+
+    def reset(self) -> None:
+        """Forget statistics and marks: the next call begins a new video."""
+        self.timeline.reset()
+
+    def abandon(self) -> None:
+        """Step aside for good: leave no mark in any cache."""
+        self.timeline.abandon()
 
     def _after_step(
         self, module: nn.Module, step: Step, phase: Phase, chunk: ChunkState, video: VideoState, output: Any
@@ -169,36 +174,6 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ branches
 
-    def takes(self, call: Call) -> bool:
-        """Whether a call on a context never seen before belongs here, as another branch of guidance.
-
-        Both branches of a step are given the same noisy latents; two videos are not, but perhaps at their first step.
-        """
-        video, chunk = self._video, self._chunk
-        if self._scope is not None and not self._scope.runs:
-            self.fail()
-        if video is None or chunk is None or not video.has_branch(call, chunk) or not _same(call.latents, chunk.noisy):
-            return False
-        video.unsure.add(call.stream)
-        return True
-
-    def mistook(self, call: Call) -> bool:
-        """Whether the call's context was taken for a branch at its first call, and is another video's."""
-        video, chunk = self._video, self._chunk
-        if video is None or chunk is None or call.stream not in video.unsure:
-            return False
-        # Branches take turns: one that calls twice while the judged one is silent is no branch of it.
-        mistaken = call.start != chunk.start or call.stream in chunk.heard or not _same(call.latents, chunk.noisy)
-        video.unsure.discard(call.stream)
-        if mistaken:
-            video.streams.discard(call.stream)
-        return mistaken
-
-    def continues(self, call: Call) -> bool:
-        """Whether a call on a context never seen before goes on where this session, whose own is gone, has stopped."""
-        chunk = self._chunk
-        return chunk is not None and call.start > 0 and call.start in (chunk.start, chunk.start + chunk.frames)
-
     def _prune_late(self, call: Call, chunk: ChunkState) -> bool:
         """Prune another branch after its call, where pruning lasts for one chunk only (else it is pruned before it)."""
         return not self.shared.policy.persist and self._prune_branch(call, chunk)
@@ -217,89 +192,6 @@ class Session:
         dead = self._regenerator.prune_branch(call, chunk)
         chunk.judgement.dead += dead
         return dead > 0
-
-    # ------------------------------------------------------------------------------------------ phases
-
-    def _classify(self, call: Call) -> Phase | None:
-        """Phase of a call of the judged stream; None for the other branches of guidance.
-
-        Guidance keeps one context per branch, and the branches take turns. The stream that a video's first call reads
-        is judged; a call of another stream at the same frames is a branch of the same chunk, elsewhere a new video.
-        """
-        video, chunk = self._video, self._chunk
-        if video is not None and video.has_branch(call, chunk):
-            video.streams.add(call.stream)
-            return None
-        known = video is not None and call.stream == video.stream
-        phase = self.adapter.phase(call, video.seen(chunk)) if video and known else Phase.FIRST
-        if phase is Phase.REFINE and video is not None and video.failed_at_once(chunk):
-            phase = Phase.FIRST
-        if phase is Phase.FIRST:
-            self._begin_chunk(call, new_video=not known)
-        elif phase is Phase.COMMIT and chunk is not None:
-            self._close(chunk)
-        elif phase is Phase.RECACHE and video is not None:
-            video.begin_scene()
-        return phase
-
-    def _begin_chunk(self, call: Call, new_video: bool) -> None:
-        if not new_video and self._video is not None:
-            new_video = self.adapter.restarts(call, self._video.seen(self._chunk))
-        self.finish_chunk()
-        if new_video:
-            self.reset()
-        video = self._video = self._video or self._new_video(call)
-        if call.latents.shape[0] != video.batch:
-            raise LatentsError(
-                f"the batch size changed from {video.batch} to {call.latents.shape[0]} in the middle of a rollout; "
-                "call handle.reset() before a new video"
-            )
-        if self.adapter.changes_prompt(call):
-            video.begin_scene()
-        accepted = self.adapter.accepted(call)
-        if accepted is not None:
-            video.previous = latent_summary(accepted, self.shared.patch_size)
-        self._chunk = ChunkState(call.start, call.frames, grid_of(call.latents, self.shared.patch_size))
-
-    def _new_video(self, call: Call) -> VideoState:
-        batch = int(call.latents.shape[0])
-        number = self.shared.recorder.number_video()
-        return VideoState(number, call.stream, batch, RunningStatistics.empty(batch, call.latents.device))
-
-    def finish_chunk(self) -> None:
-        """Accept the chunk in progress: it becomes the predecessor and is recorded."""
-        video, chunk = self._video, self._chunk
-        if video is None or chunk is None:
-            return
-        self._close(chunk)
-        if chunk.committed:
-            video.usual_steps = chunk.steps
-        else:
-            video.waiting = chunk.clean
-        self.shared.recorder.publish(video, chunk)
-        video.accept(chunk.summary)
-        self._chunk = None
-
-    def reset(self) -> None:
-        """Forget statistics and marks: the next call begins a new video."""
-        self.finish_chunk()
-        self.pruner.clear()
-        self._video = None
-
-    def abandon(self) -> None:
-        """Step aside for good: leave no mark in any cache."""
-        if self._chunk is not None:
-            self._chunk.notes.append("tokentrim stepped aside")
-        self.pruner.clear()
-
-    def _close(self, chunk: ChunkState) -> None:
-        """The chunk is denoised: its prune is final or taken back; nothing kept for it holds on to the cache."""
-        if not self.shared.policy.persist and self.pruner.dead:
-            self.pruner.revive(chunk.start)
-            if chunk.judgement is not None:
-                chunk.judgement.tokens = []
-        self.pruner.settle()
-        chunk.history = []
 
     # ------------------------------------------------------------------------------------------ judgement
 
@@ -327,10 +219,3 @@ def read_call(adapter: Adapter, arguments: Mapping[str, Any], shared: Shared) ->
     if call is None or not isinstance(call.stream, Tensor):
         return call
     return dataclasses.replace(call, stream=shared.names.of(call.stream))
-
-
-def _same(latents: Tensor, others: Tensor | None) -> bool:
-    """Whether two calls were given the same latents: the same memory, else the same numbers, which have to be read."""
-    if others is None or latents.shape != others.shape or latents.device != others.device:
-        return False
-    return shares_storage(latents, others) or torch.equal(latents, others.to(latents.dtype))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tokentrim_hooks.adapter import Adapter
+from tokentrim_hooks.adapter import Adapter, Call
 from tokentrim_hooks.rollout.names import Key, gone
 from tokentrim_hooks.rollout.session import Found, Session, read_call
 from tokentrim_hooks.rollout.shared import Shared
@@ -47,8 +47,9 @@ class Sessions:
             if not session.free():
                 return None
             call = read_call(session.adapter, arguments, self._shared)
-            if call is not None and session.mistook(call):
-                return self._open(key, arguments)
+            first = None if call is None else session.timeline.mistook(call)
+            if first is not None:
+                return self._open(key, arguments, first)
             return None if call is None else Found(session, call, key, arguments)
 
     def follow(self, found: Found) -> None:
@@ -63,23 +64,26 @@ class Sessions:
         if call is None:
             return None
         for known, session in list(self._by_key.items()):
-            if not gone(known) and session.takes(call):
+            session.notice_end()
+            if not gone(known) and session.timeline.takes(call):
                 self._by_key[key] = session
                 return Found(session, call, key, arguments)
-            if gone(known) and session.continues(call):
+            if gone(known) and session.timeline.continues(call):
                 self._shared.names.follow(known, parts)
                 return self.of(arguments)
         self._forget_the_gone()
         return self._open(key, arguments)
 
-    def _open(self, key: Key, arguments: Mapping[str, Any]) -> Found | None:
-        """A new session, unless the call is no rollout's."""
+    def _open(self, key: Key, arguments: Mapping[str, Any], missed: Call | None = None) -> Found | None:
+        """A new session, unless the call is no rollout's; ``missed`` is the call that came before it."""
         taken = any(session.adapter is self._adapter for session in self)
         session = Session(copy.copy(self._as_attached) if taken else self._adapter, self._shared)
         call = read_call(session.adapter, arguments, self._shared)
         if call is None:
             return None
         self._by_key[key] = session
+        if missed is not None:
+            session.timeline.make_up_for(missed)
         return Found(session, call, key, arguments)
 
     def _forget_the_gone(self) -> None:

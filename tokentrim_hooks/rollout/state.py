@@ -108,6 +108,13 @@ class ChunkState:
         else:
             self.heard.add(call.stream)
 
+    def make_up_for(self, call: Call, phase: Phase) -> None:
+        """Count a call that was taken for another video's when it was made."""
+        self.hear(call, judged=True)
+        self.count(phase)
+        clean = clean_flag(call)
+        self.clean += [] if clean is None else [clean]
+
     def count(self, phase: Phase) -> None:
         """Note a call of the sampler."""
         self.phases[phase.value] = self.phases.get(phase.value, 0) + 1
@@ -160,7 +167,7 @@ class VideoState:
     Attributes:
         number: ordinal of the video among all of this patched model.
         stream: key of the context whose calls are judged. streams: those of its other guidance branches.
-        unsure: those of them that may yet turn out to be another video's.
+        unsure: first calls of those of them that may yet turn out to be another video's.
         batch: number of samples. index: ordinal of the chunk in progress.
         statistics: of the severities accepted so far.
         previous: latent summary of the previous chunk as accepted, ``[B, N, D]``.
@@ -175,7 +182,7 @@ class VideoState:
     batch: int
     statistics: RunningStatistics
     streams: set[Hashable] = field(default_factory=set)
-    unsure: set[Hashable] = field(default_factory=set)
+    unsure: dict[Hashable, Call] = field(default_factory=dict)
     previous: Tensor | None = None
     first: Tensor | None = None
     index: int = 0

@@ -1,0 +1,158 @@
+"""Which video, which chunk, which phase: where a session is, from call to call. Marks are made elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.adapter import Adapter, Call, Phase
+from tokentrim_hooks.errors import LatentsError
+from tokentrim_hooks.inspection import shares_storage
+from tokentrim_hooks.policy.drift import RunningStatistics, grid_of, latent_summary
+from tokentrim_hooks.rollout.pruner import Pruner
+from tokentrim_hooks.rollout.shared import Shared
+from tokentrim_hooks.rollout.state import ChunkState, VideoState
+
+
+class Timeline:
+    """The videos of one session, one after the other.
+
+    Args:
+        adapter: tells phases apart. shared: of the model. pruner: told when a chunk or a video has ended.
+
+    Attributes:
+        video, chunk: in progress; None before the first call.
+    """
+
+    def __init__(self, adapter: Adapter, shared: Shared, pruner: Pruner) -> None:
+        self.adapter, self.shared, self.pruner = adapter, shared, pruner
+        self.video: VideoState | None = None
+        self.chunk: ChunkState | None = None
+
+    def classify(self, call: Call) -> Phase | None:
+        """Phase of a call of the judged stream; None for the other branches of guidance.
+
+        Guidance keeps one context per branch, and the branches take turns. The stream that a video's first call reads
+        is judged; a call of another stream at the same frames is a branch of the same chunk, elsewhere a new video.
+        """
+        video, chunk = self.video, self.chunk
+        if video is not None and video.has_branch(call, chunk):
+            video.streams.add(call.stream)
+            return None
+        known = video is not None and call.stream == video.stream
+        phase = self.adapter.phase(call, video.seen(chunk)) if video and known else Phase.FIRST
+        if phase is Phase.REFINE and video is not None and video.failed_at_once(chunk):
+            phase = Phase.FIRST
+        if phase is Phase.FIRST:
+            self._begin_chunk(call, new_video=not known)
+        elif phase is Phase.COMMIT and chunk is not None:
+            self._close(chunk)
+        elif phase is Phase.RECACHE and video is not None:
+            video.begin_scene()
+        return phase
+
+    def _begin_chunk(self, call: Call, new_video: bool) -> None:
+        if not new_video and self.video is not None:
+            new_video = self.adapter.restarts(call, self.video.seen(self.chunk))
+        self.finish_chunk()
+        if new_video:
+            self.reset()
+        video = self.video = self.video or self._new_video(call)
+        if call.latents.shape[0] != video.batch:
+            raise LatentsError(
+                f"the batch size changed from {video.batch} to {call.latents.shape[0]} in the middle of a rollout; "
+                "call handle.reset() before a new video"
+            )
+        if self.adapter.changes_prompt(call):
+            video.begin_scene()
+        accepted = self.adapter.accepted(call)
+        if accepted is not None:
+            video.previous = latent_summary(accepted, self.shared.patch_size)
+        self.chunk = ChunkState(call.start, call.frames, grid_of(call.latents, self.shared.patch_size))
+
+    def _new_video(self, call: Call) -> VideoState:
+        batch = int(call.latents.shape[0])
+        if call.start > 0:
+            # Amid a video, perhaps on the copy of a pruned cache.
+            self.pruner.inherit(call)
+        number = self.shared.recorder.number_video()
+        return VideoState(number, call.stream, batch, RunningStatistics.empty(batch, call.latents.device))
+
+    def finish_chunk(self) -> None:
+        """Accept the chunk in progress: it becomes the predecessor and is recorded."""
+        video, chunk = self.video, self.chunk
+        if video is None or chunk is None:
+            return
+        self._close(chunk)
+        if chunk.committed:
+            video.usual_steps = chunk.steps
+        else:
+            video.waiting = chunk.clean
+        self.shared.recorder.publish(video, chunk)
+        video.accept(chunk.summary)
+        self.chunk = None
+
+    def reset(self) -> None:
+        """Forget statistics and marks: the next call begins a new video."""
+        self.finish_chunk()
+        self.pruner.clear()
+        self.video = None
+
+    def abandon(self) -> None:
+        """Step aside for good: leave no mark in any cache."""
+        if self.chunk is not None:
+            self.chunk.notes.append("tokentrim stepped aside")
+        self.pruner.clear()
+
+    def _close(self, chunk: ChunkState) -> None:
+        """The chunk is denoised: its prune is final or taken back; nothing kept for it holds on to the cache."""
+        if not self.shared.policy.persist and self.pruner.dead:
+            self.pruner.revive(chunk.start)
+            if chunk.judgement is not None:
+                chunk.judgement.tokens = []
+        self.pruner.settle()
+        chunk.history = []
+
+    # ------------------------------------------------------------------------------------------ unknown contexts
+
+    def takes(self, call: Call) -> bool:
+        """Whether a call on a context never seen before belongs here, as another branch of guidance.
+
+        Both branches of a step are given the same noisy latents; two videos are not, but perhaps at their first step.
+        """
+        video, chunk = self.video, self.chunk
+        if video is None or chunk is None or not video.has_branch(call, chunk) or not _same(call.latents, chunk.noisy):
+            return False
+        video.unsure[call.stream] = call
+        return True
+
+    def mistook(self, call: Call) -> Call | None:
+        """The first call on this one's context, if it was taken for that of a branch and is another video's."""
+        video, chunk = self.video, self.chunk
+        first = None if video is None else video.unsure.pop(call.stream, None)
+        if video is None or chunk is None or first is None:
+            return None
+        # Branches take turns: one that calls twice while the judged one is silent is no branch of it.
+        mistaken = call.start != chunk.start or call.stream in chunk.heard or not _same(call.latents, chunk.noisy)
+        if not mistaken:
+            return None
+        video.streams.discard(call.stream)
+        return first
+
+    def make_up_for(self, call: Call) -> None:
+        """Begin with a call that was taken for another session's when it was made."""
+        phase = self.classify(call)
+        if self.chunk is not None and phase is not None:
+            self.chunk.make_up_for(call, phase)
+
+    def continues(self, call: Call) -> bool:
+        """Whether a call on a context never seen before goes on where this session, whose own is gone, has stopped."""
+        chunk = self.chunk
+        return chunk is not None and call.start > 0 and call.start in (chunk.start, chunk.start + chunk.frames)
+
+
+def _same(latents: Tensor, others: Tensor | None) -> bool:
+    """Whether two calls were given the same latents: the same memory, else the same numbers, which have to be read."""
+    if others is None or latents.shape != others.shape or latents.device != others.device:
+        return False
+    return shares_storage(latents, others) or torch.equal(latents, others.to(latents.dtype))
