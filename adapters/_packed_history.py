@@ -7,6 +7,7 @@ anew at every step, so a dead token stays dead only by being kept from the kerne
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ from tokentrim_hooks import (
 )
 
 from ._diffusers import PINNED, sample_of, sigma_of, tap_dispatch, trouble
+
+
+def _none() -> Any:
+    """What a weak reference to something that is gone answers."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,8 @@ class PackedHistory(Adapter[PackedCall]):
         """Tap self attention, and begin to follow the sampler."""
         self.transformer = getattr(model, "transformer", model)
         self.scheduler = getattr(model, "scheduler", None)
-        self._packing: Packing | None = None
-        self._timestep: object = None
+        # Weak, or the last video's tensors would outlive it.
+        self._video = self._chunk = self._timestep = _none
         self._section, self._step, self._branch, self._start, self._given = 0, 0, 0, 0, 0
         self.tap(patches)
 
@@ -123,20 +129,19 @@ class PackedHistory(Adapter[PackedCall]):
 
     def _follow(self, packing: Packing, arguments: Mapping[str, Any], frames: int) -> None:
         """Which chunk, step and branch: told by the objects that the sampler passes, without reading any."""
-        last, self._packing = self._packing, packing
-        opens = last is None or last.video is not packing.video
-        new_section = last is None or last.section is not packing.section
+        opens, new_section = self._video() is not packing.video, self._chunk() is not packing.section
+        self._video, self._chunk = weakref.ref(packing.video), weakref.ref(packing.section)
         if opens or (new_section and self.starts_over(packing, arguments)):
             self._given = self.begin(packing, arguments)
             self._section, self._start = -1, -frames if self.inverted else self._given
             self._begin_section(0, packing)
         elif new_section:
             self._begin_section(-frames if self.inverted else frames, packing)
-        elif arguments["timestep"] is self._timestep:
+        elif arguments["timestep"] is self._timestep():
             self._branch += 1
         else:
             self._step, self._branch = self._step + 1, 0
-        self._timestep = arguments["timestep"]
+        self._timestep = weakref.ref(arguments["timestep"])
 
     def _begin_section(self, shift: int, packing: Packing) -> None:
         self._section, self._step, self._branch = self._section + 1, 0, 0

@@ -9,7 +9,8 @@ that end at the stage's own end point, so that their first prediction is neither
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,16 +66,17 @@ class Helios(PackedHistory):
             return None
         if arguments["hidden_states"].shape[-2:] != short.shape[-2:]:
             raise UnsupportedContextError(PYRAMID)
-        if self._video is not arguments["indices_hidden_states"]:
-            self._video = arguments["indices_hidden_states"]
+        video = arguments["indices_hidden_states"]
+        if self._looked_at() is not video:
+            self._looked_at = weakref.ref(video)
             self._pinned, self._filled = _look(long, mid, short, arguments)
-        return Packing(((long, 4), (mid, 2), (short[:, :, self._pinned :], 1)), self._pinned, mid, self._video)
+        return Packing(((long, 4), (mid, 2), (short[:, :, self._pinned :], 1)), self._pinned, mid, video)
 
     def begin(self, packing: Packing, arguments: Mapping[str, Any]) -> int:
         """Always forward in time; history holds what an image or a video has given."""
         return self._filled
 
-    _video: object = None
+    _looked_at: Callable[[], Any] = staticmethod(lambda: None)
     _pinned = 0
     _filled = 0
 

@@ -151,6 +151,10 @@ class Pruner:
         proof.proven = proof.proven or holds
         return holds
 
+    def let_go(self) -> None:
+        """A call is over: its tap may hold masks, and with them the cache."""
+        self._last = None
+
     def missed(self, tap: CallTap | None) -> bool:
         """Whether marks in a cache may have reached attention that was not tapped in a call that has come back."""
         return tap is not None and tap.layout is None and bool(self._marked) and tap.calls < self.proof.expected

@@ -126,6 +126,7 @@ class Session:
     def release(self) -> None:
         """Let go of the call: also when the patch comes off in the middle of it."""
         scope, self._scope = self._scope, None
+        self.pruner.let_go()
         if scope is not None:
             scope.close()
 
@@ -154,6 +155,7 @@ class Session:
             judgement = self._regenerator.judge(Case(module, steps, phase, video, chunk), output)
             self._enter(judgement, chunk, video)
             output, prediction, summary = judgement.output, judgement.prediction, judgement.summary
+            judgement.output = None  # some models return their cache, which is the sampler's to keep
         chunk.remember(step.call, phase, prediction, summary, self.shared.patch_size)
         video.returned = prediction
         if phase is Phase.COMMIT:

@@ -31,7 +31,7 @@ class Judgement:
     """What came of judging a chunk: the regenerator's answer.
 
     Attributes:
-        output: what the sampler goes on with. prediction: its x0, ``[B, F, C, H, W]``.
+        output: what the sampler goes on with; None once it was handed over. prediction: its x0, ``[B, F, C, H, W]``.
         summary: latent summary of ``prediction``, where it was made, ``[B, N, D]``.
         severity: of what was accepted, ``[B]`` on the device; None where no policy had an opinion.
         reading: the first verdict on the host; None where there was none.
