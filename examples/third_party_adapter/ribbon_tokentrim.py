@@ -35,12 +35,16 @@ class Ribbon(Adapter):
             patches.tap(home, "attend")
         self.patch_size = net.patch_size
 
+    def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Every video has a memory of its own."""
+        return (arguments["memory"],)
+
     def parse(self, arguments: Mapping[str, Any]) -> Call:
         """Every call says by itself where it is and whether it writes."""
         return Call(
             arguments["latents"],
             start=arguments["start"],
-            stream=id(arguments["memory"]),
+            stream=arguments["memory"],
             timestep=arguments["level"],
             commits=arguments["remember"],
             arguments=arguments,

@@ -40,7 +40,7 @@ class Names:
         """Name of a tensor (by its memory) or an object; numbers, strings and None are their own.
 
         Raises:
-            TypeError: a list or dict, which cannot be told apart for good.
+            TypeError: a list, a dict, or what else cannot be remembered without keeping it alive.
         """
         if part is None or isinstance(part, int | str | bytes | tuple | frozenset | float):
             return part

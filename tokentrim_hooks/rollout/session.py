@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import SessionError, UnsupportedProbeError
@@ -218,6 +218,5 @@ class Session:
 def read_call(adapter: Adapter, arguments: Mapping[str, Any], shared: Shared) -> Call | None:
     """The call in the core's words, its context by name; None for calls that are no rollout's."""
     call = adapter.parse(arguments)
-    if call is None or not isinstance(call.stream, Tensor):
-        return call
-    return dataclasses.replace(call, stream=shared.names.of(call.stream))
+    name = None if call is None else shared.names.of(call.stream)
+    return call if call is None or name is call.stream else dataclasses.replace(call, stream=name)
