@@ -65,8 +65,9 @@ class Call:
         latents: noisy latents of the newest chunk in the call, ``[B, F, C, H, W]``.
         start: absolute latent frame at which that chunk starts. Where no argument has it, count the frames of the
             chunks before, on the host: a wrapped method of the sampler shows where a chunk and a video begin.
-        stream: the context that the call reads: a tensor of its cache, an object, or a number. Branches of classifier-free
-            guidance that keep their own cache have different streams; the first one seen in a video is judged.
+        stream: the context that the call reads: a tensor of its cache, an object, or a number. Branches of
+            classifier-free guidance that keep their own cache have different streams; the first one seen in a video is
+            judged.
         timestep: noise level of ``latents`` in the model's units, any shape, 0 = clean. Read on the device only.
         commits: True or False where call arguments tell whether this call writes clean context, None where only
             ``timestep`` could tell. So it is None for a prefill (a given image or video that is written into the

@@ -64,6 +64,12 @@ class KeyLayout:
         return sum(segment.length for segment in self.segments)
 
 
+    @property
+    def frames(self) -> set[int]:
+        """Latent frames that have a key."""
+        return {frame for segment in self.segments if segment.role is not Role.OTHER for frame in segment.frames}
+
+
 @dataclass(frozen=True)
 class CacheRows:
     """A context that lies in a KV cache; pruned by tombstones in V.

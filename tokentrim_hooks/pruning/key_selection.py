@@ -5,7 +5,7 @@ Nothing is written into the model: the dead are remembered here, and the tap lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,6 +90,10 @@ class DeadTokens:
         for killers in self.killed_by.values():
             killers[killers == start] = ALIVE
         self._drop_living_frames()
+
+    def forget(self, seen: Container[int]) -> None:
+        """Forget frames that are not ``seen``: they have left the context, and numbers do not come again in a video."""
+        self.killed_by = {frame: killers for frame, killers in self.killed_by.items() if frame in seen}
 
     def _drop_living_frames(self) -> None:
         # A frame without a dead token must not keep the tap on for the rest of the video.

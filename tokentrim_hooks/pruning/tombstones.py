@@ -7,7 +7,7 @@ output loudly if an attention path was missed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -97,12 +97,22 @@ class Traces:
         """Whether some of the memory is gone: a cache that makes its tensors anew has taken its marks elsewhere."""
         return any(storage() is None for storage, *_ in self.places)
 
+    @property
+    def empty(self) -> bool:
+        """Whether no mark is left: all have rolled out of the cache or were overwritten. Reads the device."""
+        alive = [alive_rows(values).all() for values in self._values()]
+        return not alive or bool(torch.stack([flag.to(alive[0].device) for flag in alive]).all())
+
     def clear(self) -> None:
-        """Make what is left finite again. Tensors are made anew: those of inference mode could not be written."""
+        """Make what is left finite again."""
+        clear_marks(self._values())
+
+    def _values(self) -> Iterator[Tensor]:
+        """The tensors, made anew: those of inference mode could not be written."""
         for storage, dtype, offset, size, stride in self.places:
             memory = storage()
             if memory is not None:
-                clear_marks([torch.empty(0, dtype=dtype, device=memory.device).set_(memory, offset, size, stride)])
+                yield torch.empty(0, dtype=dtype, device=memory.device).set_(memory, offset, size, stride)
 
 
 def clear_marks(values: Iterable[Tensor]) -> None:

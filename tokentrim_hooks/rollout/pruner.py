@@ -65,6 +65,9 @@ class Pruner:
         # Weak: a sampler that drops its cache must get the memory back, marks or no marks.
         self._marked: dict[Hashable, Traces] = {}
         self._last: CallTap | None = None
+        # Of the chunk in progress: frames that had a key, calls with a tap, and whether any of them dropped a key.
+        self._frames: set[int] = set()
+        self._tapped, self._dropped = 0, False
 
     @property
     def dead(self) -> bool:
@@ -83,6 +86,8 @@ class Pruner:
             context = self._adapter.context(call)
             assert not isinstance(context, CacheRows), "a model keeps its context in one way"
             layout = context
+            self._frames |= context.frames
+        self._tapped += 1
         self._last = CallTap(layout, self._dead_tokens, self.proof.layers > 0, self._failures)
         return self._last
 
@@ -103,6 +108,7 @@ class Pruner:
             dead = self._mark(context, tokens, call.stream)
         else:
             self.proof.expected = context.attentions or self.proof.expected
+            self._frames |= context.frames
             dead = self._dead_tokens.kill(context, tokens, start, grid_of(call.latents, self._patch_size))
         _logger.debug("pruned %d rows of the context for the chunk at latent frame %d", dead, start)
         return dead
@@ -141,6 +147,7 @@ class Pruner:
             finite: whether the output is; looked at for the first prune only, for it costs a synchronisation.
         """
         tap, proof = self._last, self.proof
+        self._dropped = self._dropped or (tap is not None and tap.dropped > 0)
         calls, dropped, expected = (tap.calls, tap.dropped, max(proof.expected, 1)) if tap else (0, 0, 1)
         proof.finding = f"{calls} of {expected} attention calls tapped, {dropped} keys dropped, output finite: {finite}"
         holds = finite and dropped > 0 and calls >= expected
@@ -153,7 +160,16 @@ class Pruner:
 
     def let_go(self) -> None:
         """A call is over: its tap may hold masks, and with them the cache."""
+        self._dropped = self._dropped or (self._last is not None and self._last.dropped > 0)
         self._last = None
+
+    def end_chunk(self) -> None:
+        """Forget what has left the context for good, so that the tap is off again once nothing dead is to be seen."""
+        if self._tapped:
+            self._dead_tokens.forget(self._frames)
+            if not self._dropped:
+                self._marked = {stream: traces for stream, traces in self._marked.items() if not traces.empty}
+        self._frames, self._tapped, self._dropped = set(), 0, False
 
     def missed(self, tap: CallTap | None) -> bool:
         """Whether marks in a cache may have reached attention that was not tapped in a call that has come back."""

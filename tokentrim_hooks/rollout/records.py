@@ -7,11 +7,19 @@ import logging
 import math
 import threading
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.report.floats import Floats
 from tokentrim_hooks.report.observers import Observer, progress_line, tell
 from tokentrim_hooks.report.record import ChunkRecord, Report
 from tokentrim_hooks.rollout.reading import Reading
 from tokentrim_hooks.rollout.state import ChunkState, Judgement, VideoState
+
+KEPT = 1000
+"""Chunks of which a report keeps the drift of every token; of older ones it keeps everything else."""
 
 _logger = logging.getLogger(__name__)
 
@@ -39,10 +47,18 @@ class Recorder:
         records = records_of(video, chunk)
         with self._lock:
             self.report.records.extend(records)
+            self._shorten(len(records))
             if _logger.isEnabledFor(logging.DEBUG):
                 _logger.debug("%s", progress_line(records))
             if chunk.latents is not None:
                 tell(self.observers, "on_chunk", records, chunk.latents)
+
+    def _shorten(self, count: int) -> None:
+        """Let go of the drift of ``count`` records, the latest of those that are not to be kept in full."""
+        records = self.report.records
+        stop = len(records) - KEPT * count
+        for place in range(max(stop - count, 0), stop):
+            records[place] = dataclasses.replace(records[place], drift=())
 
     def snapshot(self, underway: Iterable[tuple[VideoState | None, ChunkState | None]]) -> Report:
         """The report so far, unpublished chunks included."""
@@ -59,7 +75,10 @@ def records_of(video: VideoState, chunk: ChunkState) -> list[ChunkRecord]:
 
 
 def _record(video: VideoState, chunk: ChunkState, sample: int) -> ChunkRecord:
-    record = ChunkRecord(
+    judgement = chunk.judgement
+    reading = None if judgement is None else judgement.reading
+    verdict = {} if judgement is None or reading is None else _verdict(judgement, reading, sample)
+    return ChunkRecord(
         video=video.number,
         chunk=video.index,
         sample=sample,
@@ -71,27 +90,31 @@ def _record(video: VideoState, chunk: ChunkState, sample: int) -> ChunkRecord:
         seconds=chunk.ended - chunk.began,
         given=chunk.given,
         notes=tuple(chunk.notes),
+        **verdict,
     )
-    judgement = chunk.judgement
-    if judgement is None or judgement.reading is None:
-        return record
-    return _judged(record, judgement, judgement.reading, sample)
 
 
-def _judged(record: ChunkRecord, judgement: Judgement, reading: Reading, sample: int) -> ChunkRecord:
+def _verdict(judgement: Judgement, reading: Reading, sample: int) -> dict[str, Any]:
+    """What a record says of the judgement of a sample."""
     pruned = reading.prune[sample] and judgement.regenerations > 0
     severity, threshold = float(reading.severity[sample]), float(reading.threshold[sample])
-    return dataclasses.replace(
-        record,
-        severity=severity,
-        mean=float(reading.mean[sample]) if reading.count else None,
-        std=float(reading.std[sample]) if reading.count else None,
-        threshold=threshold if math.isfinite(threshold) else None,
-        accepted_severity=severity if judgement.accepted is None else judgement.accepted[sample],
-        pruned=pruned,
-        tokens=tuple(reading.tokens[sample]),
-        drift=tuple(float(f"{value:.4g}") for value in reading.drift[sample].tolist()),
-        dead=judgement.dead // sum(reading.prune) if pruned else 0,
-        anchors=judgement.anchors if pruned else 0,
-        regenerations=judgement.regenerations if pruned else 0,
-    )
+    return {
+        "severity": severity,
+        "mean": float(reading.mean[sample]) if reading.count else None,
+        "std": float(reading.std[sample]) if reading.count else None,
+        "threshold": threshold if math.isfinite(threshold) else None,
+        "accepted_severity": severity if judgement.accepted is None else judgement.accepted[sample],
+        "pruned": pruned,
+        "tokens": tuple(reading.tokens[sample]),
+        "drift": Floats(four_digits(reading.drift[sample]).tolist()),
+        "dead": judgement.dead // sum(reading.prune) if pruned else 0,
+        "anchors": judgement.anchors if pruned else 0,
+        "regenerations": judgement.regenerations if pruned else 0,
+    }
+
+
+def four_digits(values: Tensor) -> Tensor:
+    """Values rounded to four significant digits, as a log has them; ``[N]``, on the host."""
+    digits = 3 - values.abs().clamp(min=torch.finfo(values.dtype).tiny).log10().floor()
+    scale = torch.pow(10.0, digits.clamp(max=300))
+    return torch.where(values.isfinite(), (values * scale).round() / scale, values)

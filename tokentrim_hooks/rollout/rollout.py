@@ -8,6 +8,7 @@ climbs back is the output that the sampler goes on with, and one record per chun
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Rollout:
         proof = Proof(layers, expected=layers)
         self.shared = Shared(policy, probe, match.patch_size, recorder, failures or FailurePolicy(), proof)
         self.unread_calls = self.foreign_calls = 0
-        self._model = weakref.ref(model)
+        self._model = _weakly(model)
         self._sessions = Sessions(adapter, self.shared)
 
     # ------------------------------------------------------------------------------------------ hooks
@@ -133,3 +134,11 @@ class Rollout:
     def snapshot(self) -> Report:
         """The report so far, chunks in progress included."""
         return self.shared.recorder.snapshot([(s.timeline.video, s.timeline.chunk) for s in self._sessions])
+
+
+def _weakly(model: Any) -> Callable[[], Any]:
+    """A way to the model that does not keep it alive, where it has one."""
+    try:
+        return weakref.ref(model)
+    except TypeError:
+        return lambda: model

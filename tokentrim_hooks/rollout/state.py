@@ -69,6 +69,7 @@ class ChunkState:
         phases: the sampler's calls by phase. steps: denoising calls among them.
         committed: a commit call was seen. given: it was handed in as clean context.
         summary: latent summary of the chunk as last seen, ``[B, N, D]``; becomes the next chunk's ``previous``.
+        put_off: the chunk was seen again since its summary was made.
         latents: the chunk as last seen, for observers; a reference, not a copy.
         published: its records are out. failed: a call of it raised.
         clean: per call whose kind only the device knows, whether its latents were clean.
@@ -88,6 +89,7 @@ class ChunkState:
     committed: bool = False
     given: bool = False
     summary: Tensor | None = None
+    put_off: bool = False
     latents: Tensor | None = None
     published: bool = False
     failed: bool = False
@@ -122,12 +124,26 @@ class ChunkState:
         self.committed = self.committed or phase is Phase.COMMIT
         self.ended = time.perf_counter()
 
+    def summary_at_end(self, patch_size: tuple[int, int]) -> Tensor | None:
+        """Summary of the chunk as last seen, where that was put off until the end."""
+        if self.put_off and self.latents is not None:
+            self.put_off = False
+            self.summary = latent_summary(self.latents, patch_size)
+        return self.summary
+
     def remember(
-        self, call: Call, phase: Phase, prediction: Tensor, summary: Tensor | None, patch_size: tuple[int, int]
+        self,
+        call: Call,
+        phase: Phase,
+        prediction: Tensor,
+        summary: Tensor | None,
+        patch_size: tuple[int, int],
+        passing: bool = False,
     ) -> None:
         """Keep the chunk as last seen; where only the device knows whether it was clean, choose there.
 
         Args:
+            passing: whether a later call of the chunk is expected, so that no summary is made of this one.
             call, phase: the call that has come back.
             prediction: its x0, ``[B, F, C, H, W]``.
             summary: latent summary of ``prediction``, where it was made already.
@@ -136,12 +152,16 @@ class ChunkState:
         if phase is Phase.RECACHE:
             return
         if phase is Phase.COMMIT or call.commits:
+            self.put_off = False
             self.summary = latent_summary(call.latents, patch_size)
             # A rolling window commits an older chunk than the one it takes in: not what this chunk's records tell of.
             self.latents = call.latents if call.start == self.start else self.latents
             self.given = self.given or phase is Phase.FIRST
             return
-        self.latents = prediction
+        self.latents, self.put_off = prediction, passing
+        if passing:
+            self.clean += [flag for flag in (clean_flag(call),) if flag is not None]
+            return
         self.summary = latent_summary(prediction, patch_size) if summary is None else summary
         clean = clean_flag(call)
         if clean is not None:
@@ -173,6 +193,7 @@ class VideoState:
         previous: latent summary of the previous chunk as accepted, ``[B, N, D]``.
         first: the same of the scene's first chunk.
         usual_steps: denoising calls of an earlier complete chunk; 0 while unknown.
+        told: whether the chunk before this one was handed over as it was accepted, by the call itself.
         returned: the latest prediction that the sampler was handed.
         waiting: flags of the previous chunk's calls, on the device, until something is read anyway.
     """
@@ -187,6 +208,7 @@ class VideoState:
     first: Tensor | None = None
     index: int = 0
     usual_steps: int = 0
+    told: bool = False
     returned: Tensor | None = None
     waiting: list[Tensor] = field(default_factory=list)
 

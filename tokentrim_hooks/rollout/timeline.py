@@ -66,6 +66,7 @@ class Timeline:
         if self.adapter.changes_prompt(call):
             video.begin_scene()
         accepted = self.adapter.accepted(call)
+        video.told = accepted is not None
         if accepted is not None:
             video.previous = latent_summary(accepted, self.shared.patch_size)
         self.chunk = ChunkState(call.start, call.frames, grid_of(call.latents, self.shared.patch_size))
@@ -89,7 +90,8 @@ class Timeline:
         else:
             video.waiting = chunk.clean
         self.shared.recorder.publish(video, chunk)
-        video.accept(chunk.summary)
+        self.pruner.end_chunk()
+        video.accept(chunk.summary_at_end(self.shared.patch_size))
         self.chunk = None
 
     def reset(self) -> None:
