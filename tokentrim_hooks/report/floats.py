@@ -7,6 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 
+def four_digits(value: float) -> float:
+    """A number as a log has it."""
+    return float(f"{value:.4g}")
+
+
 class Floats(Sequence[float]):
     """Numbers to about seven digits in four bytes each: a tuple of Python's floats takes eight times as much."""
 
@@ -26,8 +31,8 @@ class Floats(Sequence[float]):
         return Floats(self._values[index]) if isinstance(index, slice) else self._values[index]
 
     def __eq__(self, other: object) -> bool:
-        """Equal to any sequence of the same numbers, to this precision."""
-        return isinstance(other, Sequence) and Floats(other)._values == self._values
+        """Equal to any sequence of the same numbers, to the four digits that a log has of them."""
+        return isinstance(other, Sequence) and list(map(four_digits, self)) == list(map(four_digits, other))
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -17,7 +17,7 @@ from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.report import names
 from tokentrim_hooks.report.fields import fields_of, parsed
 from tokentrim_hooks.report.files import made, read, refuse_links_out, told, write
-from tokentrim_hooks.report.floats import Floats
+from tokentrim_hooks.report.floats import Floats, four_digits
 from tokentrim_hooks.report.log_file import is_held, write_settings
 
 LINE = 1 << 26
@@ -36,8 +36,8 @@ class ChunkRecord:
         severity, mean, std, threshold: at the first judgement, in latent units; None where there was none.
         accepted_severity: severity of what was accepted, after regeneration.
         pruned: whether tokens were pruned for this sample. tokens: the unstable set (row-major over the patch grid).
-        drift: drift of every token, to four digits. Empty in the report of a run that has made more than a thousand
-            chunks since; the log has it still.
+        drift: drift of every token; a log has four digits of it. Empty in the report of a run that has made more than
+            a thousand chunks since; the log has it still.
         dead: context rows pruned for this chunk (a row of a KV cache that was dead before counts once more).
         anchors: latent frames of the context that this prune spared as sinks or anchors.
         regenerations, extra_calls: second attempts and the calls that they cost.
@@ -78,8 +78,7 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, Floats):
-        # What was rounded to four digits is written with as many, not with those of its four bytes.
-        value = [float(f"{part:.4g}") for part in value]
+        value = [four_digits(part) for part in value]
     if isinstance(value, (list, tuple)):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

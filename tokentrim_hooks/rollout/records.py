@@ -9,9 +9,6 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from tokentrim_hooks.report.floats import Floats
 from tokentrim_hooks.report.observers import Observer, progress_line, tell
 from tokentrim_hooks.report.record import ChunkRecord, Report
@@ -106,15 +103,8 @@ def _verdict(judgement: Judgement, reading: Reading, sample: int) -> dict[str, A
         "accepted_severity": severity if judgement.accepted is None else judgement.accepted[sample],
         "pruned": pruned,
         "tokens": tuple(reading.tokens[sample]),
-        "drift": Floats(four_digits(reading.drift[sample]).tolist()),
+        "drift": Floats(reading.drift[sample].tolist()),
         "dead": judgement.dead // sum(reading.prune) if pruned else 0,
         "anchors": judgement.anchors if pruned else 0,
         "regenerations": judgement.regenerations if pruned else 0,
     }
-
-
-def four_digits(values: Tensor) -> Tensor:
-    """Values rounded to four significant digits, as a log has them; ``[N]``, on the host."""
-    digits = 3 - values.abs().clamp(min=torch.finfo(values.dtype).tiny).log10().floor()
-    scale = torch.pow(10.0, digits.clamp(max=300))
-    return torch.where(values.isfinite(), (values * scale).round() / scale, values)

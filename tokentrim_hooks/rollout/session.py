@@ -156,7 +156,7 @@ class Session:
             self._enter(judgement, chunk, video)
             output, prediction, summary = judgement.output, judgement.prediction, judgement.summary
             judgement.output = None  # some models return their cache, which is the sampler's to keep
-        passing = phase is Phase.REFINE and not steps and (video.told or chunk.steps < video.usual_steps)
+        passing = not chunk.given and (video.told or chunk.steps <= video.usual_steps)
         chunk.remember(step.call, phase, prediction, summary, self.shared.patch_size, passing)
         video.returned = prediction
         if phase is Phase.COMMIT:

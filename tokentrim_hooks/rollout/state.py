@@ -159,7 +159,7 @@ class ChunkState:
             self.given = self.given or phase is Phase.FIRST
             return
         self.latents, self.put_off = prediction, passing
-        if passing:
+        if passing and phase in (Phase.FIRST, Phase.REFINE):
             self.clean += [flag for flag in (clean_flag(call),) if flag is not None]
             return
         self.summary = latent_summary(prediction, patch_size) if summary is None else summary
