@@ -33,7 +33,7 @@ from tokentrim_hooks.errors import (
     UnsupportedModelError,
     UnsupportedProbeError,
 )
-from tokentrim_hooks.handle import PatchHandle
+from tokentrim_hooks.handle.handle import PatchHandle
 from tokentrim_hooks.inspection import (
     bind,
     home_of,

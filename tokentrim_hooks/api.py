@@ -21,7 +21,8 @@ from tokentrim_hooks.errors import (
     UnsupportedProbeError,
 )
 from tokentrim_hooks.failures import OnError
-from tokentrim_hooks.handle import PatchHandle, handle_of, judge_of, owners_of
+from tokentrim_hooks.handle.checkup import owners_of
+from tokentrim_hooks.handle.handle import PatchHandle, give_way, handle_of, judge_of
 from tokentrim_hooks.loading import FAILURES, asked, why
 from tokentrim_hooks.patching.patches import Method
 from tokentrim_hooks.plugins import AdapterInfo, all_made, installed_adapters, left_out, usable_adapters
@@ -82,7 +83,7 @@ def patch(
         _refuse_compiled(denoiser)
     instance, watching = _made(chosen), all_made(observers)
     for handle in existing:
-        handle.unpatch()
+        give_way(handle)
     return PatchHandle.attach(model, instance, match, policies, probe, on_error, watching)
 
 

@@ -68,4 +68,4 @@ class MissingExtraError(TokenTrimError, ImportError):
 
 
 class TokenTrimWarning(UserWarning):
-    """Something went wrong, generation goes on without pruning; or a run saw no chunk at all."""
+    """Something went wrong and generation goes on without pruning; or a patch saw nothing, and why."""

@@ -22,7 +22,7 @@ import wrapt
 
 from tokentrim_hooks.api import patch
 from tokentrim_hooks.errors import AlreadyPatchedError, TokenTrimError, TokenTrimWarning, UnsupportedModelError
-from tokentrim_hooks.handle import PatchHandle
+from tokentrim_hooks.handle.handle import PatchHandle
 from tokentrim_hooks.plugins import find_observer, make_observer, usable_adapters
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy

@@ -147,7 +147,7 @@ def _children(path: str, owner: Any, plain: bool) -> Iterator[tuple[str, Any]]:
 def _has_attributes(value: Any) -> bool:
     if isinstance(value, (type, ModuleType, FunctionType, MethodType, Tensor)):
         return False
-    if type(value).__module__ == "tokentrim_hooks.handle":  # one line for a patch that is still on, not its insides
+    if type(value).__module__ == "tokentrim_hooks.handle.handle":  # a patch that is still on is one line
         return False
     return isinstance(getattr(value, "__dict__", None), dict)
 

@@ -11,6 +11,7 @@ from typing import Any
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.failures import FailurePolicy, OnError
+from tokentrim_hooks.handle.checkup import ATTRIBUTE, Checkup, never_called, never_judged, owners_of
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.patching.tap_site import eagerly
 from tokentrim_hooks.policy.base import Policy
@@ -23,8 +24,6 @@ from tokentrim_hooks.rollout.shared import Probe
 
 _logger = logging.getLogger(__name__)
 
-ATTRIBUTE = "_tokentrim_handle"
-
 
 class PatchHandle:
     """What :func:`tokentrim_hooks.patch` returns. Leaving it as a context manager takes the patch off."""
@@ -36,6 +35,7 @@ class PatchHandle:
         patches: Patches,
         rollout: Rollout,
         failures: FailurePolicy,
+        checkup: Checkup,
     ) -> None:
         self.adapter = adapter
         self.policies = tuple(policies)
@@ -43,6 +43,9 @@ class PatchHandle:
         self._patches = patches
         self._rollout = rollout
         self._failures = failures
+        self._checkup = checkup
+        self._told = self._called = False
+        self._owners: list[Any] = []
 
     @classmethod
     def attach(
@@ -58,6 +61,7 @@ class PatchHandle:
         """Attach to a recognised model; if any step fails, everything is rolled back and the failure raised."""
         failures = FailurePolicy(on_error)
         patches = Patches(failures)
+        checkup = Checkup(model, type(adapter), match)
         try:
             adapter.attach(model, patches)
             patches.require_tap(adapter.name)
@@ -65,7 +69,7 @@ class PatchHandle:
             judge = judge_of(policies)
             rollout = Rollout(model, adapter, match, judge, probe, recorder, patches.layers, failures)
             failures.on_step_aside(rollout.abandon)
-            handle = cls(adapter, policies, patches, rollout, failures)
+            handle = cls(adapter, policies, patches, rollout, failures, checkup)
             handle._watch(match)
             for owner in {id(o): o for o in (model, *owners_of(match))}.values():
                 handle._leave_card(owner)
@@ -83,8 +87,13 @@ class PatchHandle:
 
     @property
     def report(self) -> Report:
-        """Records so far, the chunk in progress included; a snapshot, so read it again after more chunks."""
-        return self._rollout.snapshot()
+        """Records so far, the chunk in progress included; a snapshot, so read it again after more chunks.
+
+        Warns, once, if the denoiser is no longer the one that was patched; so do :meth:`reset` and :meth:`unpatch`.
+        """
+        report = self._rollout.snapshot()
+        self._warn(self._replaced())
+        return report
 
     @property
     def policy(self) -> Policy:
@@ -94,26 +103,52 @@ class PatchHandle:
     def reset(self) -> None:
         """Start a new video at the next call: statistics and marks are forgotten."""
         self._rollout.reset()
+        self._warn(self._replaced())
 
     def unpatch(self) -> None:
-        """Restore the model, to the attribute. Idempotent. Warns if a patched run saw no chunk at all."""
+        """Restore the model, to the attribute. Idempotent.
+
+        Warns where the patch did nothing: the denoiser was replaced; it was called, but no chunk was recognised; only
+        other pipelines called it; nobody did, though the model shows signs of a run (a patch that comes off unused says
+        nothing); or three chunks and more were recorded and none was judged.
+        """
+        self._take_off()
+
+    def _take_off(self, quiet: bool = False) -> None:
+        """:meth:`unpatch`; with ``quiet`` without a warning: the patch gives way to another one, or to a failure."""
         if not self._patches.active:
             return
+        words = "" if quiet else self._replaced()
         try:
             self._rollout.reset()
         finally:
             self._patches.undo()
+            self._owners.clear()
             self._rollout.release()
         recorder = self._rollout.shared.recorder
         tell(recorder.observers, "on_end")
         _logger.info("unpatched: %s", recorder.report.summary().splitlines()[0])
-        if not self._failures.stepped_aside and self._rollout.unread_calls and not len(recorder.report):
-            warnings.warn(
-                "tokentrim was patched in and the denoiser was called, but no chunk was recognised: nothing was "
-                "judged or pruned",
-                TokenTrimWarning,
-                stacklevel=2,
-            )
+        self._warn(words or ("" if quiet or self._told else self._idle()), stacklevel=4)
+
+    def _replaced(self) -> str:
+        """What became of the denoiser, unless it is in order or the user has heard of it."""
+        return "" if self._told or not self.active else self._checkup.replaced()
+
+    def _idle(self) -> str:
+        """Why nothing was judged, in words; empty if something was, if nobody ran the model, or if we stepped aside."""
+        if self._failures.stepped_aside:
+            return ""
+        report = self._rollout.shared.recorder.report
+        if len(report):
+            return never_judged(report) if self.policy.judges else ""
+        # A call that is in no count was refused, and whoever made it has been told.
+        was_run = not self._called and self._checkup.was_run()
+        return never_called(self._rollout.foreign_calls, self._rollout.unread_calls, was_run)
+
+    def _warn(self, words: str, stacklevel: int = 3) -> None:
+        if words:
+            self._told = True
+            warnings.warn(words, TokenTrimWarning, stacklevel=stacklevel)
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -121,7 +156,8 @@ class PatchHandle:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.unpatch()
+        # A failure speaks for itself: it may have come before the first call.
+        self._take_off(quiet=kind is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -137,6 +173,7 @@ class PatchHandle:
         put = type.__setattr__ if isinstance(owner, type) else object.__setattr__
         take = type.__delattr__ if isinstance(owner, type) else object.__delattr__
         put(owner, ATTRIBUTE, self)
+        self._owners.append(owner)
         self._patches.on_undo(lambda: take(owner, ATTRIBUTE))
 
     def _watch(self, match: Match) -> None:
@@ -153,6 +190,7 @@ class PatchHandle:
         """Run our part of a call so that its failure follows ``on_error``: raise, or warn and step aside."""
 
         def guarded(module: Any, args: Any, kwargs: Any, *output: Any) -> Any:
+            self._called = True
             if self._failures.stepped_aside:
                 return None
             try:
@@ -165,15 +203,15 @@ class PatchHandle:
         return eagerly(guarded)
 
 
-def owners_of(match: Match) -> list[Any]:
-    """The objects or classes that carry the patch: of the denoiser and of further ones."""
-    return [match.denoiser.owner if isinstance(match.denoiser, Method) else match.denoiser, *match.also]
+def give_way(handle: PatchHandle) -> None:
+    """Take a patch off because another one comes: nobody waits for a word of what it did not see."""
+    handle._take_off(quiet=True)
 
 
 def handle_of(model: Any) -> PatchHandle | None:
-    """The active handle that a model carries, or None."""
+    """The active handle of a model, or None; shallow copies have the attribute too, but they are not patched."""
     handle = getattr(model, "__dict__", {}).get(ATTRIBUTE)
-    return handle if isinstance(handle, PatchHandle) and handle._patches.active else None
+    return handle if isinstance(handle, PatchHandle) and any(owner is model for owner in handle._owners) else None
 
 
 def _denoiser_name(match: Match) -> str:

@@ -1,0 +1,184 @@
+"""A patch that does nothing says so: the denoiser was replaced after it, never called, only by others, never judged."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+
+import pytest
+import tiny_reference as tiny
+import torch
+from targets import TARGETS, each_target
+from torch import nn
+
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.testing import ForcedPolicy
+
+POLICY = ForcedPolicy({2: [0, 3]})
+DIFFUSERS = TARGETS[1:]
+
+
+def another(target, pipeline):
+    return target.denoiser(target.make())
+
+
+def deep_copy(target, pipeline):
+    return copy.deepcopy(target.denoiser(pipeline))
+
+
+def twin(target, pipeline):
+    """As InvokeAI's apply_custom_layers_to_model: an object of a subclass, with the same ``__dict__``."""
+    old = target.denoiser(pipeline)
+    new = object.__new__(type("Custom" + type(old).__name__, (type(old),), {}))
+    new.__dict__ = old.__dict__
+    return new
+
+
+WORDS = {
+    another: r"was replaced after the patch by another \w+\. .*Patch again",
+    deep_copy: r"was replaced after the patch by a copy, and copies carry no patch\. .*Patch again",
+    twin: r"by a Custom\w+ that shares its attributes \(its class was swapped\)\. .*Patch again",
+}
+
+
+def put(target, pipeline, denoiser):
+    setattr(pipeline, target.part, denoiser)
+
+
+def said(action):
+    """The warnings of ours that an action gives."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        action()
+    return [str(w.message) for w in seen if issubclass(w.category, tokentrim.TokenTrimWarning)]
+
+
+@each_target
+@pytest.mark.parametrize("new", WORDS, ids=lambda new: new.__name__)
+def test_a_denoiser_that_was_replaced_is_told_once_at_the_first_chance(target, new):
+    for chance in (lambda h: h.report, lambda h: h.reset(), lambda h: h.unpatch()):
+        pipeline = target.make()
+        handle = tokentrim.patch(pipeline, POLICY)
+        put(target, pipeline, new(target, pipeline))
+        words = said(lambda chance=chance, handle=handle: chance(handle))
+        assert len(words) == 1 and re.search(WORDS[new], words[0]), words
+        assert target.part in words[0]
+        assert not said(lambda handle=handle: (handle.report, handle.unpatch())), "once per patch"
+
+
+@each_target
+def test_what_the_words_advise_works(target):
+    right = target.make()
+    with tokentrim.patched(right, POLICY):
+        expected = target.run(right)
+    pipeline = target.make()
+    tokentrim.patch(pipeline, POLICY)
+    put(target, pipeline, deep_copy(target, pipeline))
+    with tokentrim.patch(pipeline, POLICY, replace=True) as handle:
+        assert torch.equal(target.run(pipeline), expected) and handle.report.triggers
+
+
+class Around(nn.Module):
+    """As DistributedDataParallel: calls still arrive at what is inside."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@each_target
+def test_what_still_works_is_no_replacement(target):
+    """A wrapper, a class derived in place (FSDP2), and a denoiser that is given away after the run."""
+    pipeline = target.make()
+    with tokentrim.patched(pipeline, POLICY) as handle:
+        denoiser = target.denoiser(pipeline)
+        own = type(denoiser)
+        denoiser.__class__ = type("FSDP" + own.__name__, (own,), {})
+        target.run(pipeline)
+        assert handle.report.triggers
+        put(target, pipeline, Around(denoiser))
+        assert handle.report.triggers
+        put(target, pipeline, None)
+        assert handle.report.triggers
+
+
+def test_a_class_changed_to_a_stranger():
+    pipeline = tiny.make()
+    handle = tokentrim.patch(pipeline, POLICY)
+    own = type(pipeline.generator)
+    stranger = type("Stranger", own.__bases__, {k: v for k, v in vars(own).items() if not k.startswith("__")})
+    pipeline.generator.__class__ = stranger
+    with pytest.warns(tokentrim.TokenTrimWarning, match=rf"class of .* from {own.__name__} to Stranger.*Patch again"):
+        handle.unpatch()
+
+
+@each_target
+def test_a_shallow_copy_is_not_patched(target):
+    pipeline = target.make()
+    with tokentrim.patched(pipeline, POLICY):
+        other = copy.copy(pipeline)
+        assert tokentrim.is_patched(pipeline) and not tokentrim.is_patched(other)
+        assert tokentrim.is_patched(target.denoiser(pipeline))
+        assert not tokentrim.is_patched(copy.copy(target.denoiser(pipeline)))
+        tokentrim.unpatch(other)
+        assert tokentrim.is_patched(pipeline)
+
+
+@pytest.mark.parametrize("target", DIFFUSERS, ids=lambda target: target.name)
+def test_only_others_called(target):
+    pipeline = target.make()
+    handle = tokentrim.patch(pipeline, POLICY)
+    target.run(copy.copy(pipeline))
+    (words,) = said(handle.unpatch)
+    assert re.search(
+        r"all \d+ calls of the denoiser came from another pipeline .* Patch the pipeline that you run", words
+    )
+
+
+@each_target
+def test_never_called(target):
+    """Calls of ``forward`` run no hooks."""
+    pipeline = target.make()
+    denoiser = target.denoiser(pipeline)
+    handle = tokentrim.patch(pipeline, POLICY)
+    own = type(denoiser)
+    past = {"__call__": lambda self, *args, **kwargs: self.forward(*args, **kwargs)}
+    denoiser.__class__ = type("Past" + own.__name__, (own,), past)
+    target.run(pipeline)
+    (words,) = said(handle.unpatch)
+    assert "its denoiser was never called, although the model was run" in words
+
+
+@each_target
+def test_a_patch_that_comes_off_unused_or_after_a_failure_says_nothing(target):
+    pipeline = target.make()
+    assert not said(lambda: tokentrim.patch(pipeline, POLICY).unpatch())
+    handle = tokentrim.patch(pipeline, POLICY)
+    put(target, pipeline, another(target, pipeline))
+    assert not said(lambda: tokentrim.patch(pipeline, POLICY, replace=True).unpatch())
+    assert not handle.active
+    with pytest.raises(ZeroDivisionError), tokentrim.patched(pipeline, POLICY):
+        pipeline.touched = True
+        raise ZeroDivisionError
+
+
+def test_never_judged():
+    """Three runs of one chunk each: the calls say that each is a video of its own."""
+    pipeline = tiny.make()
+    handle = tokentrim.patch(pipeline, POLICY)
+    for _ in range(2):
+        tiny.run(pipeline, chunks=1)
+    assert len(handle.report) == 2
+    tiny.run(pipeline, chunks=1)
+    with pytest.warns(tokentrim.TokenTrimWarning, match="3 chunks and judged none: every one opened a new video"):
+        handle.unpatch()
+
+
+def test_never_judged_is_no_news_of_a_policy_that_does_not_judge():
+    pipeline = tiny.make()
+    with tokentrim.patched(pipeline, tokentrim.Policy()):
+        tiny.run(pipeline)

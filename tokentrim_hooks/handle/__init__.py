@@ -1,0 +1,1 @@
+"""What `patch` returns, and what a user should hear of a patch that does nothing."""
