@@ -81,12 +81,6 @@ def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def plain_state(module: object) -> dict[tuple[nn.Module, str], Any]:
-    """Numbers, switches and words that a module and its parts keep in attributes: where a model counts its calls."""
-    parts = module.modules() if isinstance(module, nn.Module) else ()
-    return {(p, k): v for p in parts for k, v in vars(p).items() if isinstance(v, int | float | str)}
-
-
 def strand() -> object:
     """The thread or asyncio task that is running: an adapter's :meth:`identity` where no memory tells videos apart."""
     with contextlib.suppress(RuntimeError):  # no event loop in this thread

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from targets import each_target
@@ -18,6 +21,35 @@ def count(target, pipeline):
     block.cnt = 0
     block.register_forward_hook(lambda module, *_: setattr(module, "cnt", module.cnt + 1))
     return block
+
+
+def count_behind(target, pipeline, kind):
+    """The same behind a forward that was replaced: in an object, in a dict, or in a variable of the function around."""
+    denoiser = target.denoiser(pipeline)
+    original, keeper, counts, number = denoiser.forward, SimpleNamespace(n=0), {"n": 0}, 0
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        nonlocal number
+        if kind == "object":
+            keeper.n += 1
+        elif kind == "dict":
+            counts["n"] += 1
+        else:
+            number += 1
+        return original(*args, **kwargs)
+
+    denoiser.forward = forward
+
+
+@pytest.mark.parametrize("kind", ("object", "dict", "variable"))
+@each_target
+def test_a_count_behind_a_replaced_forward(target, kind):
+    pipeline = target.make()
+    count_behind(target, pipeline, kind)
+    refusal = pytest.raises(tokentrim.UnsupportedContextError, match="counts its calls")
+    with tokentrim.patched(pipeline, POLICY), refusal:
+        target.run(pipeline)
 
 
 @each_target

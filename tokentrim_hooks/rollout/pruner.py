@@ -27,7 +27,6 @@ class Proof:
         expected: attention calls over the context in one denoiser call, as far as is known.
         enabled: False once the self-check of a prune failed. proven: True once it passed.
         finding: what the self-check found, in words.
-        repeatable: True once a call was seen to leave the model's own state alone when it is made again.
     """
 
     layers: int = 0
@@ -35,7 +34,6 @@ class Proof:
     enabled: bool = True
     proven: bool = False
     finding: str = ""
-    repeatable: bool = False
 
 
 class Pruner:

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import LatentsError, TokenTrimWarning, UnsupportedContextError
-from tokentrim_hooks.inspection import plain_state
 from tokentrim_hooks.policy.base import Chunk, Policy, Verdict
 from tokentrim_hooks.policy.drift import latent_summary, token_drift
 from tokentrim_hooks.pruning.call_scope import scoped
+from tokentrim_hooks.rollout.counters import Counters
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, read
 from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState, clean_flag
@@ -173,9 +173,9 @@ class Regenerator:
 
     def _regenerate(self, case: Case, reading: Reading, found: Judgement) -> Any:
         """Run the steps again on the pruned context. The first prune must prove that it worked, or is undone."""
-        state = {} if self.pruner.proof.repeatable else plain_state(case.module)
+        counters = Counters(case.module)
         again = self._replay(case.module, case.steps)
-        self._require_repeatable(state, case.module)
+        _require_repeatable(counters)
         found.extra_calls += len(case.steps)
         if self.pruner.dead and not self._prove(case.call, again):
             found.tokens, found.dead = [], 0
@@ -191,25 +191,6 @@ class Regenerator:
             return self._replay(case.module, case.steps)
         found.regenerations += 1
         return _select(reading.prune, again, found.output)
-
-    def _require_repeatable(self, before: dict[tuple[nn.Module, str], Any], module: nn.Module) -> None:
-        """Raise UnsupportedContextError, with the state put back, if the first replay has changed what the model keeps.
-
-        A model that counts its calls (TeaCache and its kind) takes the repeated call for the next one.
-        """
-        if self.pruner.proof.repeatable:
-            return
-        after = plain_state(module)
-        changed = {place: value for place, value in before.items() if place in after and after[place] != value}
-        for (part, name), value in changed.items():
-            setattr(part, name, value)
-        if changed:
-            names = ", ".join(sorted({f"{type(part).__name__}.{name}" for part, name in changed})[:4])
-            raise UnsupportedContextError(
-                f"the model counts its calls ({names}), so that a chunk cannot be regenerated: the repeated call would "
-                "count as the next one. Switch off what counts them (TeaCache, MagCache), or override Adapter.replay"
-            )
-        self.pruner.proof.repeatable = True
 
     def _replay(self, module: nn.Module, steps: list[Step]) -> Any:
         """Call the denoiser again for each step, with the same noise.
@@ -259,3 +240,18 @@ def _select(prune: list[bool], again: Any, output: Any) -> Any:
         return torch.where(chosen, new, old)
 
     return tree_map(choose, again, output)
+
+
+def _require_repeatable(before: Counters) -> None:
+    """Raise UnsupportedContextError, with the counts put back, if a replay has changed what the model keeps.
+
+    A model that counts its calls (TeaCache and its kind) takes the repeated call for the next one. Asked at every
+    replay, for such a thing may be switched on at any time.
+    """
+    changed = before.put_back()
+    if changed:
+        raise UnsupportedContextError(
+            f"the model counts its calls ({', '.join(changed[:4])}), so that a chunk cannot be regenerated: the "
+            "repeated call would count as the next one. Switch off what counts (TeaCache, MagCache), or override "
+            "Adapter.replay"
+        )
