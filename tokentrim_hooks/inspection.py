@@ -81,6 +81,14 @@ def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
+def weakly(thing: Any) -> Callable[[], Any]:
+    """A way to ``thing`` that does not keep it alive, where it can be referred to so; None once it is gone."""
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return lambda: thing
+
+
 def strand() -> object:
     """The thread or asyncio task that is running: an adapter's :meth:`identity` where no memory tells videos apart."""
     with contextlib.suppress(RuntimeError):  # no event loop in this thread

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from tokentrim_hooks.adapter import Adapter, Match
+from tokentrim_hooks.inspection import weakly
 from tokentrim_hooks.loading import asked
 from tokentrim_hooks.patching.patches import Method
 from tokentrim_hooks.report.record import Report
@@ -32,7 +33,7 @@ class Denoiser:
     """A denoiser as it was when it was patched, and where the model had it."""
 
     def __init__(self, model: Any, owner: Any) -> None:
-        self._owner, self._kind = weakref.ref(owner), type(owner)
+        self._owner, self._kind = weakly(owner), type(owner)
         self._place = next((name for name, part in _parts(model).items() if part is owner), "")
 
     def change(self, model: Any, found: Any) -> str:
@@ -81,7 +82,7 @@ class Checkup:
     """
 
     def __init__(self, model: Any, adapter: type[Adapter[Any]], match: Match) -> None:
-        self._model, self._adapter = weakref.ref(model), adapter
+        self._model, self._adapter = weakly(model), adapter
         owners = owners_of(match)
         self._denoisers = [Denoiser(model, owner) for owner in owners]
         # A denoiser that was given itself shows no run of anybody.

@@ -7,8 +7,6 @@ climbs back is the output that the sampler goes on with, and one record per chun
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch.profiler import record_function
 
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.failures import FailurePolicy
-from tokentrim_hooks.inspection import bind, is_driven_by
+from tokentrim_hooks.inspection import bind, is_driven_by, weakly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import current_scope, open_scope, scope_left, scope_of_call
 from tokentrim_hooks.report.record import Report
@@ -55,7 +53,7 @@ class Rollout:
         proof = Proof(layers, expected=layers)
         self.shared = Shared(policy, probe, match.patch_size, recorder, failures or FailurePolicy(), proof)
         self.unread_calls = self.foreign_calls = 0
-        self._model = _weakly(model)
+        self._model = weakly(model)
         self._sessions = Sessions(adapter, self.shared)
 
     # ------------------------------------------------------------------------------------------ hooks
@@ -134,11 +132,3 @@ class Rollout:
     def snapshot(self) -> Report:
         """The report so far, chunks in progress included."""
         return self.shared.recorder.snapshot([(s.timeline.video, s.timeline.chunk) for s in self._sessions])
-
-
-def _weakly(model: Any) -> Callable[[], Any]:
-    """A way to the model that does not keep it alive, where it has one."""
-    try:
-        return weakref.ref(model)
-    except TypeError:
-        return lambda: model
