@@ -163,7 +163,7 @@ class PatchHandle:
         return None
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return _nothing, ()
+        return type(None), ()
 
     def __repr__(self) -> str:
         state = "active" if self.active else "off"
@@ -217,10 +217,6 @@ def handle_of(model: Any) -> PatchHandle | None:
 def _denoiser_name(match: Match) -> str:
     denoiser = match.denoiser
     return denoiser.name if isinstance(denoiser, Method) else type(denoiser).__name__
-
-
-def _nothing() -> None:
-    """What a pickled handle becomes."""
 
 
 def judge_of(policies: Sequence[Policy]) -> Policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tokentrim_hooks.patching.tap_site import eagerly
+from tokentrim_hooks.patching.tap_site import as_itself, eagerly
 
 
 class Switch(Protocol):
@@ -18,12 +19,9 @@ class Switch(Protocol):
     active: bool
 
 
-def _inert(*_args: Any, **_kwargs: Any) -> None:
-    """What remains of a hook in a copied or unpickled model: nothing."""
-
-
-def _make_inert() -> Callable[..., None]:
-    return _inert
+INERT = contextlib.nullcontext().__exit__
+"""What remains of a hook in a copied or pickled model. It takes anything, does nothing, and a pickle that names it
+loads where this package is not installed."""
 
 
 class Hook:
@@ -41,10 +39,10 @@ class Hook:
         return self._function(module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
+        return INERT
 
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _make_inert, ()
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return as_itself(INERT)
 
 
 def plain_hooks(

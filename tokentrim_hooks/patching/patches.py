@@ -20,7 +20,7 @@ from torch import nn
 from tokentrim_hooks.errors import AttachError
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.patching.hooks import outermost_hooks, plain_hooks
-from tokentrim_hooks.patching.tap_site import MISSING, TapNames, TapSite, depth_hooks, eagerly, same
+from tokentrim_hooks.patching.tap_site import MISSING, TapNames, TapSite, as_itself, depth_hooks, eagerly
 from tokentrim_hooks.pruning.call_scope import BUSY, current_tap
 
 
@@ -45,7 +45,7 @@ class Wrapper(wrapt.FunctionWrapper[Any, Any]):
         return copy.deepcopy(self.__wrapped__, memo)
 
     def __reduce__(self) -> Any:
-        return same, (self.__wrapped__,)
+        return as_itself(self.__wrapped__)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.__reduce__()
@@ -167,9 +167,7 @@ class Patches:
         self.taps += 1
         _logger.info("tapped %s.%s, which packs queries of several chunks", _name_of(owner), name)
 
-    def wrap(
-        self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
-    ) -> None:
+    def wrap(self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         """Wrap a method or function, wrapt style: ``wrapper(wrapped, instance, args, kwargs)``.
 
         With ``on_error="warn"`` a failure of ``wrapper`` itself costs the call nothing: ``wrapped`` answers alone.
@@ -186,9 +184,7 @@ class Patches:
 
         self._wrap(owner, name, guarded)
 
-    def _wrap(
-        self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
-    ) -> None:
+    def _wrap(self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         before = vars(owner).get(name, MISSING)
         wrapped = Wrapper(getattr(owner, name), wrapper, enabled=lambda: self.active)
         setattr(owner, name, wrapped)

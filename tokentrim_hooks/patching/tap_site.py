@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,8 +25,13 @@ MISSING = object()
 
 
 def same(value: Any) -> Any:
-    """Return ``value``: what a pickled wrapper is made from."""
+    """Return ``value``."""
     return value
+
+
+def as_itself(value: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What ``__reduce__`` returns of a stand-in, to be pickled as ``value``: by Python's own names, none of ours."""
+    return operator.getitem, ((value,), 0)
 
 
 def _swap_heads(x: Tensor) -> Tensor:
@@ -65,7 +71,7 @@ class TappedForward:
         return copy.deepcopy(self._original, memo)
 
     def __reduce__(self) -> Any:
-        return same, (self._original,)
+        return as_itself(self._original)
 
 
 def _place_of(namespace: Any) -> Mapping[str, Any]:
