@@ -98,7 +98,7 @@ class PackedHistory(Adapter[PackedCall]):
     def attach(self, model: Any, patches: Patches) -> None:
         """Tap self attention, and begin to follow the sampler."""
         self.transformer = getattr(model, "transformer", model)
-        self.scheduler = getattr(model, "scheduler", None)
+        self.pipeline = model
         # Weak, or the last video's tensors would outlive it.
         self._video = self._chunk = self._timestep = _none
         self._section, self._step, self._branch, self._start, self._given = 0, 0, 0, 0, 0
@@ -175,7 +175,8 @@ class PackedHistory(Adapter[PackedCall]):
 
     def prediction(self, call: PackedCall, output: Any) -> Tensor:
         """x0 = x - sigma v."""
-        sigma = sigma_of(self.scheduler, call.step, call.arguments["timestep"])
+        scheduler = getattr(self.pipeline, "scheduler", None)  # now: users put another one in between videos
+        sigma = sigma_of(scheduler, call.step, call.arguments["timestep"])
         return call.latents.float() - sigma * sample_of(output).transpose(1, 2).float()
 
     def context(self, call: PackedCall) -> KeyLayout:

@@ -69,9 +69,8 @@ class FastVideo(Adapter):
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Tap the attention module of every self-attention layer, in all transformers."""
-        stage = _stage(model)
+        self.stage = stage = _stage(model)
         self.transformer: Any = getattr(stage, "transformer", stage)
-        self.scheduler: Any = getattr(stage, "scheduler", None)
         for transformer in (self.transformer, getattr(stage, "transformer_2", None)):
             for layer in _self_attentions(transformer):
                 patches.tap(layer.attn, "forward", refuse=("freqs_cis",))
@@ -112,9 +111,10 @@ class FastVideo(Adapter):
 
     def _sigma(self, timestep: Tensor) -> Tensor:
         """Noise level of each timestep: that of the scheduler's nearest one."""
-        if self.scheduler is None:
+        scheduler: Any = getattr(self.stage, "scheduler", None)  # now: users put another one in between videos
+        if scheduler is None:
             return timestep.double() / 1000
-        return nearest_sigma(self.scheduler, timestep).double()
+        return nearest_sigma(scheduler, timestep).double()
 
 
 def _stage(model: Any) -> Any:
