@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from targets import TARGETS
 
 import tokentrim_hooks as tokentrim
@@ -13,12 +14,16 @@ WITH_A_SCHEDULER = [target for target in TARGETS if target.name in ("skyreels-v2
 
 
 def shifted(pipeline):
-    """Another scheduler of the same class, whose noise levels are others."""
-    old = pipeline.scheduler
-    if isinstance(old, FlowMatchEulerDiscreteScheduler):
-        return FlowMatchEulerDiscreteScheduler(shift=9.0)
-    key = "flow_shift" if "flow_shift" in old.config else "shift"
-    return type(old).from_config({**old.config, key: 9.0, "use_dynamic_shifting": False})
+    """Another scheduler, derived from the pipeline's, that begins at a lower noise level."""
+    kind = type(pipeline.scheduler)
+
+    @functools.wraps(kind.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        kind.set_timesteps(self, *args, **kwargs)
+        self.sigmas = self.sigmas * 0.8
+
+    lower = type("Lower" + kind.__name__, (kind,), {"set_timesteps": set_timesteps})
+    return lower.from_config(pipeline.scheduler.config)
 
 
 def severities(target, pipeline, handle):
