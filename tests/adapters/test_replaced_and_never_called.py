@@ -56,15 +56,16 @@ def said(action):
 
 @each_target
 @pytest.mark.parametrize("new", WORDS, ids=lambda new: new.__name__)
-def test_a_denoiser_that_was_replaced_is_told_once_at_the_first_chance(target, new):
-    for chance in (lambda h: h.report, lambda h: h.reset(), lambda h: h.unpatch()):
+def test_a_denoiser_that_was_replaced_is_told_at_the_first_chance_and_at_the_end(target, new):
+    for chance, again in ((lambda h: h.report, True), (lambda h: h.reset(), True), (lambda h: h.unpatch(), False)):
         pipeline = target.make()
         handle = tokentrim.patch(pipeline, POLICY)
         put(target, pipeline, new(target, pipeline))
         words = said(lambda chance=chance, handle=handle: chance(handle))
         assert len(words) == 1 and re.search(WORDS[new], words[0]), words
         assert target.part in words[0]
-        assert not said(lambda handle=handle: (handle.report, handle.unpatch())), "once per patch"
+        assert not said(lambda handle=handle: handle.report), "once while the patch is on"
+        assert said(handle.unpatch) == (words if again else []), "and once at its end"
 
 
 @each_target

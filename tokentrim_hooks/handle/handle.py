@@ -118,7 +118,7 @@ class PatchHandle:
         """:meth:`unpatch`; with ``quiet`` without a warning: the patch gives way to another one, or to a failure."""
         if not self._patches.active:
             return
-        words = "" if quiet else self._replaced()
+        words = "" if quiet else self._replaced(at_end=True)
         try:
             self._rollout.reset()
         finally:
@@ -130,9 +130,9 @@ class PatchHandle:
         _logger.info("unpatched: %s", recorder.report.summary().splitlines()[0])
         self._warn(words or ("" if quiet or self._told else self._idle()), stacklevel=4)
 
-    def _replaced(self) -> str:
-        """What became of the denoiser, unless it is in order or the user has heard of it."""
-        return "" if self._told or not self.active else self._checkup.replaced()
+    def _replaced(self, at_end: bool = False) -> str:
+        """What became of the denoiser, unless it is in order; said once while the patch is on, and once at its end."""
+        return "" if (self._told and not at_end) or not self.active else self._checkup.replaced()
 
     def _idle(self) -> str:
         """Why nothing was judged, in words; empty if something was, if nobody ran the model, or if we stepped aside."""
