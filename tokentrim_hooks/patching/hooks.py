@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -78,9 +80,11 @@ def outermost_hooks(
     """
     handles: list[RemovableHandle] = []
 
-    def first(*call: Any) -> Any:
+    def first(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _to_the_end(module._forward_hooks, handles[1:])
-        return before(*call)
+        if next(iter(module._forward_pre_hooks)) != handles[0].id:
+            args, kwargs = _as_called(called, args, kwargs)
+        return before(called, args, kwargs)
 
     def last(*call: Any) -> None:
         leave(*call)
@@ -89,6 +93,21 @@ def outermost_hooks(
 
     handles += plain_hooks(module, eagerly(first), after, eagerly(last), patches)
     return handles
+
+
+def _as_called(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as the sampler gave them, before hooks that were registered in front of ours changed them.
+
+    At the first call only: after it ours are in front again. FSDP2 casts and copies what it is given, caches too.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is module:
+            return tuple(frame.f_locals["args"]), dict(frame.f_locals["kwargs"])
+        frame = frame.f_back
+    return args, kwargs
 
 
 def _to_the_end(hooks: dict[int, Any], handles: Sequence[RemovableHandle]) -> None:
