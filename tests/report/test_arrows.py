@@ -25,4 +25,4 @@ def test_a_page_is_drawn_without_the_patch(module):
     command = [sys.executable, "-c", SCRIPT, str(PACKAGE), f"tokentrim_hooks.report.{module}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) <= {"errors", "extras", "metrics", "report"}
+    assert set(done.stdout.split()) <= {"errors", "extras", "markers", "metrics", "report"}

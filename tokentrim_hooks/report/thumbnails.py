@@ -76,8 +76,10 @@ def clear(folder: Path) -> None:
     Raises:
         ReportError: their folder is a link.
     """
-    for picture in below(folder, thumbs_of(tag_in(folder, os.getpid()))).glob("v*-c*-s*.png"):
-        picture.unlink(missing_ok=True)
+    name = thumbs_of(tag_in(folder, os.getpid()))
+    if os.path.lexists(folder / name):
+        for picture in below(folder, name).glob("v*-c*-s*.png"):
+            picture.unlink(missing_ok=True)
 
 
 def _thumbnails(folder: Path | None) -> Thumbnails:
