@@ -9,8 +9,9 @@ from tokentrim_hooks.experiments.compare.store import Outcome
 from tokentrim_hooks.experiments.compare.table import number, percent, summarise
 from tokentrim_hooks.experiments.compare.trials import Column, drift_columns, fault_columns
 from tokentrim_hooks.experiments.demo.words import COLUMNS, sentences, table
+from tokentrim_hooks.reference.fault import FAULTS
 
-FAULT, DRIFT = fault_columns(15), drift_columns(20)
+FAULT, DRIFT = fault_columns(15, FAULTS["context"]), drift_columns(20)
 PAIRS = 8
 
 

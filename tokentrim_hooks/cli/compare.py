@@ -13,6 +13,7 @@ from tokentrim_hooks.console import progress, show_table
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.experiments.compare.settings import STANDARD, changes, choose
 from tokentrim_hooks.extras import imported
+from tokentrim_hooks.reference.fault import FAULTS
 from tokentrim_hooks.reference.kinds import BASE, KINDS
 from tokentrim_hooks.report.files import write
 from tokentrim_hooks.report.provenance import versions
@@ -35,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="CPU threads of torch")
     own = parser.add_argument_group("reference model")
     own.add_argument("--chunks", type=positive, default=24, metavar="N", help="chunks to generate (default: 24)")
-    own.add_argument("--fault", choices=("context", "chunk"), help="plant a blotch and measure the error around it")
+    own.add_argument("--fault", choices=tuple(FAULTS), help="plant a blotch and measure the error around it")
     own.add_argument("--kind", choices=tuple(KINDS), default=BASE, help="how it drifts (default: fading)")
     own.add_argument("--sink", type=int, metavar="FRAMES", help="frames of an anchor (default: as it was trained)")
     own.add_argument("--device", default="cpu")

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.reference.fault import Blotch, Planter, Where
+from tokentrim_hooks.reference.fault import FAULTS, Blotch, Fault, Planter, Where
 from tokentrim_hooks.reference.kinds import BASE, weights_file
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.reference.quality import METRICS, MORE, window
@@ -54,10 +54,8 @@ ASPECTS = {
 }
 """What a measure is about. Of those that tell drift apart, contrast, background and place stand in tables, too."""
 MEASURES = tuple(metric for metric in (*METRICS, *MORE) if metric.name in ASPECTS)
-HEALTHY = 6
-"""Chunks made true before the corrupted one, so that the policy has severities to compare with."""
 OFFSETS = (1, 4, 8, 12)
-"""Chunks after the fault at which the error around it is measured."""
+"""Chunks after the last corrupted one at which the error around it is measured."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class ReferenceMaker:
     Attributes:
         pipeline: used by all trials, one after the other.
         chunks: generated after the given first one.
-        fault: where a blotch is planted in chunk HEALTHY + 1, or None for the natural drift.
+        fault: name of the planted fault, a key of ``reference.fault.FAULTS``, or None for the natural drift.
         weights: what the model is, for the settings. kind: how it drifts (a key of ``reference.kinds.KINDS``).
         sink: frames of the sink (anchor).
         on_chunk: called after every generated chunk.
@@ -134,8 +132,8 @@ class ReferenceMaker:
         Raises:
             TokenTrimError: too few chunks for a fault.
         """
-        if fault and chunks < HEALTHY + 2:
-            raise TokenTrimError(f"a fault needs at least {HEALTHY + 2} chunks: it is planted in chunk {HEALTHY + 1}")
+        if fault and chunks < (needs := FAULTS[fault].needs):
+            raise TokenTrimError(f"{fault!r} needs at least {needs} chunks: it is planted in {FAULTS[fault]}")
         if trained:
             pipeline = ReferencePipeline.pretrained(kind, device=device, sink_size=sink)
             weights = hashlib.sha256(weights_file(kind).read_bytes()).hexdigest()[:12]
@@ -157,11 +155,12 @@ class ReferenceTrial:
         self.maker, self.model, self.seeds = maker, maker.pipeline, seeds
         self.frames = self.model.num_frame_per_block
         self.scene = joined([scenes(seed, 1, self.frames * (1 + maker.chunks)) for seed in seeds])
-        blotches = [Blotch.draw(1, self.model.generator.model.grid, (4, 4), seed) for seed in seeds]
-        corner, color = (torch.cat([getattr(b, name) for b in blotches]) for name in ("corner", "color"))
-        self.blotch = Blotch(corner, color, (4, 4))
-        self.columns: Sequence[Column] = fault_columns(maker.chunks) if maker.fault else drift_columns(maker.chunks)
-        self.watch = HEALTHY + 2 if maker.fault else None
+        grid = self.model.generator.model.grid
+        self.blotch = Blotch.joined([Blotch.draw(1, grid, (4, 4), seed) for seed in seeds])
+        self.fault = FAULTS[maker.fault] if maker.fault else None
+        self.watch = self.fault.last + 1 if self.fault else None
+        fault, chunks = self.fault, maker.chunks
+        self.columns: Sequence[Column] = fault_columns(chunks, fault) if fault else drift_columns(chunks)
         self.settings: Mapping[str, Any] = {"model": "reference", "kind": maker.kind, "weights": maker.weights,
                          "chunks": maker.chunks, "sink": maker.sink,
                          "fault": maker.fault, "device": str(self._like.device)}  # fmt: skip
@@ -176,8 +175,9 @@ class ReferenceTrial:
         shape = (self.frames * self.maker.chunks, *truth.shape[2:])
         draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
         with ExitStack() as stack:
-            if self.maker.fault:
-                stack.enter_context(self._planter(truth, self.maker.fault))
+            if self.fault:
+                tokens = self.model.frame_seq_length
+                stack.enter_context(Planter(self.model.generator, truth, self.blotch, self.fault, tokens))
             noise = torch.stack(draws).to(truth)
             given, on_chunk = truth[:, : self.frames].clone(), self.maker.on_chunk
             video = self.model.inference(noise, initial_latent=given, return_latents=True, on_chunk=on_chunk)[1]
@@ -185,25 +185,21 @@ class ReferenceTrial:
 
     def measure(self, video: Tensor) -> dict[str, Tensor]:
         """Measures of :mod:`tokentrim_hooks.reference.quality`, or the error around the planted fault."""
-        found = self._fault_errors(video) if self.maker.fault else {}
-        for low, high in windows(self.maker.chunks, HEALTHY + 2 if self.maker.fault else 1):
+        found = self._fault_errors(video, self.fault) if self.fault else {}
+        for low, high in windows(self.maker.chunks, self.watch or 1):
             frames = slice(low * self.frames, (high + 1) * self.frames)
             part = window(self.scene, frames)
             for metric in MEASURES:
                 found[f"{metric.name} @ {_name(low, high)}"] = metric.measure(video[:, frames], part)
         return found
 
-    def _fault_errors(self, video: Tensor) -> dict[str, Tensor]:
+    def _fault_errors(self, video: Tensor, fault: Fault) -> dict[str, Tensor]:
         found = {}
-        for column, offset in zip(self.columns, OFFSETS, strict=False):
-            first = (HEALTHY + 1 + offset) * self.frames
+        for offset, column in error_columns(self.maker.chunks, fault).items():
+            first = (fault.last + offset) * self.frames
             here = slice(first, first + self.frames)
             found[column.key] = self.blotch.error(video[:, here], self.scene.video[:, here])
         return found
-
-    def _planter(self, truth: Tensor, where: Where) -> Planter:
-        tokens = self.model.frame_seq_length
-        return Planter(self.model.generator, truth, self.blotch, HEALTHY + 1, tokens, where)
 
 
 def joined(parts: Sequence[Scene]) -> Scene:
@@ -223,11 +219,15 @@ def drift_columns(chunks: int, first: int = 1) -> list[Column]:
     return [Column(m.name, ASPECTS[m.name], m.better, name) for name in names for m in MEASURES]
 
 
-def fault_columns(chunks: int) -> list[Column]:
+def fault_columns(chunks: int, fault: Fault) -> list[Column]:
     """Columns of a rollout with a planted fault: the error around it, and what the whole picture does after it."""
-    offsets = [o for o in OFFSETS if HEALTHY + 1 + o <= chunks]
-    errors = [Column(f"error around the fault, +{o}", "stability", "lower") for o in offsets]
-    return [*errors, *drift_columns(chunks, HEALTHY + 2)]
+    return [*error_columns(chunks, fault).values(), *drift_columns(chunks, fault.last + 1)]
+
+
+def error_columns(chunks: int, fault: Fault) -> dict[int, Column]:
+    """Columns of the error around the fault, by how many chunks after the last corrupted one it is measured."""
+    offsets = [offset for offset in OFFSETS if fault.last + offset <= chunks]
+    return {o: Column(f"error around the fault, +{o}", "stability", "lower") for o in offsets}
 
 
 def _name(low: int, high: int) -> str:

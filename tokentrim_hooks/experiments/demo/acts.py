@@ -9,16 +9,18 @@ from typing import Any
 from tokentrim_hooks.experiments.compare.rollouts import Take, roll_out
 from tokentrim_hooks.experiments.compare.settings import STANDARD
 from tokentrim_hooks.experiments.compare.table import Row, summarise
-from tokentrim_hooks.experiments.compare.trials import HEALTHY, ReferenceMaker, ReferenceTrial
-from tokentrim_hooks.reference.fault import Where
+from tokentrim_hooks.experiments.compare.trials import ReferenceMaker, ReferenceTrial
+from tokentrim_hooks.reference.fault import FAULTS, Where
 
 OFF, PAPER = STANDARD[:2]
+PLANTED: Where = "context"
+"""The demo's fault."""
 ACTS: tuple[tuple[str, str, str, Where | None], ...] = (
-    ("fault", "A planted fault", "fading", "context"),
+    ("fault", "A planted fault", "fading", PLANTED),
     ("burning", "Natural drift: the burning model", "burning", None),
     ("fading", "Natural drift: the fading model", "fading", None),
 )
-"""Name, title, kind of the reference model, where a fault is planted."""
+"""Name, title, kind of the reference model, fault."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Size:
     @property
     def fault_chunks(self) -> int:
         """Chunks generated in the fault's act: true ones, the corrupted one, those after it."""
-        return HEALTHY + 1 + self.after
+        return FAULTS[PLANTED].last + self.after
 
     @property
     def total_chunks(self) -> int:

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from tokentrim_hooks.experiments.compare.rollouts import Take
-from tokentrim_hooks.experiments.compare.trials import HEALTHY
 from tokentrim_hooks.experiments.demo.acts import Act
 from tokentrim_hooks.reference.fault import TOKENS
 from tokentrim_hooks.report.files import write
@@ -64,7 +63,7 @@ class Pictures:
 
     def __init__(self, act: Act) -> None:
         self.act, self.frames = act, act.trial.frames
-        self.fault_at = HEALTHY + 1 if act.trial.maker.fault else None
+        self.fault_at = act.trial.fault.last if act.trial.fault else None
         self.scenes = range(min(SCENES, len(act.trial.seeds)))
         videos = (act.trial.scene.video, act.off.video, act.paper.video)
         self._videos = [[frames_of(self._with_fault(video, scene)) for video in videos] for scene in self.scenes]
