@@ -9,6 +9,7 @@ from pages import ROOT
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import errors
+from tokentrim_hooks.reference.fault import FAULTS
 
 
 def first_column(page, heading):
@@ -41,6 +42,7 @@ TABLES = [
     ("index.md", "Error", public(errors) - {"annotations", "TokenTrimError", "TokenTrimWarning"}),
     ("policies.md", "Option", fields(tokentrim.DriftPolicy)),
     ("policies.md", "`chunk`, a `Chunk`", fields(tokentrim.Chunk)),
+    ("cli.md", "Fault", set(FAULTS)),
     ("adapters.md", "Member", public(tokentrim.Adapter)),
     ("adapters.md", "`Phase`", members(tokentrim.Phase)),
     ("adapters.md", "`Role`", members(tokentrim.Role)),
@@ -61,3 +63,12 @@ def test_the_defaults_of_drift_policy_are_the_tables():
     )
     defaults = {field.name: str(field.default) for field in dataclasses.fields(tokentrim.DriftPolicy)}
     assert {name: value.strip().strip('"') for name, value in rows} == defaults
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_figures_of_a_fault_are_the_tables(name):
+    (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE)
+    planted, accepted, what, needs = row.split(" | ")[:4]
+    fault = FAULTS[name]
+    assert (planted, accepted, needs) == (str(fault), "yes" if fault.accepted else "no", str(fault.needs))
+    assert ("noise" in what) == fault.noise
