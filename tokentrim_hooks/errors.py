@@ -68,4 +68,4 @@ class MissingExtraError(TokenTrimError, ImportError):
 
 
 class TokenTrimWarning(UserWarning):
-    """Something went wrong and generation goes on without pruning; or a patch saw nothing, and why."""
+    """Generation goes on without pruning; or a patch saw nothing, and why; or compiled code runs eagerly for a while."""

@@ -66,13 +66,11 @@ def test_compiled_after_patching_prunes_the_same(make):
 
 
 @pytest.mark.parametrize("make", [reference, skyreels])
-def test_observing_adds_graph_breaks_only_around_the_denoiser(make):
+def test_observing_adds_no_graph_break(make):
     pipeline, denoiser, run = make()
     alone = breaks(denoiser, run)
     denoiser._compiled_call_impl = None
-    with tokentrim.patched(pipeline, tokentrim.ObservePolicy()):
+    with tokentrim.patched(pipeline, tokentrim.ObservePolicy()) as handle:
         patched = breaks(denoiser, run)
-    # Ours lie before and after the denoiser's own forward; none is inside it, whatever the number of layers.
-    ours = {reason for reason in patched - alone if "tokentrim" in reason or "PatchHandle" in reason}
-    assert ours, "the hooks themselves are not compiled"
-    assert all("PatchHandle._guard" in reason for reason in ours), ours
+        assert len(handle.report) > 1
+    assert patched <= alone

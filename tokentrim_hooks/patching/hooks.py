@@ -18,7 +18,9 @@ from tokentrim_hooks.patching.tap_site import as_itself, eagerly
 class Switch(Protocol):
     """What says whether a patch is on."""
 
-    active: bool
+    @property
+    def active(self) -> bool:
+        """Whether hooks have work to do."""
 
 
 INERT = contextlib.nullcontext().__exit__

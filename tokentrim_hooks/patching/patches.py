@@ -19,6 +19,7 @@ from torch import nn
 
 from tokentrim_hooks.errors import AttachError
 from tokentrim_hooks.failures import FailurePolicy
+from tokentrim_hooks.patching.compiled import Watch
 from tokentrim_hooks.patching.hooks import outermost_hooks, plain_hooks
 from tokentrim_hooks.patching.tap_site import MISSING, TapNames, TapSite, as_itself, depth_hooks, eagerly
 from tokentrim_hooks.pruning.call_scope import BUSY, current_tap
@@ -100,10 +101,18 @@ class Patches:
         stay the first and the last hooks of the module, whoever registers others later; all three are needed then.
         """
         if outermost and before and after and leave:
-            handles = outermost_hooks(module, before, after, leave, self)
+            watch = Watch(module, before, after, leave, self)
+            handles = outermost_hooks(module, watch.before, after, leave, watch)
+            self._stand_outside(module, watch)
         else:
             handles = plain_hooks(module, before, after, leave, self)
         self._undo += [handle.remove for handle in handles]
+
+    def _stand_outside(self, module: nn.Module, watch: Watch) -> None:
+        """Stay out of the denoiser's graph, whether it is compiled in place or by ``torch.compile(module)``."""
+        self._wrap(module, "compile", watch.compiled)
+        called = module.__call__
+        self._put(module, "__call__", watch.enter_at(called, called))
 
     def tap(
         self,
@@ -185,12 +194,15 @@ class Patches:
         self._wrap(owner, name, guarded)
 
     def _wrap(self, owner: Any, name: str, wrapper: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        self._put(owner, name, Wrapper(getattr(owner, name), wrapper, enabled=lambda: self.active))
+
+    def _put(self, owner: Any, name: str, stand_in: Any) -> None:
+        """Put something in the place of an attribute, which comes back when the patch comes off."""
         before = vars(owner).get(name, MISSING)
-        wrapped = Wrapper(getattr(owner, name), wrapper, enabled=lambda: self.active)
-        setattr(owner, name, wrapped)
+        setattr(owner, name, stand_in)
 
         def undo() -> None:
-            if vars(owner).get(name) is not wrapped:
+            if vars(owner).get(name) is not stand_in:
                 return
             if before is MISSING:
                 delattr(owner, name)

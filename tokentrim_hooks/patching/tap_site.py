@@ -38,9 +38,17 @@ def _swap_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
+OUTSIDE = (
+    "tokentrim's part of a denoiser call cannot be in a graph. Compile the denoiser itself, or its blocks, after the "
+    "patch: they may have fullgraph=True.\nWhat encloses the denoiser, and single attention functions, compile without"
+)
+"""Why the compiler found code of ours, which it says where somebody has compiled more than we can stay outside of."""
+
+
 def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``function`` out of compiled graphs: our bookkeeping is not the model's."""
-    return cast(Callable[..., Any], torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    options = {"reason": OUTSIDE} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
+    return cast(Callable[..., Any], torch.compiler.disable(function, **options))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
