@@ -68,4 +68,4 @@ class MissingExtraError(TokenTrimError, ImportError):
 
 
 class TokenTrimWarning(UserWarning):
-    """Generation goes on without pruning; or a patch saw nothing, and why; or compiled code runs eagerly for a while."""
+    """Generation goes on without pruning; a patch saw nothing, and why; or compiled code runs eagerly for a while."""

@@ -172,11 +172,38 @@ def test_never_judged():
     pipeline = tiny.make()
     handle = tokentrim.patch(pipeline, POLICY)
     for _ in range(2):
-        tiny.run(pipeline, chunks=1)
+        assert not said(lambda: tiny.run(pipeline, chunks=1))
     assert len(handle.report) == 2
-    tiny.run(pipeline, chunks=1)
-    with pytest.warns(tokentrim.TokenTrimWarning, match="3 chunks and judged none: every one opened a new video"):
+    words = "3 chunks and judged none: every one opened a new video"
+    with pytest.warns(tokentrim.TokenTrimWarning, match=words):
+        tiny.run(pipeline, chunks=1)
+    assert not said(lambda: tiny.run(pipeline, chunks=1)), "once while the patch is on"
+    with pytest.warns(tokentrim.TokenTrimWarning, match=words.replace("3", "4")):
         handle.unpatch()
+
+
+def test_never_judged_is_said_amid_the_run_that_shows_it():
+    """An adapter's model whose every call opens a video: what it makes is one video to its user."""
+    pipeline = tiny.make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tokentrim.TokenTrimWarning)
+        with tokentrim.patched(pipeline, POLICY) as handle:
+            handle.adapter.restarts = lambda call, seen: True
+            heard = []
+            warnings.showwarning = lambda message, *_: heard.append((str(message), len(handle.report)))
+            warnings.simplefilter("always", tokentrim.TokenTrimWarning)
+            tiny.run(pipeline)
+            warnings.simplefilter("ignore", tokentrim.TokenTrimWarning)
+    assert len(heard) == 1 and "every one opened a new video" in heard[0][0] and heard[0][1] == 3
+    assert len(handle.report) == 5
+
+
+def test_never_judged_says_nothing_of_a_video_that_was_judged():
+    pipeline = tiny.make()
+    with tokentrim.patched(pipeline, POLICY):
+        for _ in range(3):
+            tiny.run(pipeline, chunks=2)
+        assert not said(lambda: [tiny.run(pipeline, chunks=1) for _ in range(4)])
 
 
 def test_never_judged_is_no_news_of_a_policy_that_does_not_judge():

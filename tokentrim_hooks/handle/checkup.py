@@ -134,9 +134,14 @@ def _is(sign: Any, value: Any) -> bool:
     return sign() is value if isinstance(sign, weakref.ref) else sign == id(value)
 
 
+def chunks_of(report: Report) -> set[tuple[int, int]]:
+    """(video, chunk) of all that was recorded."""
+    return {(record.video, record.chunk) for record in report}
+
+
 def never_judged(report: Report) -> str:
     """Why none of several chunks has a verdict, in words; empty if one has, or if some were handed in as context."""
-    chunks = {(record.video, record.chunk) for record in report}
+    chunks = chunks_of(report)
     if len(chunks) < FEW or any(record.given or record.severity is not None for record in report):
         return ""
     if all(chunk == 0 for _, chunk in chunks):

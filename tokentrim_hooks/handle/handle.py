@@ -11,7 +11,15 @@ from typing import Any
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.failures import FailurePolicy, OnError
-from tokentrim_hooks.handle.checkup import ATTRIBUTE, Checkup, never_called, never_judged, owners_of
+from tokentrim_hooks.handle.checkup import (
+    ATTRIBUTE,
+    FEW,
+    Checkup,
+    chunks_of,
+    never_called,
+    never_judged,
+    owners_of,
+)
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.patching.tap_site import eagerly
 from tokentrim_hooks.policy.base import Policy
@@ -45,6 +53,7 @@ class PatchHandle:
         self._failures = failures
         self._checkup = checkup
         self._told = self._called = False
+        self._unsure = any(policy.judges for policy in policies)
         self._owners: list[Any] = []
 
     @classmethod
@@ -110,7 +119,7 @@ class PatchHandle:
 
         Warns where the patch did nothing: the denoiser was replaced; it was called, but no chunk was recognised; only
         other pipelines called it; nobody did, though the model shows signs of a run (a patch that comes off unused says
-        nothing); or three chunks and more were recorded and none was judged.
+        nothing); or three chunks and more were recorded and none was judged, which is said at the third one, too.
         """
         self._take_off()
 
@@ -128,7 +137,7 @@ class PatchHandle:
         recorder = self._rollout.shared.recorder
         tell(recorder.observers, "on_end")
         _logger.info("unpatched: %s", recorder.report.summary().splitlines()[0])
-        self._warn(words or ("" if quiet or self._told else self._idle()), stacklevel=4)
+        self._warn(words or ("" if quiet else self._idle()), stacklevel=4)
 
     def _replaced(self, at_end: bool = False) -> str:
         """What became of the denoiser, unless it is in order; said once while the patch is on, and once at its end."""
@@ -144,6 +153,15 @@ class PatchHandle:
         # A call that is in no count was refused, and whoever made it has been told.
         was_run = not self._called and self._checkup.was_run()
         return never_called(self._rollout.foreign_calls, self._rollout.unread_calls, was_run)
+
+    def _listen(self) -> None:
+        """Look at the first chunks as they are recorded: if none of them is judged, no later one may be."""
+        report = self._rollout.shared.recorder.report
+        chunks = chunks_of(report)
+        judged = any(record.severity is not None for record in report)
+        self._unsure = not judged and len(chunks) < FEW
+        if not self._unsure:
+            self._warn(never_judged(report))
 
     def _warn(self, words: str, stacklevel: int = 3) -> None:
         if words:
@@ -194,11 +212,14 @@ class PatchHandle:
             if self._failures.stepped_aside:
                 return None
             try:
-                return function(module, args, kwargs, *output)
+                found = function(module, args, kwargs, *output)
             except Exception as failure:
                 if not self._failures.forgives(failure):
                     raise
                 return None
+            if self._unsure:
+                self._listen()
+            return found
 
         return eagerly(guarded)
 
