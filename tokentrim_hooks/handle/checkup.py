@@ -141,7 +141,9 @@ def chunks_of(report: Report) -> set[tuple[int, int]]:
 
 def never_judged(report: Report) -> str:
     """Why none of several chunks has a verdict, in words; empty if one has, or if some were handed in as context."""
-    chunks = chunks_of(report)
+    # A chunk whose first call did not come back (Ctrl-C) says nothing, nor does the first one of a run begun anew.
+    made = {(record.video, record.chunk) for record in report if record.phases}
+    chunks = {place for place in made if place[1]} or made
     if len(chunks) < FEW or any(record.given or record.severity is not None for record in report):
         return ""
     if all(chunk == 0 for _, chunk in chunks):
@@ -151,7 +153,7 @@ def never_judged(report: Report) -> str:
         )
     else:
         reason = "the policy gave no verdict on any of them."
-    return f"tokentrim recorded {len(chunks)} chunks and judged none: {reason}"
+    return f"tokentrim recorded {len(made)} chunks and judged none: {reason}"
 
 
 def never_called(foreign: int, unread: int, was_run: bool) -> str:

@@ -159,9 +159,10 @@ class PatchHandle:
         report = self._rollout.shared.recorder.report
         chunks = chunks_of(report)
         judged = any(record.severity is not None for record in report)
-        self._unsure = not judged and len(chunks) < FEW
-        if not self._unsure:
-            self._warn(never_judged(report))
+        words = "" if judged else never_judged(report)
+        # Not for ever: the report is looked through, and at the end it is once more.
+        self._unsure = not judged and not words and len(chunks) < 4 * FEW
+        self._warn(words)
 
     def _warn(self, words: str, stacklevel: int = 3) -> None:
         if words:
