@@ -18,8 +18,8 @@ Rows = Sequence[Sequence[str]]
 
 def plain_table(columns: Sequence[str], rows: Rows, title: str = "") -> str:
     """Rows of text under their headings, aligned with spaces; only the last column wraps, at ``WIDTH``."""
-    before = sum(4 + max(_width(row[i]) for row in [columns, *rows]) for i in range(len(columns) - 1))
     columns, *rows = [[printable(cell) for cell in row] for row in (columns, *rows)]
+    before = sum(4 + max(_width(row[i]) for row in [columns, *rows]) for i in range(len(columns) - 1))
     # Cells are words already: a number is not to be read and rounded once more.
     table = tabulate(
         rows, columns, tablefmt="simple", disable_numparse=True,
