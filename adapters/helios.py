@@ -9,8 +9,7 @@ that end at the stage's own end point, so that their first prediction is neither
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,8 +66,7 @@ class Helios(PackedHistory):
         if arguments["hidden_states"].shape[-2:] != short.shape[-2:]:
             raise UnsupportedContextError(PYRAMID)
         video = arguments["indices_hidden_states"]
-        if self._looked_at() is not video:
-            self._looked_at = weakref.ref(video)
+        if self._video() is not video:
             self._pinned, self._filled = _look(long, mid, short, arguments)
         return Packing(((long, 4), (mid, 2), (short[:, :, self._pinned :], 1)), self._pinned, mid, video)
 
@@ -76,7 +74,6 @@ class Helios(PackedHistory):
         """Always forward in time; history holds what an image or a video has given."""
         return self._filled
 
-    _looked_at: Callable[[], Any] = staticmethod(lambda: None)
     _pinned = 0
     _filled = 0
 

@@ -14,26 +14,18 @@ import threading
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from tokentrim_hooks.errors import TokenTrimWarning
+from tokentrim_hooks.patching.hooks import Switch
 from tokentrim_hooks.patching.tap_site import as_itself, eagerly
-from tokentrim_hooks.pruning.call_scope import BUSY
+from tokentrim_hooks.pruning.call_scope import BUSY, executes
 
 COMPILED = "_compiled_call_impl"
 """Where ``module.compile()`` leaves what it made."""
-
-
-class Undoing(Protocol):
-    """What says whether a patch is on, and takes it off."""
-
-    active: bool
-
-    def on_undo(self, action: Callable[[], None]) -> None:
-        """Run ``action`` when the patch comes off."""
 
 
 class Spared:
@@ -117,7 +109,7 @@ class Watch:
     Args:
         module: the denoiser.
         before, after, leave: see :meth:`Patches.hook`.
-        patches: of the model.
+        patches: of the model. put: puts a stand-in in the place of an attribute until the patch comes off.
 
     Attributes:
         taken: whether some call is inside an entry; a plain attribute, which compiled code can guard on.
@@ -129,10 +121,11 @@ class Watch:
         before: Callable[..., Any],
         after: Callable[..., Any],
         leave: Callable[..., Any],
-        patches: Undoing,
+        patches: Switch,
+        put: Callable[[nn.Module, str, Any], None],
     ) -> None:
         self.taken = False
-        self._module, self._patches = module, patches
+        self._module, self._patches, self._put = module, patches, put
         self._before, self._after, self._leave = before, after, leave
         self._frames: dict[int, types.FrameType] = {}
         self._told = False
@@ -146,13 +139,7 @@ class Watch:
 
     def _encloses(self) -> bool:
         """Whether an entry is around this thread's call; not trusted to have been left, for Ctrl-C may come."""
-        frame = self._frames.get(threading.get_ident())
-        try:
-            if frame is not None:
-                frame.clear()
-        except RuntimeError:  # it is executing
-            return True
-        return False
+        return executes(self._frames.get(threading.get_ident()))
 
     # ------------------------------------------------------------------------------------------ a call
 
@@ -212,16 +199,6 @@ class Watch:
 
     def _spared(self, call: Callable[..., Any], plain: Callable[..., Any], part: nn.Module) -> Spared:
         return Spared(call, plain, functools.partial(self._tell, type(getattr(part, "_orig_mod", part)).__name__))
-
-    def _put(self, part: nn.Module, place: str, stand_in: Any) -> None:
-        before = vars(part)[place]
-        setattr(part, place, stand_in)
-
-        def undo() -> None:
-            if vars(part).get(place) is stand_in:
-                setattr(part, place, before)
-
-        self._patches.on_undo(undo)
 
     def _tell(self, name: str) -> None:
         if not self._told:

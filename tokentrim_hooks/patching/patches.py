@@ -101,7 +101,7 @@ class Patches:
         stay the first and the last hooks of the module, whoever registers others later; all three are needed then.
         """
         if outermost and before and after and leave:
-            watch = Watch(module, before, after, leave, self)
+            watch = Watch(module, before, after, leave, self, self._put)
             handles = outermost_hooks(module, watch.before, after, leave, watch)
             self._stand_outside(module, watch)
         else:

@@ -21,6 +21,17 @@ OURS = ("tokentrim_hooks", "torch._dynamo", "contextlib")
 """Modules whose frames lie between a call and the hook that watches it."""
 
 
+def executes(frame: FrameType | None) -> bool:
+    """Whether a frame is executing, in whatever thread. One that has ended lets go of its variables."""
+    try:
+        # A frame that is executing refuses to be cleared; one that has ended does not.
+        if frame is not None:
+            frame.clear()
+    except RuntimeError:
+        return True
+    return False
+
+
 class CallScope:
     """One running denoiser call.
 
@@ -58,13 +69,7 @@ class CallScope:
     @property
     def runs(self) -> bool:
         """Whether the call is still under way."""
-        try:
-            # A frame that is executing, in whatever thread, refuses to be cleared; one that has ended does not.
-            if self._frame is not None:
-                self._frame.clear()
-        except RuntimeError:
-            return True
-        return False
+        return executes(self._frame)
 
     @property
     def running(self) -> bool:

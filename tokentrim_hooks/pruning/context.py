@@ -63,7 +63,6 @@ class KeyLayout:
         """Number of keys that self attention sees."""
         return sum(segment.length for segment in self.segments)
 
-
     @property
     def frames(self) -> set[int]:
         """Latent frames that have a key."""

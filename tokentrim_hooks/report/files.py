@@ -6,11 +6,13 @@ A link that a user names as the folder is followed; one that lies in the folder 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokentrim_hooks.errors import ReportError
 
@@ -57,6 +59,17 @@ def write(path: Path, content: str | bytes) -> Path:
                 draft.unlink()
             raise
     return path
+
+
+def write_picture(picture: Any, path: Path, kind: str, **options: Any) -> Path:
+    """Write a picture of PIL's as :func:`write` does, in the format ``kind``; ``options`` are those of its ``save``.
+
+    Raises:
+        ReportError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return write(path, buffer.getvalue())
 
 
 def append(path: Path, text: str) -> None:

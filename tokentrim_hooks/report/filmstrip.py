@@ -5,7 +5,6 @@ Frames go in as uint8 ``[H, W, 3]`` and are enlarged by whole factors without sm
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tokentrim_hooks.errors import VideoError
-from tokentrim_hooks.report.files import write
+from tokentrim_hooks.report.files import write_picture
 from tokentrim_hooks.report.record import ChunkRecord
 
 Frame = NDArray[np.uint8]
@@ -170,9 +169,8 @@ def save_film(frames: Sequence[Image.Image], path: Path, milliseconds: Sequence[
     # No dithering, and one palette for the whole film: what does not change costs no bytes, and no colour flickers.
     palette = _palette(frames)
     reduced = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    buffer, durations = io.BytesIO(), list(milliseconds)
-    reduced[0].save(buffer, "gif", save_all=True, append_images=reduced[1:], duration=durations, loop=0)
-    return write(path, buffer.getvalue())
+    film: dict[str, Any] = {"save_all": True, "append_images": reduced[1:], "duration": list(milliseconds), "loop": 0}
+    return write_picture(reduced[0], path, "gif", **film)
 
 
 def _palette(frames: Sequence[Image.Image], samples: int = 8) -> Image.Image:

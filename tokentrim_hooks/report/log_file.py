@@ -12,15 +12,17 @@ import io
 import itertools
 import json
 import os
+import textwrap
 import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokentrim_hooks.errors import TokenTrimWarning
+from tokentrim_hooks.errors import ReportError, TokenTrimWarning
 from tokentrim_hooks.report import names
-from tokentrim_hooks.report.files import is_own, told, write
+from tokentrim_hooks.report.fields import parsed
+from tokentrim_hooks.report.files import is_own, read, told, write
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 """None on Windows, where an open file cannot be set aside, which does as well."""
@@ -146,6 +148,23 @@ def write_settings(folder: Path, settings: Mapping[str, Any], tag: str = "") -> 
         ReportError: they cannot be written.
     """
     write(names.settings_of(folder, tag), json.dumps(settings, indent=2, default=str))
+
+
+def read_settings(path: Path, limit: int, hint: str) -> dict[str, Any]:
+    """Settings that lie in a file, of at most ``limit`` bytes; ``hint`` says what to do where they cannot be read.
+
+    Raises:
+        ReportError: they cannot be read, or are none.
+    """
+    content = read(path, limit)
+    try:
+        settings = parsed(content)
+        json.dumps(settings, indent=2)
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+    except (ValueError, RecursionError) as failure:
+        raise ReportError(f"{path} cannot be read: {textwrap.shorten(str(failure), 120)}.\n{hint}") from failure
+    return settings
 
 
 def _claimed(folder: Path, wanted: str, append: bool) -> tuple[str, io.FileIO]:

@@ -15,10 +15,10 @@ from typing import Any
 
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.report import names
-from tokentrim_hooks.report.fields import fields_of, parsed
-from tokentrim_hooks.report.files import made, read, refuse_links_out, told, write
+from tokentrim_hooks.report.fields import fields_of
+from tokentrim_hooks.report.files import made, refuse_links_out, told, write
 from tokentrim_hooks.report.floats import Floats, four_digits
-from tokentrim_hooks.report.log_file import is_held, write_settings
+from tokentrim_hooks.report.log_file import is_held, read_settings, write_settings
 
 LINE = 1 << 26
 """Bytes of a line of a log at most: that of a chunk of 14,400 tokens has 130,000."""
@@ -176,16 +176,7 @@ def _settings_beside(log: Path) -> dict[str, Any]:
     path = names.settings_of(log.parent, names.tag_of(log))
     if not path.is_file():
         return {}
-    content = read(path, SETTINGS)
-    try:
-        settings = parsed(content)
-        json.dumps(settings, indent=2)
-        if not isinstance(settings, dict):
-            raise ValueError("it holds no settings")
-    except (ValueError, RecursionError) as failure:
-        hint = "Move it away: the log is read without it."
-        raise ReportError(f"{path} cannot be read: {shorten(str(failure), 120)}.\n{hint}") from failure
-    return settings
+    return read_settings(path, SETTINGS, "Move it away: the log is read without it.")
 
 
 def _records_of(log: Path, settings: Mapping[str, Any]) -> Iterator[ChunkRecord]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.markers import hookimpl
-from tokentrim_hooks.report.files import below, is_within, write
+from tokentrim_hooks.report.files import below, is_within, write_picture
 from tokentrim_hooks.report.log_file import tag_in
 from tokentrim_hooks.report.names import tag_of, thumbs_of
 from tokentrim_hooks.report.observers import ObserverFactory
@@ -52,9 +51,7 @@ class Thumbnails:
         folder = below(self._run, thumbs_of(tag_in(self._run, self._process)))
         pictures = project(mean, self._basis).cpu().numpy()
         for record, picture in zip(records, pictures, strict=True):
-            buffer = io.BytesIO()
-            image.fromarray(picture).save(buffer, "png")
-            write(folder / thumbnail_name(record), buffer.getvalue())
+            write_picture(image.fromarray(picture), folder / thumbnail_name(record), "png")
 
 
 def picture_of(record: ChunkRecord, log: Path) -> Any | None:

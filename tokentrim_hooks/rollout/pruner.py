@@ -76,6 +76,7 @@ class Pruner:
 
     def tap(self, call: Call) -> CallTap | None:
         """Tap for one denoiser call; None while nothing is dead, so that nothing is computed."""
+        self.let_go()
         if self.dead and not self.proof.enabled:
             # The proof has failed for another video of this model since.
             self.clear()
@@ -147,7 +148,6 @@ class Pruner:
             finite: whether the output is; looked at for the first prune only, for it costs a synchronisation.
         """
         tap, proof = self._last, self.proof
-        self._dropped = self._dropped or (tap is not None and tap.dropped > 0)
         calls, dropped, expected = (tap.calls, tap.dropped, max(proof.expected, 1)) if tap else (0, 0, 1)
         proof.finding = f"{calls} of {expected} attention calls tapped, {dropped} keys dropped, output finite: {finite}"
         holds = finite and dropped > 0 and calls >= expected

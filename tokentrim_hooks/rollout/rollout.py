@@ -1,8 +1,8 @@
 """Follows a denoiser: the forward hooks of a patched model.
 
-The latents go down once: a call is given to its session (sessions.py), which parses and classifies it (session.py); its
-prediction is summarised and judged by the policy (regeneration.py), the verdict marked in the context (pruner.py). What
-climbs back is the output that the sampler goes on with, and one record per chunk.
+The latents go down once: a call is parsed and given to its session (sessions.py), which classifies it (timeline.py);
+its prediction is summarised and judged by the policy (session.py, regeneration.py), the verdict marked in the context
+(pruner.py). What climbs back is the output that the sampler goes on with, and one record per chunk.
 """
 
 from __future__ import annotations

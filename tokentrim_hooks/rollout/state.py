@@ -1,4 +1,4 @@
-"""What the rollout, its only writer, remembers: of the chunk in progress, of its judgement, and of the video."""
+"""What a session, its only writer, remembers: of the chunk in progress, of its judgement, and of the video."""
 
 from __future__ import annotations
 
@@ -114,8 +114,7 @@ class ChunkState:
         """Count a call that was taken for another video's when it was made."""
         self.hear(call, judged=True)
         self.count(phase)
-        clean = clean_flag(call)
-        self.clean += [] if clean is None else [clean]
+        self._keep_flag(call)
 
     def count(self, phase: Phase) -> None:
         """Note a call of the sampler."""
@@ -143,11 +142,11 @@ class ChunkState:
         """Keep the chunk as last seen; where only the device knows whether it was clean, choose there.
 
         Args:
-            passing: whether a later call of the chunk is expected, so that no summary is made of this one.
             call, phase: the call that has come back.
             prediction: its x0, ``[B, F, C, H, W]``.
             summary: latent summary of ``prediction``, where it was made already.
             patch_size: (height, width) of a token in latent pixels.
+            passing: whether a later call of the chunk is expected, so that no summary is made of this one.
         """
         if phase is Phase.RECACHE:
             return
@@ -159,15 +158,19 @@ class ChunkState:
             self.given = self.given or phase is Phase.FIRST
             return
         self.latents, self.put_off = prediction, passing
-        if passing and phase in (Phase.FIRST, Phase.REFINE):
-            self.clean += [flag for flag in (clean_flag(call),) if flag is not None]
+        clean = self._keep_flag(call)
+        if passing:
             return
         self.summary = latent_summary(prediction, patch_size) if summary is None else summary
-        clean = clean_flag(call)
         if clean is not None:
             given = latent_summary(call.latents, patch_size).to(self.summary.dtype)
             self.summary = torch.where(clean, given, self.summary)
-            self.clean.append(clean)
+
+    def _keep_flag(self, call: Call) -> Tensor | None:
+        """Keep whether the call's latents were clean, where only the device knows; returns that."""
+        clean = clean_flag(call)
+        self.clean += [] if clean is None else [clean]
+        return clean
 
     @property
     def tokens(self) -> list[list[int]]:

@@ -14,6 +14,7 @@ from tokentrim_hooks.errors import ReportError, TokenTrimError
 from tokentrim_hooks.experiments.compare.settings import Setting
 from tokentrim_hooks.report.fields import LARGE, parsed
 from tokentrim_hooks.report.files import append, made, read, write
+from tokentrim_hooks.report.log_file import read_settings
 from tokentrim_hooks.report.record import finite
 
 MOST = 1 << 30
@@ -74,7 +75,7 @@ class Store:
                 raise TokenTrimError(f"{self.log} has no settings.json beside it: of what are these results?")
             write(file, json.dumps(now, indent=2) + "\n")
             return
-        before = _settings(file)
+        before = read_settings(file, MOST, "Give another --out, or a folder whose settings are whole.")
         changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
         if changed:
             words = "; ".join(f"{key}: {_short(before.get(key))} then, {_short(now.get(key))} now" for key in changed)
@@ -92,18 +93,6 @@ class Store:
         """
         append(self.log, json.dumps(finite(asdict(outcome)), allow_nan=False) + "\n")
         self.outcomes.append(outcome)
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    content = read(file, MOST)
-    try:
-        settings = parsed(content)
-        if not isinstance(settings, dict):
-            raise ValueError("it holds no settings")
-    except ValueError as failure:
-        hint = "Give another --out, or a folder whose settings are whole."
-        raise TokenTrimError(f"{file} cannot be read: {_short(str(failure))}.\n{hint}") from failure
-    return settings
 
 
 def _short(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from tokentrim_hooks.experiments.compare.rollouts import Take
 from tokentrim_hooks.experiments.demo.acts import Act
 from tokentrim_hooks.reference.fault import TOKENS
-from tokentrim_hooks.report.files import write
+from tokentrim_hooks.report.files import write_picture
 from tokentrim_hooks.report.filmstrip import (
     CUT,
     FAINT,
@@ -53,9 +52,7 @@ def draw_all(acts: Sequence[Act], folder: Path) -> None:
     for act in acts:
         pictures = Pictures(act)
         save_film(pictures.film(), folder / f"{act.name}.gif", pictures.milliseconds())
-        buffer = io.BytesIO()
-        pictures.still().save(buffer, "png")
-        write(folder / f"{act.name}.png", buffer.getvalue())
+        write_picture(pictures.still(), folder / f"{act.name}.png", "png")
 
 
 class Pictures:
