@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from typing_extensions import TypeVar
 
 from tokentrim_hooks.errors import UnsupportedProbeError
@@ -153,6 +154,14 @@ class Adapter(ABC, Generic[CallT]):
         Raises:
             UnsupportedContextError: attention cannot be tapped as the model is set up; all is undone again.
         """
+
+    def group(self, model: Any) -> ProcessGroup | None:
+        """Say which ranks make one video together (tensor or sequence parallel); asked once, after :meth:`attach`.
+
+        Each makes the same calls, keeps the same rows of the context (perhaps some heads only) and predicts the whole
+        chunk. They agree on verdicts and failures; None (default): each makes a video of its own (data parallel).
+        """
+        return None
 
     @abstractmethod
     def parse(self, arguments: Mapping[str, Any]) -> CallT | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.errors import (
@@ -51,6 +52,7 @@ def patch(
     on_error: OnError = "raise",
     replace: bool = False,
     observers: Sequence[Observer | str] = (),
+    group: ProcessGroup | None = None,
 ) -> PatchHandle:
     """Patch a model so that drifting tokens are pruned from its context while it generates.
 
@@ -65,6 +67,10 @@ def patch(
         replace: take an existing patch off first, instead of raising AlreadyPatchedError.
         observers: told of every accepted chunk while the run goes on (:class:`JsonLines`, :class:`ProgressLine`, ...);
             a string names an observer of an installed plugin, as for :func:`make_observer`.
+        group: the ranks that make this one video together, where the model itself communicates (tensor or sequence
+            parallel): all of them patch, in the same order, and agree on each verdict and on failures, with one small
+            collective per judged chunk and one per regeneration. Default: what the adapter says, else none, and every
+            rank judges its own video (data parallel).
 
     Returns:
         A handle with ``report``, ``reset()`` and ``unpatch()``; also a context manager.
@@ -84,7 +90,7 @@ def patch(
     instance, watching = _made(chosen), all_made(observers)
     for handle in existing:
         give_way(handle)
-    return PatchHandle.attach(model, instance, match, policies, probe, on_error, watching)
+    return PatchHandle.attach(model, instance, match, policies, probe, on_error, watching, group)
 
 
 def unpatch(model: Any) -> None:

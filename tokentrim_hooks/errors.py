@@ -47,6 +47,10 @@ class SessionError(TokenTrimError):
     """Two videos are made at the same time on one model, and its calls do not show which is whose."""
 
 
+class RankError(TokenTrimError):
+    """Another rank that shares the model has failed or gone, or is at another chunk; the message names it."""
+
+
 class LatentsError(TokenTrimError):
     """Latents have a shape, batch size or value (NaN, inf) that cannot be judged."""
 

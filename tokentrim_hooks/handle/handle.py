@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
+from torch.distributed import ProcessGroup
+
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.failures import FailurePolicy, OnError
@@ -23,6 +25,7 @@ from tokentrim_hooks.handle.checkup import (
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.patching.tap_site import eagerly
 from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.ranks.agreement import ranks_of
 from tokentrim_hooks.report.observers import Guarded, Observer, tell
 from tokentrim_hooks.report.provenance import versions
 from tokentrim_hooks.report.record import Report
@@ -66,6 +69,7 @@ class PatchHandle:
         probe: Probe,
         on_error: OnError,
         observers: Sequence[Observer] = (),
+        group: ProcessGroup | None = None,
     ) -> PatchHandle:
         """Attach to a recognised model; if any step fails, everything is rolled back and the failure raised."""
         failures = FailurePolicy(on_error)
@@ -74,6 +78,7 @@ class PatchHandle:
         try:
             adapter.attach(model, patches)
             patches.require_tap(adapter.name)
+            failures.ranks = ranks_of(adapter.group(model) if group is None else group)
             recorder = Recorder(Report(_settings(adapter, match, policies, probe)), [Guarded(o) for o in observers])
             judge = judge_of(policies)
             rollout = Rollout(model, adapter, match, judge, probe, recorder, patches.layers, failures)
@@ -138,6 +143,8 @@ class PatchHandle:
         tell(recorder.observers, "on_end")
         _logger.info("unpatched: %s", recorder.report.summary().splitlines()[0])
         self._warn(words or ("" if quiet else self._idle()), stacklevel=4)
+        if not quiet:
+            self._failures.raise_waiting()
 
     def _replaced(self, at_end: bool = False) -> str:
         """What became of the denoiser, unless it is in order; said once while the patch is on, and once at its end."""
@@ -211,6 +218,7 @@ class PatchHandle:
         def guarded(module: Any, args: Any, kwargs: Any, *output: Any) -> Any:
             self._called = True
             if self._failures.stepped_aside:
+                self._failures.stand_by(ended=bool(output))
                 return None
             try:
                 found = function(module, args, kwargs, *output)

@@ -103,6 +103,7 @@ class RunningStatistics:
     def updated(self, severity: Tensor) -> RunningStatistics:
         """Statistics with one more severity ``[B]``."""
         count = self.count + 1
-        delta = severity.to(self.mean.dtype) - self.mean
+        severity = severity.to(self.mean)
+        delta = severity - self.mean
         mean = self.mean + delta / count
-        return RunningStatistics(count, mean, self.m2 + delta * (severity.to(mean.dtype) - mean))
+        return RunningStatistics(count, mean, self.m2 + delta * (severity - mean))

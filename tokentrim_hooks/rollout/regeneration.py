@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
-from torch.utils._pytree import tree_map
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase
-from tokentrim_hooks.errors import LatentsError, TokenTrimWarning, UnsupportedContextError
+from tokentrim_hooks.errors import LatentsError, TokenTrimWarning
+from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Chunk, Policy, Verdict
 from tokentrim_hooks.policy.drift import latent_summary, token_drift
-from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.rollout.counters import Counters
+from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, read
+from tokentrim_hooks.rollout.replays import Replayer, require_repeatable, select
 from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState, clean_flag
 
 
@@ -46,10 +47,21 @@ class Regenerator:
         adapter, patch_size: of the model.
         policy: the one that judges.
         pruner: applies its verdicts.
+        failures: knows the ranks that share the model: they agree before any of them calls it again.
     """
 
-    def __init__(self, adapter: Adapter, patch_size: tuple[int, int], policy: Policy, pruner: Pruner) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        patch_size: tuple[int, int],
+        policy: Policy,
+        pruner: Pruner,
+        failures: FailurePolicy | None = None,
+    ) -> None:
         self.adapter, self.patch_size, self.policy, self.pruner = adapter, patch_size, policy, pruner
+        self._failures = failures or FailurePolicy()
+        self._replays = Replayer(adapter, policy, pruner, self._failures)
+        self.without_marks = self._replays.without_marks
 
     def judge(self, case: Case, output: Any) -> Judgement:
         """Judge ``output`` of the case's last step; regenerate all its steps while the policy asks for it.
@@ -60,35 +72,78 @@ class Regenerator:
         call, chunk = case.call, case.chunk
         found = Judgement(output, case.steps[-1].prediction)
         clean = clean_flag(call) if chunk.steps == 1 and not chunk.given else None
-        view = None if call.commits else self._view(case, found)
-        if view is None:
-            # The first chunk of a video, and so the only read: was it handed in as a clean prefix?
-            found.given = clean is not None and bool(clean)
+        if call.commits:
             return found
-        verdict = self.policy.judge(view, case.video.history())
-        if verdict is None:
+        first_look = functools.partial(self._opinion, case, found, clean, case.video.waiting)
+        opinion = self._settle("verdict", case.video, chunk, first_look)
+        found.given = opinion.given
+        if opinion.reading is None:
             return found
-        reading = self._read(verdict, view, case.video, clean, case.video.waiting)
-        found.given, found.waiting = reading.clean, reading.waiting
+        found.waiting = opinion.reading.waiting
         if found.given or chunk.given:
             return found
-        found.reading, found.severity = reading, verdict.severity
-        self._regenerate_while_unstable(case, reading, found)
+        found.reading, found.severity = opinion.reading, opinion.severity
+        self._regenerate_while_unstable(case, opinion, found)
         return found
 
     def prune_branch(self, call: Call, chunk: ChunkState) -> int:
         """Prune the context of another branch of guidance for a chunk that was pruned; return the rows that died."""
         return self.pruner.prune(call, chunk.tokens, chunk.start)
 
-    def replay_branch(self, module: nn.Module, step: Step, chunk: ChunkState, output: Any) -> Any:
+    def replay_branch(self, module: nn.Module, step: Step, chunk: ChunkState, video: VideoState, output: Any) -> Any:
         """Call another branch again, whose context was pruned after its first call.
 
         Needed where the tokens shall come back: the first call may roll the cache, and a mark can be taken back only
         from rows that have not moved since.
         """
-        return _select([bool(tokens) for tokens in chunk.tokens], self._replay(module, [step]), output)
+        again: list[Any] = []
+
+        def call_again() -> Opinion:
+            again.append(self._replays.replay(module, [step]))
+            return Opinion()
+
+        self._settle("replay of a branch", video, chunk, call_again)
+        return select([bool(tokens) for tokens in chunk.tokens], again[0], output)
+
+    def agreed(self, turn: str, video: VideoState, chunk: ChunkState, decide: Callable[[], bool]) -> bool:
+        """What ``decide`` says; where ranks share the model, what it says on the first of them."""
+        return self._settle(turn, video, chunk, lambda: Opinion(again=decide())).again
+
+    def all_finite(self, step: Step, video: VideoState) -> bool:
+        """Whether a prediction is finite, on every rank."""
+        check = functools.partial(lambda x: Opinion(holds=bool(torch.isfinite(x).all())), step.prediction)
+        where = f"latent frame {step.call.start}"
+        return self._failures.ranks.settle(f"check of video {video.number}, {where}", check).holds
+
+    # ------------------------------------------------------------------------------------------ ranks
+
+    def _settle(self, turn: str, video: VideoState, chunk: ChunkState, propose: Callable[[], Opinion]) -> Opinion:
+        """Agree on what ``propose`` says with the ranks that share the model; where there are none, just ask it."""
+        where = f"video {video.number}, latent frame {chunk.start}, batch {video.batch}, tokens {chunk.grid}"
+        return self._failures.ranks.settle(f"{turn}: {where}", propose)
 
     # ------------------------------------------------------------------------------------------ judgement
+
+    def _opinion(self, case: Case, found: Judgement, clean: Tensor | None, waiting: list[Tensor]) -> Opinion:
+        """Judge an attempt and, on the rank that leads, prune for the next one where the verdict asks for it.
+
+        The others prune once they have heard: whether a context holds anything to prune decides whether all call again.
+        """
+        view = self._view(case, found)
+        if view is None:
+            # The first chunk of a video, and so the only read: was it handed in as a clean prefix?
+            return Opinion(given=clean is not None and bool(clean))
+        verdict = self.policy.judge(view, case.video.history())
+        if verdict is None:
+            return Opinion()
+        reading = self._read(verdict, view, case.video, clean, waiting)
+        given = reading.clean or case.chunk.given
+        again = not given and self._wants_more(reading, found) and self._failures.ranks.leads
+        return Opinion(reading, verdict.severity, reading.clean, again and self._prune(case, reading, found))
+
+    def _wants_more(self, reading: Reading, found: Judgement) -> bool:
+        """Whether another attempt is asked for, and allowed."""
+        return any(reading.prune) and found.regenerations < self.policy.max_regenerations and self.pruner.proof.enabled
 
     def _view(self, case: Case, found: Judgement) -> Chunk | None:
         """What the policy sees of an attempt; None where there is no previous chunk to compare with."""
@@ -123,20 +178,59 @@ class Regenerator:
             )
         return reading
 
-    def _regenerate_while_unstable(self, case: Case, reading: Reading, found: Judgement) -> None:
+    def _regenerate_while_unstable(self, case: Case, opinion: Opinion, found: Judgement) -> None:
         """Prune, generate again, judge again, at most R times (Algorithm 1)."""
-        while any(reading.prune) and found.regenerations < self.policy.max_regenerations and self.pruner.proof.enabled:
-            if not self._prune(case, reading, found):
-                break
-            found.output = self._regenerate(case, reading, found)
-            found.prediction = self.adapter.prediction(case.call, found.output)
-            view = self._view(case, found)
-            verdict = None if view is None else self.policy.judge(view, case.video.history())
-            if view is None or verdict is None:
+        while opinion.again and opinion.reading is not None:
+            attempts = found.regenerations
+            attempt = functools.partial(self._attempt, case, opinion.reading, found)
+            opinion = self._settle(f"regeneration {attempts + 1}", case.video, case.chunk, attempt)
+            if not opinion.holds:
+                found.regenerations = attempts
+                undo = functools.partial(self._undo_attempt, case, found)
+                opinion = self._settle("undone prune", case.video, case.chunk, undo)
+            if opinion.reading is None:
                 break
             # The statistics take the severity of what is accepted, not of what was rejected.
-            reading, found.severity = self._read(verdict, view, case.video, None, []), verdict.severity
-            found.accepted = reading.severity.tolist()
+            found.severity = opinion.severity
+            found.accepted = opinion.reading.severity.tolist()
+
+    def _attempt(self, case: Case, reading: Reading, found: Judgement) -> Opinion:
+        """Regenerate the chunk and judge it again; an opinion that does not hold where the prune is not proved."""
+        if not self._failures.ranks.leads:
+            self._prune_in_step(case, reading, found)
+        again = self._regenerate(case, reading, found)
+        if again is None:
+            return Opinion(holds=False)
+        found.regenerations += 1
+        return self._second_opinion(case, found, again)
+
+    def _second_opinion(self, case: Case, found: Judgement, output: Any) -> Opinion:
+        found.output = output
+        found.prediction = self.adapter.prediction(case.call, output)
+        return self._opinion(case, found, None, [])
+
+    def _undo_attempt(self, case: Case, found: Judgement) -> Opinion:
+        """Prune nothing more: of this rank, or of another one, a prune could not be proved."""
+        self.pruner.give_up()
+        found.tokens, found.dead = [], 0
+        found.notes.append("self-check failed: pruning is off")
+        warnings.warn(
+            f"a prune could not be proved ({self.pruner.proof.finding}); it was undone, and this model is only "
+            "observed from now on",
+            TokenTrimWarning,
+            stacklevel=2,
+        )
+        # The failed attempt has poisoned what the denoiser wrote of this chunk: write it once more.
+        found.extra_calls += len(case.steps)
+        return self._second_opinion(case, found, self._replays.replay(case.module, case.steps))
+
+    def _prune_in_step(self, case: Case, reading: Reading, found: Judgement) -> None:
+        """Prune as the leading rank has done; where that fails the replay is made all the same, as all make it."""
+        try:
+            self._prune(case, reading, found)
+        except Exception as failure:
+            if not self._failures.hears(failure):
+                raise
 
     def _prune(self, case: Case, reading: Reading, found: Judgement) -> bool:
         """Prune the flagged samples' tokens; False where the context held nothing that may be pruned."""
@@ -154,68 +248,15 @@ class Regenerator:
         found.anchors = self.pruner.anchors
         return True
 
-    # ------------------------------------------------------------------------------------------ replay
-
-    def without_marks(self, module: nn.Module, step: Step) -> Any:
-        """Call again what our marks have poisoned, with all of them gone; pruning stays off.
-
-        For a model that attends through a path which the first prune did not show: dense in one step and sparse in
-        another, or with attention processors that were exchanged since.
-        """
-        self.pruner.give_up()
-        warnings.warn(
-            "pruned rows reached attention that is not tapped, in a path that the first prune did not show; they are "
-            "back, the call was repeated, and this model is only observed from now on",
-            TokenTrimWarning,
-            stacklevel=2,
-        )
-        return self._call_again(module, step, None)
-
     def _regenerate(self, case: Case, reading: Reading, found: Judgement) -> Any:
-        """Run the steps again on the pruned context. The first prune must prove that it worked, or is undone."""
+        """Run the steps again on the pruned context; None where the prune cannot be proved to have worked."""
         counters = Counters(case.module)
-        again = self._replay(case.module, case.steps)
-        _require_repeatable(counters)
+        again = self._replays.replay(case.module, case.steps)
+        require_repeatable(counters)
         found.extra_calls += len(case.steps)
         if self.pruner.dead and not self._prove(case.call, again):
-            found.tokens, found.dead = [], 0
-            found.notes.append("self-check failed: pruning is off")
-            warnings.warn(
-                f"a prune could not be proved ({self.pruner.proof.finding}); it was undone, and this model is only "
-                "observed from now on",
-                TokenTrimWarning,
-                stacklevel=2,
-            )
-            # The failed attempt has poisoned what the denoiser wrote of this chunk: write it once more.
-            found.extra_calls += len(case.steps)
-            return self._replay(case.module, case.steps)
-        found.regenerations += 1
-        return _select(reading.prune, again, found.output)
-
-    def _replay(self, module: nn.Module, steps: list[Step]) -> Any:
-        """Call the denoiser again for each step, with the same noise.
-
-        A later step's latents were made from the earlier step's prediction, which has changed: the adapter carries the
-        change over. The first step's latents are noise, which only a control policy draws anew.
-        """
-        with record_function("tokentrim.replay"):
-            output = self._call_again(module, steps[0], self._redrawn(steps[0]))
-            for earlier, step in itertools.pairwise(steps):
-                changed = self.adapter.prediction(earlier.call, output)
-                latents = self.adapter.carry(step.call, earlier.prediction, changed)
-                output = self._call_again(module, step, latents)
-        return output
-
-    def _redrawn(self, step: Step) -> Tensor | None:
-        return self.policy.redraw(step.call.latents, step.call.start)
-
-    def _call_again(self, module: nn.Module, step: Step, latents: Tensor | None) -> Any:
-        """Call the denoiser as in ``step``, with other ``latents`` unless None, and its tap on."""
-        args, kwargs = step.args, step.kwargs
-        if latents is not None:
-            args, kwargs = self.adapter.with_latents(step.call, args, kwargs, latents)
-        with scoped(self.pruner.tap(step.call), replayer=self.pruner.proof):
-            return self.adapter.replay(module, args, kwargs)
+            return None
+        return select(reading.prune, again, found.output)
 
     def _prove(self, call: Call, output: Any) -> bool:
         """Self-check of a prune: every layer dropped rows; and of the first one, that the output is finite."""
@@ -226,32 +267,3 @@ class Regenerator:
 def _merged(old: list[list[int]], new: list[list[int]]) -> list[list[int]]:
     """Per-sample union of token lists."""
     return [sorted({*a, *b}) for a, b in zip(old, new, strict=True)] if old else [list(b) for b in new]
-
-
-def _select(prune: list[bool], again: Any, output: Any) -> Any:
-    """Take flagged samples from ``again``, the others from ``output``; both have B first in every tensor."""
-    if all(prune):
-        return again
-
-    def choose(new: Any, old: Any) -> Any:
-        if not isinstance(new, Tensor) or new.ndim == 0 or new.shape[0] != len(prune):
-            return new
-        chosen = torch.tensor(prune, device=new.device).view(-1, *[1] * (new.ndim - 1))
-        return torch.where(chosen, new, old)
-
-    return tree_map(choose, again, output)
-
-
-def _require_repeatable(before: Counters) -> None:
-    """Raise UnsupportedContextError, with the counts put back, if a replay has changed what the model keeps.
-
-    A model that counts its calls (TeaCache and its kind) takes the repeated call for the next one. Asked at every
-    replay, for such a thing may be switched on at any time.
-    """
-    changed = before.put_back()
-    if changed:
-        raise UnsupportedContextError(
-            f"the model counts its calls ({', '.join(changed[:4])}), so that a chunk cannot be regenerated: the "
-            "repeated call would count as the next one. Switch off what counts (TeaCache, MagCache), or override "
-            "Adapter.replay"
-        )

@@ -60,8 +60,11 @@ class Rollout:
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the call's session, which makes ready for it."""
+        ranks = self.shared.failures.ranks
         if self._replaying:
+            ranks.replays += 1
             return
+        ranks.enter()
         with record_function("tokentrim.before"):
             found = None
             if self._is_foreign(module):
@@ -74,6 +77,7 @@ class Rollout:
                 open_scope(None)
             else:
                 found.session.before(found, args, kwargs)
+        ranks.begun()
 
     def after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """Let the session judge what came of the call; return the output that the sampler goes on with."""

@@ -7,11 +7,11 @@ Each hook of a policy has one place: ``guide`` in :meth:`Timeline._begin_chunk`,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase
@@ -64,7 +64,7 @@ class Session:
     def __init__(self, adapter: Adapter, shared: Shared) -> None:
         self.adapter, self.shared = adapter, shared
         self.pruner = Pruner(adapter, shared.patch_size, shared.policy, shared.proof, shared.failures)
-        self._regenerator = Regenerator(adapter, shared.patch_size, shared.policy, self.pruner)
+        self._regenerator = Regenerator(adapter, shared.patch_size, shared.policy, self.pruner, shared.failures)
         self.timeline = Timeline(adapter, shared, self.pruner)
         self._scope: CallScope | None = None
 
@@ -111,16 +111,16 @@ class Session:
             return output
         self.pruner.follow(call)
         missed = self.pruner.missed(self._scope.tap if self._scope is not None else None)
-        late = phase is None and self._prune_late(call, chunk)
+        late = phase is None and self._prune_late(call, chunk, video)
         if phase is None and not late and not missed:
             return output
         step = Step(call, running.args, running.kwargs, self.adapter.prediction(call, output))
-        if missed and not bool(torch.isfinite(step.prediction).all()):
+        if missed and not self._regenerator.all_finite(step, video):
             output = self._regenerator.without_marks(module, step)
             chunk.notes.append("marks reached attention that is not tapped: pruning is off")
             step.prediction = self.adapter.prediction(call, output)
         if phase is None:
-            return self._replay_branch(module, step, chunk, output) if late else output
+            return self._replay_branch(module, step, chunk, video, output) if late else output
         return self._after_step(module, step, phase, chunk, video, output)
 
     def release(self) -> None:
@@ -177,18 +177,21 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ branches
 
-    def _prune_late(self, call: Call, chunk: ChunkState) -> bool:
+    def _prune_late(self, call: Call, chunk: ChunkState, video: VideoState) -> bool:
         """Prune another branch after its call, where pruning lasts for one chunk only (else it is pruned before it)."""
-        return not self.shared.policy.persist and self._prune_branch(call, chunk)
+        if self.shared.policy.persist or not _awaits_pruning(call, chunk):
+            return False
+        prune = functools.partial(self._prune_branch, call, chunk)
+        return self._regenerator.agreed("prune of a branch", video, chunk, prune)
 
-    def _replay_branch(self, module: nn.Module, step: Step, chunk: ChunkState, output: Any) -> Any:
+    def _replay_branch(self, module: nn.Module, step: Step, chunk: ChunkState, video: VideoState, output: Any) -> Any:
         assert chunk.judgement is not None, "a branch is pruned only with a judged chunk"
         chunk.judgement.extra_calls += 1
-        return self._regenerator.replay_branch(module, step, chunk, output)
+        return self._regenerator.replay_branch(module, step, chunk, video, output)
 
     def _prune_branch(self, call: Call, chunk: ChunkState) -> bool:
         """Prune another branch's context at its first call for a pruned chunk; whether that killed anything."""
-        if not chunk.tokens or call.stream in chunk.pruned_streams or call.start != chunk.start:
+        if not _awaits_pruning(call, chunk):
             return False
         assert chunk.judgement is not None, "tokens come from a judgement"
         chunk.pruned_streams.add(call.stream)
@@ -214,6 +217,11 @@ class Session:
             video.learn_steps([bool(flag) for flag in video.waiting])
         chunk.history.append(step)
         return chunk.history if chunk.steps == video.usual_steps else []
+
+
+def _awaits_pruning(call: Call, chunk: ChunkState) -> bool:
+    """Whether a call is the first of another branch of a chunk that was pruned."""
+    return bool(chunk.tokens) and call.stream not in chunk.pruned_streams and call.start == chunk.start
 
 
 def read_call(adapter: Adapter, arguments: Mapping[str, Any], shared: Shared) -> Call | None:

@@ -1,0 +1,50 @@
+"""What a rank thinks of a chunk, and how it takes over what the first rank of its group thinks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.rollout.reading import Reading
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """An answer of :meth:`Regenerator`'s questions to itself, the same on all ranks once they have agreed.
+
+    Attributes:
+        reading: the verdict on the host; None where the policy has none. Its drift stays this rank's own.
+        severity: of the verdict, ``[B]``; on the device, or on the host once it was agreed on.
+        given: whether the chunk was handed in.
+        again: whether the context was pruned, so that the denoiser is called again.
+        holds: whether all that was checked is in order; on every rank, once agreed.
+    """
+
+    reading: Reading | None = None
+    severity: Tensor | None = None
+    given: bool = False
+    again: bool = False
+    holds: bool = True
+
+    def told(self) -> dict[str, Any]:
+        """All but the drift, in terms of JSON; numbers survive that exactly."""
+        told: dict[str, Any] = {"given": self.given, "again": self.again, "reading": None}
+        if self.reading is not None:
+            fields = dataclasses.fields(Reading)
+            kept = {field.name: getattr(self.reading, field.name) for field in fields if field.name != "drift"}
+            told["reading"] = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in kept.items()}
+        return told
+
+    def adopt(self, told: dict[str, Any], holds: bool) -> Opinion:
+        """The same with what the first rank has :meth:`told`."""
+        said = told["reading"]
+        if said is None:
+            return Opinion(given=told["given"], again=told["again"], holds=holds)
+        numbers = {k: torch.tensor(said[k], dtype=torch.float64) for k in ("severity", "threshold", "mean", "std")}
+        drift = torch.empty(len(said["prune"]), 0) if self.reading is None else self.reading.drift
+        reading = Reading(**{**said, **numbers, "drift": drift})
+        return Opinion(reading, numbers["severity"], told["given"], told["again"], holds)

@@ -1,0 +1,119 @@
+"""Calling the denoiser again, for each step of a chunk, in step with all ranks that share the model."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils._pytree import tree_map
+
+from tokentrim_hooks.adapter import Adapter
+from tokentrim_hooks.errors import TokenTrimWarning, UnsupportedContextError
+from tokentrim_hooks.failures import FailurePolicy
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.pruning.call_scope import scoped
+from tokentrim_hooks.rollout.counters import Counters
+from tokentrim_hooks.rollout.pruner import Pruner
+from tokentrim_hooks.rollout.state import Step
+
+
+class Replayer:
+    """Calls again what the sampler has called, with the context as it is by now.
+
+    Args:
+        adapter, policy: of the model. pruner: gives each call its tap.
+        failures: knows the ranks that share the model.
+    """
+
+    def __init__(self, adapter: Adapter, policy: Policy, pruner: Pruner, failures: FailurePolicy) -> None:
+        self._adapter, self._policy, self._pruner, self._failures = adapter, policy, pruner, failures
+
+    def replay(self, module: nn.Module, steps: list[Step]) -> Any:
+        """Call the denoiser again for each step, with the same noise.
+
+        A later step's latents were made from the earlier step's prediction, which has changed: the adapter carries the
+        change over. The first step's latents are noise, which only a control policy draws anew.
+        """
+        with record_function("tokentrim.replay"):
+            output = self._in_step(module, steps[0], lambda: self._redrawn(steps[0]))
+            for earlier, step in itertools.pairwise(steps):
+                output = self._in_step(module, step, functools.partial(self._carried, earlier, step, output))
+        return output
+
+    def _in_step(self, module: nn.Module, step: Step, latents: Callable[[], Tensor | None]) -> Any:
+        """Call again, as all ranks do that share the model: one that fails before the call makes it without us."""
+        ranks = self._failures.ranks
+        made = ranks.replays
+        try:
+            return self._call_again(module, step, latents())
+        except Exception as failure:
+            if ranks.replays > made or not self._failures.hears(failure):
+                raise
+        with scoped(None, replayer=self._pruner.proof):
+            return module(*step.args, **step.kwargs)
+
+    def _carried(self, earlier: Step, step: Step, output: Any) -> Tensor:
+        changed = self._adapter.prediction(earlier.call, output)
+        return self._adapter.carry(step.call, earlier.prediction, changed)
+
+    def _redrawn(self, step: Step) -> Tensor | None:
+        return self._policy.redraw(step.call.latents, step.call.start)
+
+    def _call_again(self, module: nn.Module, step: Step, latents: Tensor | None) -> Any:
+        """Call the denoiser as in ``step``, with other ``latents`` unless None, and its tap on."""
+        args, kwargs = step.args, step.kwargs
+        if latents is not None:
+            args, kwargs = self._adapter.with_latents(step.call, args, kwargs, latents)
+        with scoped(self._pruner.tap(step.call), replayer=self._pruner.proof):
+            return self._adapter.replay(module, args, kwargs)
+
+
+    def without_marks(self, module: nn.Module, step: Step) -> Any:
+        """Call again what our marks have poisoned, with all of them gone; pruning stays off.
+
+        For a model that attends through a path which the first prune did not show: dense in one step and sparse in
+        another, or with attention processors that were exchanged since.
+        """
+        self._pruner.give_up()
+        warnings.warn(
+            "pruned rows reached attention that is not tapped, in a path that the first prune did not show; they are "
+            "back, the call was repeated, and this model is only observed from now on",
+            TokenTrimWarning,
+            stacklevel=2,
+        )
+        return self._call_again(module, step, None)
+
+
+def select(prune: list[bool], again: Any, output: Any) -> Any:
+    """Take flagged samples from ``again``, the others from ``output``; both have B first in every tensor."""
+    if all(prune):
+        return again
+
+    def choose(new: Any, old: Any) -> Any:
+        if not isinstance(new, Tensor) or new.ndim == 0 or new.shape[0] != len(prune):
+            return new
+        chosen = torch.tensor(prune, device=new.device).view(-1, *[1] * (new.ndim - 1))
+        return torch.where(chosen, new, old)
+
+    return tree_map(choose, again, output)
+
+
+def require_repeatable(before: Counters) -> None:
+    """Raise UnsupportedContextError, with the counts put back, if a replay has changed what the model keeps.
+
+    A model that counts its calls (TeaCache and its kind) takes the repeated call for the next one. Asked at every
+    replay, for such a thing may be switched on at any time.
+    """
+    changed = before.put_back()
+    if changed:
+        raise UnsupportedContextError(
+            f"the model counts its calls ({', '.join(changed[:4])}), so that a chunk cannot be regenerated: the "
+            "repeated call would count as the next one. Switch off what counts (TeaCache, MagCache), or override "
+            "Adapter.replay"
+        )
