@@ -72,7 +72,9 @@ class Regenerator:
         call, chunk = case.call, case.chunk
         found = Judgement(output, case.steps[-1].prediction)
         clean = clean_flag(call) if chunk.steps == 1 and not chunk.given else None
-        if call.commits:
+        if call.commits or self._has_no_predecessor(case):
+            # The first chunk of a video, and so the only read: was it handed in as a clean prefix?
+            found.given = clean is not None and bool(clean)
             return found
         first_look = functools.partial(self._opinion, case, found, clean, case.video.waiting)
         opinion = self._settle("verdict", case.video, chunk, first_look)
@@ -131,7 +133,6 @@ class Regenerator:
         """
         view = self._view(case, found)
         if view is None:
-            # The first chunk of a video, and so the only read: was it handed in as a clean prefix?
             return Opinion(given=clean is not None and bool(clean))
         verdict = self.policy.judge(view, case.video.history())
         if verdict is None:
@@ -140,6 +141,10 @@ class Regenerator:
         given = reading.clean or case.chunk.given
         again = not given and self._wants_more(reading, found) and self._failures.ranks.leads
         return Opinion(reading, verdict.severity, reading.clean, again and self._prune(case, reading, found))
+
+    def _has_no_predecessor(self, case: Case) -> bool:
+        """Whether a chunk is a video's first, where that shows without asking the model: nothing is to be agreed on."""
+        return case.video.previous is None and type(self.adapter).reference is Adapter.reference
 
     def _wants_more(self, reading: Reading, found: Judgement) -> bool:
         """Whether another attempt is asked for, and allowed."""
