@@ -19,6 +19,7 @@ from tokentrim_hooks_adapters.self_forcing import SelfForcing
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.pruning.tap import CallTap
+from tokentrim_hooks.ranks import channel
 from tokentrim_hooks.ranks.channel import Channel
 from tokentrim_hooks.testing import ForcedPolicy
 
@@ -221,6 +222,15 @@ def declared():
         kind.group = before
 
 
+def long_words():
+    """A verdict that does not fit beside the ranks' own words, as of a large batch."""
+    before, channel.BODY = channel.BODY, 64
+    try:
+        return rollout(own_verdict())
+    finally:
+        channel.BODY = before
+
+
 def failing_judge(only, number):
     return Judges({2: (1, 3)}, fails_at=number if dist.get_rank() == only else -1)
 
@@ -263,6 +273,7 @@ SCENARIOS = {
     "alone": lambda: rollout(ForcedPolicy({2: (1, 3)}), group=None),
     "data-parallel": lambda: rollout(own_verdict(), make=shared_model.whole, group=None),
     "declared": declared,
+    "long-words": long_words,
     "packed": lambda: rollout(own_verdict(), make=packed, run=framepack_tiny.run),
     "interrupted": lambda: rollout(FORCED, sabotage=interrupted, again=True),
     "out-of-step": out_of_step,

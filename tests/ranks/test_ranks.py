@@ -160,6 +160,10 @@ def test_the_first_rank_counts_where_another_is_undecided(two):
         assert pruned(rank) == [] and torch.equal(rank["video"], rank["plain"])
 
 
+def test_a_verdict_that_is_too_long_for_one_word(two):
+    assert agree(two["long-words"])["records"] == two["own-verdict"][0]["records"]
+
+
 def test_an_adapter_may_say_which_ranks_share_the_model(two):
     assert pruned(agree(two["declared"])) == [(2, scenarios.OTHER[0]), (4, (0,))]
 
