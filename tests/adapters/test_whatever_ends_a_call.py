@@ -1,102 +1,67 @@
 """A call may end in ways that no hook sees: Ctrl-C, a timeout, a cancelled task. After it nothing of us is at work.
 
-torch runs ``always_call`` hooks for ``Exception`` only. What is looked at afterwards: no tap, another pipeline of the
+torch runs ``always_call`` hooks for ``Exception`` only. What is looked at afterwards: no scope, another pipeline of the
 same code as if there were no tokentrim, the same pipeline's next run as a fresh one, after unpatch as never patched.
+With ``HYPOTHESIS_PROFILE=nightly`` every kind at every denoiser call and every depth (in an attention kernel, in a
+submodule, in a hook of somebody else, in the replay, in the first chunk); else a diagonal through these.
 """
 
 from __future__ import annotations
 
-import asyncio
+import functools
+import os
 
 import pytest
-import torch
+from interruptions import KINDS, Subject, unpatch_here, unpatch_in_a_thread
 from targets import TARGETS, each_target
 
-import tokentrim_hooks as tokentrim
-from tokentrim_hooks.pruning.call_scope import BUSY, current_tap
-from tokentrim_hooks.testing import ForcedPolicy
-
-POLICY = ForcedPolicy({2: [0, 3]})
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+ROUNDS = 4
+"""Places of a model at which a call is interrupted where not all are tried; each in other ways than the one before."""
 
 
-class Timeout(BaseException):
-    """As a signal handler raises it, in whatever frame is running."""
+@functools.cache
+def subject(target):
+    return Subject(target)
 
 
-KINDS = (KeyboardInterrupt, SystemExit, asyncio.CancelledError, Timeout, ValueError)
-
-
-class Trap:
-    """Raises ``kind`` at the call number ``at`` of ``module``, before it or after it; counts them otherwise."""
-
-    def __init__(self, module, kind=None, at=-1, after=False):
-        self.calls, self._kind, self._at = 0, kind, at
-        self._hook = module.register_forward_hook(self) if after else module.register_forward_pre_hook(self)
-
-    def __call__(self, *_):
-        self.calls += 1
-        if self.calls == self._at:
-            raise self._kind
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._hook.remove()
-
-
-def test_the_positions_are_in_the_calls_that_matter():
-    """The traps below are set in the chunk that is pruned, in its replay, and behind it."""
-    target = TARGETS[0]
-    pipeline = target.make()
-    with tokentrim.patched(pipeline, POLICY) as handle, Trap(target.denoiser(pipeline)) as count:
-        target.run(pipeline)
-    assert handle.report.triggers == 1 and count.calls == 26
-
-
-@pytest.fixture(scope="module")
-def known():
-    """Per target: the unpatched video, the pruned video, and how often each depth is called in a pruned run."""
-    found = {}
-    for target in TARGETS:
-        plain, pipeline = target.run(target.make()), target.make()
-        depths = target.depths(pipeline)
-        counts = {name: Trap(module) for name, module in depths.items()}
-        with tokentrim.patched(pipeline, POLICY):
-            pruned = target.run(pipeline)
-        assert not torch.equal(plain, pruned), target.name
-        found[target.name] = plain, pruned, {name: trap.calls for name, trap in counts.items()}
-    return found
-
-
-def interrupted(target, depth, kind, at, known, after=False):
-    """Interrupt one run and look at everything that is left."""
-    plain, pruned, _ = known[target.name]
-    pipeline = target.make()
-    handle = tokentrim.patch(pipeline, POLICY)
-    with Trap(target.depths(pipeline)[depth], kind, at, after), pytest.raises(kind):
-        target.run(pipeline)
-    assert current_tap() is None and not BUSY.now
-    assert torch.equal(target.run(target.make()), plain), "another pipeline, never patched"
-    assert torch.equal(target.run(pipeline), pruned), "the same pipeline, again"
-    handle.unpatch()
-    assert torch.equal(target.run(pipeline), plain), "unpatched"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("depth", ["denoiser", "block", "attention"])
-def test_every_call_of_the_reference_model(kind, depth, known):
-    target = TARGETS[0]
-    calls = known[target.name][2][depth]
-    # Ctrl-C everywhere; the others go the same way, so here and there.
-    step = 1 if kind is KeyboardInterrupt and depth == "denoiser" else 9
-    for at in range(1, calls + 1, step):
-        interrupted(target, depth, kind, at, known, after=at % 2 == 0)
+def places(target):
+    """All places, or a few from the first call to the last, the replay's among them."""
+    found = subject(target).places()
+    if NIGHTLY:
+        return found
+    step = len(found) / ROUNDS
+    return [found[int((number + 0.5) * step)] for number in range(ROUNDS)]
 
 
 @each_target
-@pytest.mark.parametrize("depth", ["denoiser", "block", "attention"])
-def test_a_call_of_every_model(target, depth, known):
-    calls = known[target.name][2][depth]
-    for kind, at in zip((KeyboardInterrupt, Timeout), (calls - 1, max(1, calls // 2)), strict=True):
-        interrupted(target, depth, kind, at, known)
+def test_the_places_are_in_the_calls_that_matter(target):
+    """Every depth, the first chunk, the replay, and calls behind it."""
+    events, replays = subject(target).events, subject(target).replays
+    assert replays == 1
+    assert {event.call for event in subject(target).places()} == set(range(1, events[-1].call + 1))
+    assert len({event.depth for event in events}) >= 5
+
+
+@each_target
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_call_is_interrupted(target, kind):
+    turn = KINDS.index(kind)
+    for number, place in enumerate(places(target)):
+        if NIGHTLY or number % len(KINDS) == turn or (number + ROUNDS * TARGETS.index(target)) % len(KINDS) == turn:
+            subject(target).interrupt(place, kind)
+
+
+@each_target
+def test_one_after_the_other(target):
+    """A call is broken off in one way after the other, without a whole run in between."""
+    for place in places(target) if NIGHTLY else places(target)[ROUNDS // 2 : ROUNDS // 2 + 1]:
+        subject(target).interrupt(place, *KINDS)
+
+
+@each_target
+@pytest.mark.parametrize("unpatch", (unpatch_here, unpatch_in_a_thread), ids=lambda unpatch: unpatch.__name__)
+def test_the_patch_comes_off_in_the_middle_of_a_call(target, unpatch):
+    offset = unpatch is unpatch_here
+    for place in places(target) if NIGHTLY else places(target)[offset::2]:
+        subject(target).unpatch_amid(place, unpatch)
