@@ -45,6 +45,7 @@ RELATIVES = {
 class CausalWan(Adapter):
     """The rules of Self-Forcing's cache, which its relatives bend: rows before the chunk are history, after a sink."""
 
+    takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide", "commit"})
     own: ClassVar[tuple[str, ...]] = ()
     """Those of RELATIVES that this adapter knows; its generator's forward must take them all."""
     layer_attributes: ClassVar[tuple[str, ...]] = ("sink_size", "local_attn_size")
@@ -145,7 +146,8 @@ def history_rows(arguments: Mapping[str, Any], new: int, per_frame: int, anchors
     cache: Sequence[Mapping[str, Any]] = arguments["kv_cache"]
     written = int(cache[0]["global_end_index"]) >= start_of(arguments) + new
     stop = max(int(cache[0]["local_end_index"]) - (new if written else 0), 0)
-    return CacheRows([layer["v"] for layer in cache], 0, stop, per_frame, min(anchors, stop))
+    keys = [layer["k"] for layer in cache]
+    return CacheRows([layer["v"] for layer in cache], 0, stop, per_frame, min(anchors, stop), keys=keys)
 
 
 def start_of(arguments: Mapping[str, Any]) -> int:

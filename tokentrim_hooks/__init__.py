@@ -25,6 +25,7 @@ from tokentrim_hooks.errors import (
     LatentsError,
     PluginError,
     RankError,
+    PolicyError,
     SessionError,
     TokenTrimError,
     TokenTrimWarning,
@@ -32,6 +33,7 @@ from tokentrim_hooks.errors import (
     UnknownObserverError,
     UnsupportedContextError,
     UnsupportedModelError,
+    UnsupportedPolicyError,
     UnsupportedProbeError,
 )
 from tokentrim_hooks.handle.handle import PatchHandle
@@ -49,8 +51,12 @@ from tokentrim_hooks.inspection import (
 from tokentrim_hooks.markers import hookimpl
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.plugins import AdapterInfo, ObserverInfo, installed_observers, make_observer
-from tokentrim_hooks.policy.base import Chunk, History, Policy, Verdict
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.commit_window import CommitWindow
+from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
+from tokentrim_hooks.policy.statistics import Moments
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
+from tokentrim_hooks.policy.views import Chunk, ContextView, Denoised, History, Place, Rows, Verdict
 from tokentrim_hooks.pruning.context import CacheRows, Context, KeyLayout, Role, Segment
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.report.observers import JsonLines, Observer, ProgressLine
@@ -72,16 +78,22 @@ __all__ = [
     "CallTap",
     "Chunk",
     "ChunkRecord",
+    "CommitWindow",
     "CompiledModelError",
     "Context",
+    "ContextView",
+    "Denoised",
     "Detection",
     "DriftPolicy",
     "History",
     "JsonLines",
     "KeyLayout",
+    "LateMean",
+    "LatentMoments",
     "LatentsError",
     "Match",
     "Method",
+    "Moments",
     "NoMatch",
     "ObservePolicy",
     "Observer",
@@ -89,12 +101,16 @@ __all__ = [
     "PatchHandle",
     "Patches",
     "Phase",
+    "Place",
     "PluginError",
     "Policy",
+    "PolicyError",
     "ProgressLine",
     "RankError",
     "Report",
     "Role",
+    "RowMoments",
+    "Rows",
     "Seen",
     "Segment",
     "SessionError",
@@ -104,6 +120,7 @@ __all__ = [
     "UnknownObserverError",
     "UnsupportedContextError",
     "UnsupportedModelError",
+    "UnsupportedPolicyError",
     "UnsupportedProbeError",
     "Verdict",
     "adapters",

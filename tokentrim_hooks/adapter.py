@@ -131,6 +131,11 @@ class Adapter(ABC, Generic[CallT]):
     constructors: ClassVar[tuple[str, ...]] = ()
     """Classes (``"module:Class"``) whose new objects ``tokentrim run`` shows to the adapters."""
 
+    takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide"})
+    """Which hooks of policies the model takes, and ``"commit"`` where it writes finished chunks in calls of their own.
+    ``"correct"``: the sampler goes on with the x0 that it is handed, and with nothing else. ``"settle"``: the rows that
+    a commit has written may be rewritten, and :attr:`CacheRows.keys` has K beside V."""
+
     @classmethod
     @abstractmethod
     def probe(cls, model: object) -> Match | NoMatch:
@@ -233,6 +238,20 @@ class Adapter(ABC, Generic[CallT]):
         Default: the output, or its last item. A model that predicts noise or velocity is converted here.
         """
         return output if isinstance(output, Tensor) else output[-1]
+
+    def with_prediction(self, call: CallT, output: Any, x0: Tensor) -> Any:
+        """Return ``output`` as it were had the model predicted ``x0``, for policies that correct it.
+
+        Default: ``x0`` in the place where :meth:`prediction` finds it by default. A model that predicts noise or
+        velocity is converted back here.
+
+        Args:
+            call: the call. output: what the denoiser returned; left as it is.
+            x0: ``[B, F, C, H, W]``, in the type of the prediction.
+        """
+        if isinstance(output, Tensor):
+            return x0
+        return type(output)([*output[:-1], x0]) if isinstance(output, list) else (*output[:-1], x0)
 
     def reference(self, call: CallT, output: Any) -> Tensor | None:
         """Return the previous chunk's x0 from the same output, where that chunk is still being denoised."""

@@ -19,6 +19,7 @@ from tokentrim_hooks.errors import (
     TokenTrimError,
     UnknownAdapterError,
     UnsupportedModelError,
+    UnsupportedPolicyError,
     UnsupportedProbeError,
 )
 from tokentrim_hooks.failures import OnError
@@ -31,6 +32,15 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy
 from tokentrim_hooks.report.observers import Observer
 from tokentrim_hooks.rollout.shared import Probe
+
+NEEDS = {
+    "commit": "calls that only write finished chunks into the context",
+    "correct": "x0 that may be corrected before the sampler goes on with it",
+    "settle": "rows of a cache that may be rewritten once they are committed",
+    "hide": "rows that may be hidden from a single call",
+    "judge": "chunks that can be judged",
+}
+"""What an adapter lacks, in words."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +87,15 @@ def patch(
 
     Raises:
         UnsupportedModelError, AmbiguousModelError, UnknownAdapterError, AlreadyPatchedError, CompiledModelError,
-        AttachError, UnsupportedProbeError, UnknownObserverError, PluginError; TypeError or ValueError for a bad option.
+        AttachError, UnsupportedProbeError, UnsupportedPolicyError, UnknownObserverError, PluginError; TypeError or
+        ValueError for a bad option.
     """
     policies = _policies(policy)
     _check_options(probe, on_error)
     chosen, match = _choose(model, adapter)
     if probe == "candidate" and chosen.carry is Adapter.carry:
         raise UnsupportedProbeError(f"adapter {chosen.name!r} cannot replay a whole chunk; use probe='first-step'")
+    _require_hooks(chosen, policies)
     existing = _patches_on(model, match, replace)
     for denoiser in (match.denoiser, *match.also):
         _refuse_compiled(denoiser)
@@ -135,6 +147,18 @@ def _policies(given: Policy | Sequence[Policy] | None) -> list[Policy]:
             )
     judge_of(policies)
     return policies
+
+
+def _require_hooks(adapter: type[Adapter[Any]], policies: Sequence[Policy]) -> None:
+    """Refuse a policy that needs what the model does not have."""
+    for policy in policies:
+        lacking = sorted(policy.needs - adapter.takes)
+        if lacking:
+            words = ", ".join(NEEDS.get(need, need) for need in lacking)
+            raise UnsupportedPolicyError(
+                f"{type(policy).__name__} cannot work on this model: adapter {adapter.name!r} has no {words}.\n"
+                "Leave the policy out; `tokentrim adapters` and docs/models.md say which models take which hooks."
+            )
 
 
 def _check_options(probe: str, on_error: str) -> None:

@@ -51,6 +51,14 @@ class RankError(TokenTrimError):
     """Another rank that shares the model has failed or gone, or is at another chunk; the message names it."""
 
 
+class UnsupportedPolicyError(TokenTrimError):
+    """A policy asks for something that this model, or its adapter, does not have; the message says what."""
+
+
+class PolicyError(TokenTrimError):
+    """A policy gave an answer of the wrong kind; the message names the policy, the hook and what it takes."""
+
+
 class LatentsError(TokenTrimError):
     """Latents have a shape, batch size or value (NaN, inf) that cannot be judged."""
 

@@ -5,9 +5,9 @@ import torch
 from tiny_reference import make, run
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.policy.base import History
 from tokentrim_hooks.policy.controls import AlwaysPolicy, ChooseTokens, FreshNoise
 from tokentrim_hooks.policy.token_trim import DriftPolicy
+from tokentrim_hooks.policy.views import History
 from tokentrim_hooks.testing import chunk_of
 
 DRIFT = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 0.1, 0.2, 0.3, 0.4], [0.0, 9, 8, 7, 6, 5, 4, 3, 2, 1]])

@@ -81,7 +81,7 @@ class PatchHandle:
             failures.ranks = ranks_of(adapter.group(model) if group is None else group)
             recorder = Recorder(Report(_settings(adapter, match, policies, probe)), [Guarded(o) for o in observers])
             judge = judge_of(policies)
-            rollout = Rollout(model, adapter, match, judge, probe, recorder, patches.layers, failures)
+            rollout = Rollout(model, adapter, match, judge, probe, recorder, patches.layers, failures, policies)
             failures.on_step_aside(rollout.abandon)
             handle = cls(adapter, policies, patches, rollout, failures, checkup)
             handle._watch(match)

@@ -1,88 +1,27 @@
-"""What a policy is asked and what it answers. A policy sees tensors, never a model, and never synchronises.
-
-Shapes: ``B`` samples, ``F`` latent frames, ``C`` channels, ``H x W`` latent pixels, ``N`` spatial tokens of a frame
-(row-major over the patch grid), ``D`` features of a token, ``k`` tokens of an unstable set.
-"""
+"""What a policy is: options, and hooks that answer. It sees tensors, never a model, and never synchronises."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from tokentrim_hooks.policy.views import Chunk, ContextView, Denoised, History, Place, Rows, Verdict
 
-@dataclass(frozen=True)
-class Chunk:
-    """A read-only view of the chunk in question.
-
-    Attributes:
-        phase: what the latest denoiser call did: ``"first"``, ``"refine"``, ``"commit"`` or ``"recache"``.
-        index: ordinal of the chunk in its video; 0 is the first.
-        start: absolute latent frame at which the chunk starts.
-        frames: its number of latent frames.
-        grid: (height, width) of the patch grid, ``N = height * width``.
-        prediction: predicted clean latents x0, ``[B, F, C, H, W]``, in the model's dtype.
-        summary: latent summary of ``prediction`` (Eq. 3-4), ``[B, N, D]``, float32 or wider.
-        previous: the same of the previous chunk, as it was accepted.
-        first: the same of the scene's first chunk (a scene begins with the video, and at a prompt switch or a cut);
-            that of the previous chunk where there is none yet.
-        drift: distance of every token to the previous chunk (Eq. 5), ``[B, N]``.
-    """
-
-    phase: str
-    index: int
-    start: int
-    frames: int
-    grid: tuple[int, int]
-    prediction: Tensor
-    summary: Tensor
-    previous: Tensor
-    first: Tensor
-    drift: Tensor
-
-
-@dataclass(frozen=True)
-class History:
-    """Severities that were accepted before the chunk in question; a scene's first chunk has none.
-
-    Attributes:
-        count: number of severities since the statistics began (with the video, or at a prompt switch or re-cache).
-        mean: their mean, ``[B]``, float64 on the model's device (float32 where it has no float64).
-        std: their population standard deviation, ``[B]``; 0 while ``count`` is below 2.
-    """
-
-    count: int
-    mean: Tensor
-    std: Tensor
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A policy's answer, per sample.
-
-    Attributes:
-        tokens: the unstable set, LongTensor ``[B, k]``, row-major over the patch grid. With ``k = 0`` a chunk that is
-            to be pruned is only regenerated, on the context as it is.
-        severity: ``[B]``, in the latents' units.
-        threshold: ``[B]``, in the same units; infinite where there is nothing to compare with.
-        prune: BoolTensor ``[B]``: which samples are pruned and regenerated.
-    """
-
-    tokens: Tensor
-    severity: Tensor
-    threshold: Tensor
-    prune: Tensor
+HOOKS = ("judge", "hide", "correct", "settle")
+"""The hooks of a policy, in the order in which a chunk meets them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """Base of all policies: a frozen dataclass whose fields are its options, with hooks that do nothing by default.
 
-    Override :meth:`judge`. Options of your own are fields with defaults; check them in ``__post_init__`` and call
-    ``super().__post_init__()`` there. The options below say what follows a verdict, so they are every judge's.
+    Override one or more of :meth:`judge`, :meth:`hide`, :meth:`correct` and :meth:`settle`. Options of your own are
+    fields with defaults; check them in ``__post_init__`` and call ``super().__post_init__()`` there. The options below
+    say what follows a verdict, so they are every judge's.
 
     Args:
         max_regenerations: R, regenerations per chunk at most; 0 prunes nothing.
@@ -107,6 +46,9 @@ class Policy:
         ...         threshold = torch.full_like(severity, self.limit)
         ...         return Verdict(token[:, None], severity, threshold, severity > threshold)
     """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """What a model must have beside the hooks that are overridden: ``"commit"``, calls that only write context."""
 
     max_regenerations: int = 1
     persist: bool = True
@@ -133,6 +75,43 @@ class Policy:
         """
         return None
 
+    def hide(self, chunk: Place, context: ContextView) -> Tensor | None:
+        """Say what one denoiser call may not read of the context; asked before every call, replays included.
+
+        Args:
+            chunk: where the video is; ``phase`` says what the call does.
+            context: the finished frames that it could read.
+
+        Returns:
+            BoolTensor, True for what is hidden from this call: ``[frames]``, ``[frames, tokens]`` or
+            ``[B, frames, tokens]``. On the CPU it costs no synchronisation. None hides nothing.
+        """
+        return None
+
+    def correct(self, chunk: Denoised) -> Tensor | None:
+        """Say what the sampler goes on with, after a chunk's last denoising call.
+
+        Not asked while nobody knows which call is the last one: for samplers that tell it by nothing but the number of
+        their steps, that is a video's first chunk.
+
+        Returns:
+            x0, like ``chunk.prediction``; None for that one itself.
+        """
+        return None
+
+    def settle(self, chunk: Place, rows: Rows) -> Rows | None:
+        """Rewrite the rows that a commit has written; asked after it, per layer.
+
+        Returns:
+            ``rows`` with other ``values`` or ``keys`` (``dataclasses.replace``); None to leave them.
+        """
+        return None
+
+    @property
+    def remembers(self) -> int:
+        """Earlier predictions of a chunk that :meth:`correct` is to be shown: latents that are kept for it."""
+        return 0
+
     def redraw(self, latents: Tensor, start: int) -> Tensor | None:
         """Other noise to regenerate a chunk from: like ``latents`` ``[B, F, C, H, W]`` of the chunk at latent frame
         ``start``; None for the same noise again. For controls (see :class:`FreshNoise`).
@@ -151,7 +130,16 @@ class Policy:
     @property
     def judges(self) -> bool:
         """Whether the policy overrides :meth:`judge`."""
-        return type(self).judge is not Policy.judge
+        return self.overrides("judge")
+
+    def overrides(self, hook: str) -> bool:
+        """Whether the policy has a ``hook`` of its own."""
+        return getattr(type(self), hook) is not getattr(Policy, hook)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it asks of a model: the hooks that it overrides, and what they need beside."""
+        return self.requires | {hook for hook in HOOKS if self.overrides(hook)}
 
 
 def number(name: str, value: object, low: float, high: float, rule: str) -> None:

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.policy.base import Chunk, History, Policy, Verdict
+from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy, measured
+from tokentrim_hooks.policy.views import Chunk, History, Verdict
 
 Choice = Literal["random", "least", "none"]
 

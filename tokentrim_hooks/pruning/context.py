@@ -80,6 +80,7 @@ class CacheRows:
         rows_per_frame: row ``r`` holds spatial token ``r % rows_per_frame``.
         anchors: rows from ``start`` on that are sinks; kept unless the policy asks for ``prune_anchors``.
         current: (first, behind the last) row of the current chunk where it lies amid history, as in a ring buffer.
+        keys: the K tensor of every layer, like ``values``; needed only by policies that rewrite K.
     """
 
     values: Sequence[Tensor]
@@ -88,6 +89,23 @@ class CacheRows:
     rows_per_frame: int
     anchors: int = 0
     current: tuple[int, int] = (0, 0)
+    keys: Sequence[Tensor] = ()
+
+    @property
+    def frame_rows(self) -> list[int]:
+        """First row of every finished frame, oldest first: sinks, then what lies behind the current chunk in a ring."""
+        step, head = self.rows_per_frame, self.start + self.anchors
+        runs = [(self.start, head)]
+        if self.current[1] > self.current[0]:
+            runs += [(max(self.current[1], head), self.stop), (head, min(self.current[0], self.stop))]
+        else:
+            runs += [(head, self.stop)]
+        return [row for first, stop in runs for row in range(first, stop - step + 1, step)]
+
+    def own_rows(self, frames: int) -> tuple[int, int]:
+        """(first, behind the last) row of the current chunk of ``frames`` frames."""
+        here = self.current if self.current[1] > self.current[0] else None
+        return here or (self.stop, self.stop + frames * self.rows_per_frame)
 
 
 Context = CacheRows | KeyLayout

@@ -85,6 +85,23 @@ class DeadTokens:
             # The earliest killer counts: what it hid from later chunks stays hidden from them.
             killers[sample, list(chosen)] = killers[sample, list(chosen)].clamp(max=start)
 
+    @classmethod
+    def hiding(
+        cls, frames: Sequence[int], hidden: Tensor, grid: tuple[int, int], coarse: str = "any"
+    ) -> DeadTokens:
+        """Tokens hidden from all queries of one call.
+
+        Args:
+            frames: latent frames of a layout. hidden: CPU BoolTensor ``[B, frames, N]``.
+            grid: (height, width) of the chunk's own token grid. coarse: see the class.
+        """
+        killed_by = {
+            frame: torch.where(hidden[:, place], torch.zeros((), dtype=torch.long), torch.tensor(ALIVE))
+            for place, frame in enumerate(frames)
+            if bool(hidden[:, place].any())
+        }
+        return cls(True, coarse, killed_by, grid)
+
     def revive(self, start: int) -> None:
         """Bring back what the chunk at latent frame ``start`` killed."""
         for killers in self.killed_by.values():

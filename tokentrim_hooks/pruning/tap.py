@@ -18,7 +18,7 @@ from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.pruning.block_mask import is_block_mask, without_dead
 from tokentrim_hooks.pruning.context import KeyLayout
-from tokentrim_hooks.pruning.key_selection import DeadTokens, QueryGroup
+from tokentrim_hooks.pruning.key_selection import NEWEST, DeadTokens, QueryGroup
 from tokentrim_hooks.pruning.tombstones import alive_rows
 
 
@@ -95,6 +95,7 @@ class CallTap:
         dead: the dead tokens of a context in the sequence.
         gated: whether the tapped function also serves cross attention, and counts only inside self attention.
         failures: what follows a failure of ours in the middle of the model's own call.
+        hidden: tokens of a context in the sequence that this one call may not read; of a cache they carry marks.
 
     Attributes:
         off: True once we have stepped aside: the original attention answers alone.
@@ -107,8 +108,10 @@ class CallTap:
         dead: DeadTokens,
         gated: bool = False,
         failures: FailurePolicy | None = None,
+        hidden: DeadTokens | None = None,
     ) -> None:
         self.layout = layout
+        self.hidden = hidden
         self.dead = dead
         self.gated = gated
         self.off = False
@@ -181,6 +184,8 @@ class CallTap:
         self, layout: KeyLayout, start: int, first: int, stop: int, device: torch.device
     ) -> Tensor | None:
         alive = self.dead.live_for(layout, 1, start)[0, first:stop]
+        if self.hidden is not None:
+            alive = alive & self.hidden.live_for(layout, 1, NEWEST)[0, first:stop]
         if bool(alive.all()):
             return None
         if not bool(alive.any()):
@@ -190,7 +195,12 @@ class CallTap:
     def _groups(self, k: Tensor, v: Tensor) -> list[QueryGroup]:
         if self.layout is None:
             return [QueryGroup(0, None, alive_rows(v).cpu())]
-        return self.dead.live(self._layout_of(k.shape[1]), k.shape[0])
+        layout = self._layout_of(k.shape[1])
+        groups = self.dead.live(layout, k.shape[0])
+        if self.hidden is None:
+            return groups
+        visible = self.hidden.live(layout, k.shape[0])[0].alive
+        return [QueryGroup(group.start, group.stop, group.alive & visible) for group in groups]
 
     def _layout_of(self, keys: int) -> KeyLayout:
         """The key layout; raises unless it describes as many keys as self attention sees."""

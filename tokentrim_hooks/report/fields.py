@@ -103,6 +103,13 @@ def _counts(value: Any) -> dict[str, int]:
     return {name: _whole(count) for name, count in value.items()}
 
 
+def _act(value: Any) -> dict[str, Any]:
+    """What a policy did: names are texts, everything else is a number."""
+    if not isinstance(value, Mapping):
+        raise _WrongError
+    return {name: (_text if name in ("policy", "hook") else _measured)(part) for name, part in value.items()}
+
+
 def _grid(value: Any) -> tuple[int, int]:
     sides = _each(_whole)(value)
     if len(sides) != 2:
@@ -132,5 +139,6 @@ KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "drift": ("a list of numbers", _each(_number)),
     "grid": ("two whole numbers", _grid),
     "notes": ("a list of texts", _each(_text)),
+    "acts": ("a list of what policies did", _each(_act)),
 }
 """Every field with what it is, in words, and what checks it."""

@@ -43,6 +43,8 @@ class ChunkRecord:
         regenerations, extra_calls: second attempts and the calls that they cost.
         grid: (height, width) of the token grid. seconds: wall clock from the chunk's first call to its last.
         given: the chunk was handed in as clean context (an image or video prefix). notes: anything unusual.
+        acts: what policies did beside judging: ``policy``, ``hook``, ``calls`` at which it did something, ``rows`` of
+            the context hidden or rewritten in them, ``norm`` of what was added to x0 (of all samples).
     """
 
     video: int
@@ -67,6 +69,7 @@ class ChunkRecord:
     seconds: float = 0.0
     given: bool = False
     notes: tuple[str, ...] = ()
+    acts: tuple[dict[str, Any], ...] = ()
 
     def as_json(self) -> str:
         """One line of strict JSON; values that are not finite become null, also those within lists."""

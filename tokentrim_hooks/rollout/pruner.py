@@ -10,10 +10,14 @@ from tokentrim_hooks.adapter import Adapter, Call
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import grid_of
-from tokentrim_hooks.pruning.context import CacheRows, anchor_frames
+from tokentrim_hooks.policy.views import Place
+from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, anchor_frames
+from tokentrim_hooks.pruning.fleeting import FleetingMarks
 from tokentrim_hooks.pruning.key_selection import DeadTokens
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import Tombstones, Traces, alive_rows
+from tokentrim_hooks.rollout.scene import Act
+from tokentrim_hooks.rollout.steering import Steering, frames_of
 
 _logger = logging.getLogger(__name__)
 
@@ -44,9 +48,11 @@ class Pruner:
         policy: its options ``prune_anchors`` and ``coarse`` say which rows die.
         proof: of the model.
         failures: what follows a failure of a tap.
+        steering: says what policies hide from a single call.
 
     Attributes:
         anchors: latent frames that the latest prune spared as sinks or anchors.
+        acts: which policies hid rows from the latest call.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class Pruner:
         policy: Policy,
         proof: Proof,
         failures: FailurePolicy | None = None,
+        steering: Steering | None = None,
     ) -> None:
         self.proof = proof
         self.anchors = 0
@@ -65,6 +72,9 @@ class Pruner:
         # Weak: a sampler that drops its cache must get the memory back, marks or no marks.
         self._marked: dict[Hashable, Traces] = {}
         self._last: CallTap | None = None
+        self._hid = False
+        self._steering, self._fleeting = steering, FleetingMarks()
+        self.acts: list[Act] = []
         # Of the chunk in progress: frames that had a key, calls with a tap, and whether any of them dropped a key.
         self._frames: set[int] = set()
         self._tapped, self._dropped = 0, False
@@ -74,23 +84,51 @@ class Pruner:
         """Whether anything may be dead in the context."""
         return bool(self._marked or self._dead_tokens)
 
-    def tap(self, call: Call) -> CallTap | None:
-        """Tap for one denoiser call; None while nothing is dead, so that nothing is computed."""
+    def tap(self, call: Call, place: Place | None = None) -> CallTap | None:
+        """Tap for one denoiser call; None while nothing is dead or hidden, so that nothing is computed.
+
+        Args:
+            call: the call. place: where its video is, for policies that hide rows from it.
+        """
         self.let_go()
         if self.dead and not self.proof.enabled:
             # The proof has failed for another video of this model since.
             self.clear()
-        if not self.dead:
+        layout, hidden = self._hide(call, place)
+        if not self.dead and hidden is None and not self._fleeting.rows:
             return None
-        layout = None
-        if self._dead_tokens:
+        if self._dead_tokens and layout is None:
             context = self._adapter.context(call)
             assert not isinstance(context, CacheRows), "a model keeps its context in one way"
             layout = context
-            self._frames |= context.frames
-        self._tapped += 1
-        self._last = CallTap(layout, self._dead_tokens, self.proof.layers > 0, self._failures)
+        if layout is not None:
+            self._frames |= layout.frames
+        self._tapped += self.dead
+        self._last = CallTap(layout, self._dead_tokens, self.proof.layers > 0, self._failures, hidden)
         return self._last
+
+    def _hide(self, call: Call, place: Place | None) -> tuple[KeyLayout | None, DeadTokens | None]:
+        """Hide from one call what policies say: by fleeting marks in a cache, else by a layout and the tokens in it."""
+        self.acts, self._hid = [], False
+        steering = self._steering
+        if steering is None or not steering.hides or place is None or not self.proof.enabled:
+            return None, None
+        context = self._adapter.context(call)
+        mask, self.acts = steering.hidden(call, place, context)
+        if mask is None:
+            return None, None
+        if isinstance(context, CacheRows):
+            self.proof.expected = len(context.values)
+            self._hid = self._fleeting.hide(context, mask) > 0
+            return None, None
+        frames = [frame for frame, _ in frames_of(context)]
+        return context, DeadTokens.hiding(frames, mask, place.grid, self._policy.coarse)
+
+    def unhide(self, call: Call) -> None:
+        """A call has come back: what was hidden from it is to be seen again."""
+        if self._fleeting.rows:
+            context = self._adapter.context(call)
+            self._fleeting.take_off(context if isinstance(context, CacheRows) else None)
 
     def prune(self, call: Call, tokens: Sequence[Sequence[int]], start: int) -> int:
         """Kill tokens in the context of a call.
@@ -162,6 +200,7 @@ class Pruner:
         """A call is over: its tap may hold masks, and with them the cache."""
         self._dropped = self._dropped or (self._last is not None and self._last.dropped > 0)
         self._last = None
+        self._fleeting.take_off()
 
     def end_chunk(self) -> None:
         """Forget what has left the context for good, so that the tap is off again once nothing dead is to be seen."""
@@ -173,7 +212,8 @@ class Pruner:
 
     def missed(self, tap: CallTap | None) -> bool:
         """Whether marks in a cache may have reached attention that was not tapped in a call that has come back."""
-        return tap is not None and tap.layout is None and bool(self._marked) and tap.calls < self.proof.expected
+        marked = bool(self._marked) or self._hid
+        return tap is not None and tap.layout is None and marked and tap.calls < self.proof.expected
 
     def give_up(self) -> None:
         """Prune nothing more, and bring back what is dead: what was pruned long ago with one element of V at 0."""

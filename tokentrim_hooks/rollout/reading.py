@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.policy.base import History, Verdict
+from tokentrim_hooks.policy.views import History, Verdict
 
 
 @dataclass(frozen=True)

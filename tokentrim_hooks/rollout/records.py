@@ -87,8 +87,22 @@ def _record(video: VideoState, chunk: ChunkState, sample: int) -> ChunkRecord:
         seconds=chunk.ended - chunk.began,
         given=chunk.given,
         notes=tuple(chunk.notes),
+        acts=_acts(chunk, video.batch),
         **verdict,
     )
+
+
+def _acts(chunk: ChunkState, batch: int) -> tuple[dict[str, Any], ...]:
+    """What policies did beside judging, once per policy and hook; rows are those of one sample."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for act in chunk.acts:
+        new = {"policy": act.policy, "hook": act.hook, "calls": 0, "rows": 0}
+        entry = found.setdefault((act.policy, act.hook), new)
+        entry["calls"] += 1
+        entry["rows"] += act.rows // batch if act.hook == "hide" else act.rows
+        if act.norm is not None:
+            entry["norm"] = float(act.norm)
+    return tuple(found.values())
 
 
 def _verdict(judgement: Judgement, reading: Reading, sample: int) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import LatentsError, TokenTrimWarning
 from tokentrim_hooks.failures import FailurePolicy
-from tokentrim_hooks.policy.base import Chunk, Policy, Verdict
+from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import latent_summary, token_drift
+from tokentrim_hooks.policy.views import Chunk, Verdict
 from tokentrim_hooks.rollout.counters import Counters
 from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner

@@ -70,9 +70,10 @@ class Replayer:
         args, kwargs = step.args, step.kwargs
         if latents is not None:
             args, kwargs = self._adapter.with_latents(step.call, args, kwargs, latents)
-        with scoped(self._pruner.tap(step.call), replayer=self._pruner.proof):
-            return self._adapter.replay(module, args, kwargs)
-
+        with scoped(self._pruner.tap(step.call, step.place), replayer=self._pruner.proof):
+            output = self._adapter.replay(module, args, kwargs)
+        self._pruner.unhide(step.call)
+        return output
 
     def without_marks(self, module: nn.Module, step: Step) -> Any:
         """Call again what our marks have poisoned, with all of them gone; pruning stays off.

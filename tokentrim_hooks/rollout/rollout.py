@@ -7,6 +7,7 @@ its prediction is summarised and judged by the policy (session.py, regeneration.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Rollout:
         model: what was patched.
         adapter, match: of the model; the adapter has attached.
         policy, probe, recorder, failures: see :class:`Shared`.
+        policies: all of them, in order; ``policy`` is the one that judges.
         layers: self-attention modules whose tapped function also serves cross attention; 0 if it does not.
 
     Attributes:
@@ -49,9 +51,12 @@ class Rollout:
         recorder: Recorder,
         layers: int = 0,
         failures: FailurePolicy | None = None,
+        policies: Sequence[Policy] = (),
     ) -> None:
         proof = Proof(layers, expected=layers)
-        self.shared = Shared(policy, probe, match.patch_size, recorder, failures or FailurePolicy(), proof)
+        self.shared = Shared(
+            policy, probe, match.patch_size, recorder, failures or FailurePolicy(), proof, policies=tuple(policies)
+        )
         self.unread_calls = self.foreign_calls = 0
         self._model = weakly(model)
         self._sessions = Sessions(adapter, self.shared)

@@ -12,16 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import SessionError, UnsupportedProbeError
+from tokentrim_hooks.policy.views import Place
 from tokentrim_hooks.pruning.call_scope import CallScope, open_scope
+from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.rollout.names import Key
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.regeneration import Case, Regenerator
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState
+from tokentrim_hooks.rollout.steering import Steering, place_of
 from tokentrim_hooks.rollout.timeline import Timeline
 
 
@@ -51,6 +54,7 @@ class Running:
     phase: Phase | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    place: Place | None = None
 
 
 class Session:
@@ -63,7 +67,8 @@ class Session:
 
     def __init__(self, adapter: Adapter, shared: Shared) -> None:
         self.adapter, self.shared = adapter, shared
-        self.pruner = Pruner(adapter, shared.patch_size, shared.policy, shared.proof, shared.failures)
+        self.steering = Steering(adapter, shared.policies)
+        self.pruner = Pruner(adapter, shared.patch_size, shared.policy, shared.proof, shared.failures, self.steering)
         self._regenerator = Regenerator(adapter, shared.patch_size, shared.policy, self.pruner, shared.failures)
         self.timeline = Timeline(adapter, shared, self.pruner)
         self._scope: CallScope | None = None
@@ -100,8 +105,11 @@ class Session:
             chunk.hear(call, judged=phase is not None)
             if self.shared.policy.persist:
                 self._prune_branch(call, chunk)
-        note = Running(found, phase, args, kwargs)
-        self._scope = open_scope(self.pruner.tap(call), note=note)
+        place = self._place(call, phase)
+        note = Running(found, phase, args, kwargs, place)
+        self._scope = open_scope(self.pruner.tap(call, place), note=note)
+        if chunk is not None:
+            chunk.acts += self.pruner.acts
 
     def after(self, module: nn.Module, running: Running, output: Any) -> Any:
         """Judge the chunk where the probe says so; return the output that the sampler goes on with."""
@@ -109,19 +117,21 @@ class Session:
         video, chunk = self.timeline.video, self.timeline.chunk
         if chunk is None or video is None:
             return output
+        self.pruner.unhide(call)
         self.pruner.follow(call)
         missed = self.pruner.missed(self._scope.tap if self._scope is not None else None)
         late = phase is None and self._prune_late(call, chunk, video)
         if phase is None and not late and not missed:
+            self._settle(running, video, chunk)
             return output
-        step = Step(call, running.args, running.kwargs, self.adapter.prediction(call, output))
+        step = Step(call, running.args, running.kwargs, self.adapter.prediction(call, output), running.place)
         if missed and not self._regenerator.all_finite(step, video):
             output = self._regenerator.without_marks(module, step)
             chunk.notes.append("marks reached attention that is not tapped: pruning is off")
             step.prediction = self.adapter.prediction(call, output)
         if phase is None:
             return self._replay_branch(module, step, chunk, video, output) if late else output
-        return self._after_step(module, step, phase, chunk, video, output)
+        return self._after_step(module, running, step, phase, chunk, video, output)
 
     def release(self) -> None:
         """Let go of the call: also when the patch comes off in the middle of it."""
@@ -145,7 +155,14 @@ class Session:
         self.timeline.abandon()
 
     def _after_step(
-        self, module: nn.Module, step: Step, phase: Phase, chunk: ChunkState, video: VideoState, output: Any
+        self,
+        module: nn.Module,
+        running: Running,
+        step: Step,
+        phase: Phase,
+        chunk: ChunkState,
+        video: VideoState,
+        output: Any,
     ) -> Any:
         """A call of the judged stream has come back."""
         chunk.count(phase)
@@ -156,6 +173,9 @@ class Session:
             self._enter(judgement, chunk, video)
             output, prediction, summary = judgement.output, judgement.prediction, judgement.summary
             judgement.output = None  # some models return their cache, which is the sampler's to keep
+        if self.steering.corrects and phase is not Phase.COMMIT:
+            output, prediction, summary = self._correct(step, chunk, video, output, prediction, summary)
+        self._settle(running, video, chunk)
         passing = not chunk.given and (video.told or chunk.steps <= video.usual_steps)
         chunk.remember(step.call, phase, prediction, summary, self.shared.patch_size, passing)
         video.returned = prediction
@@ -174,6 +194,37 @@ class Session:
             video.learn_steps(judgement.waiting)
         if judgement.severity is not None:
             video.statistics = video.statistics.updated(judgement.severity)
+
+    # ------------------------------------------------------------------------------------------ beside judging
+
+    def _place(self, call: Call, phase: Phase | None) -> Place | None:
+        """Where the video is, for policies; None before a video, and where no policy does more than judge."""
+        video, chunk = self.timeline.video, self.timeline.chunk
+        if video is None or chunk is None or not self.steering.active:
+            return None
+        return place_of(call, phase, video, chunk)
+
+    def _correct(
+        self, step: Step, chunk: ChunkState, video: VideoState, output: Any, x0: Tensor, summary: Tensor | None
+    ) -> tuple[Any, Tensor, Tensor | None]:
+        """Let policies correct the x0 of a chunk's last denoising call; keep that of earlier calls for them."""
+        if step.place is None or chunk.steps != video.usual_steps:
+            chunk.earlier = [*chunk.earlier, x0][-self.steering.remembers :] if self.steering.remembers else []
+            return output, x0, summary
+        corrected, acts = self.steering.corrected(step.place, x0, chunk.earlier, video.scene)
+        chunk.earlier, chunk.acts = [], chunk.acts + acts
+        if corrected is x0:
+            return output, x0, summary
+        return self.adapter.with_prediction(step.call, output, corrected), corrected, None
+
+    def _settle(self, running: Running, video: VideoState, chunk: ChunkState) -> None:
+        """Let policies rewrite the rows that a commit has written, in every branch."""
+        call, place = running.found.call, running.place
+        if not self.steering.settles or place is None or place.phase != Phase.COMMIT.value:
+            return
+        context = self.adapter.context(call)
+        assert isinstance(context, CacheRows), "only an adapter of a cache takes policies that rewrite rows"
+        chunk.acts += self.steering.settle(call, place, context, video.scene)
 
     # ------------------------------------------------------------------------------------------ branches
 

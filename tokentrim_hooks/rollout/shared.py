@@ -25,6 +25,7 @@ class Shared:
         failures: what follows a failure of ours.
         proof: what the first prune has shown.
         names: of the contexts.
+        policies: all of them, in order.
     """
 
     policy: Policy
@@ -34,3 +35,4 @@ class Shared:
     failures: FailurePolicy
     proof: Proof
     names: Names = field(default_factory=Names)
+    policies: tuple[Policy, ...] = ()

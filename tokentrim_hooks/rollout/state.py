@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.adapter import Call, Phase, Seen
-from tokentrim_hooks.policy.base import History
 from tokentrim_hooks.policy.drift import RunningStatistics, latent_summary
+from tokentrim_hooks.policy.views import History, Place
 from tokentrim_hooks.rollout.reading import Reading
+from tokentrim_hooks.rollout.scene import Act, Scene
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     prediction: Tensor
+    place: Place | None = None
 
 
 @dataclass
@@ -76,6 +78,8 @@ class ChunkState:
         judgement: what came of judging it; None before.
         pruned_streams: streams whose context has been pruned for it.
         history: its calls so far, for a replay of all of them.
+        phase: of the latest judged call. earlier: predictions that policies are to be shown again.
+        acts: what policies did beside judging.
         noisy: latents that the latest judged call was given, by which another branch of guidance is known.
         heard: streams that have called since.
         began, ended: seconds, of the first and the last call.
@@ -97,6 +101,9 @@ class ChunkState:
     judgement: Judgement | None = None
     pruned_streams: set[Hashable] = field(default_factory=set)
     history: list[Step] = field(default_factory=list)
+    phase: str = Phase.FIRST.value
+    earlier: list[Tensor] = field(default_factory=list)
+    acts: list[Act] = field(default_factory=list)
     noisy: Tensor | None = None
     heard: set[Hashable] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
@@ -118,6 +125,7 @@ class ChunkState:
 
     def count(self, phase: Phase) -> None:
         """Note a call of the sampler."""
+        self.phase = phase.value
         self.phases[phase.value] = self.phases.get(phase.value, 0) + 1
         self.steps += phase in (Phase.FIRST, Phase.REFINE)
         self.committed = self.committed or phase is Phase.COMMIT
@@ -194,7 +202,7 @@ class VideoState:
         batch: number of samples. index: ordinal of the chunk in progress.
         statistics: of the severities accepted so far.
         previous: latent summary of the previous chunk as accepted, ``[B, N, D]``.
-        first: the same of the scene's first chunk.
+        first: the same of the scene's first chunk. scene: more of it, for policies that ask.
         usual_steps: denoising calls of an earlier complete chunk; 0 while unknown.
         told: whether the chunk before this one was handed over as it was accepted, by the call itself.
         returned: the latest prediction that the sampler was handed.
@@ -209,6 +217,7 @@ class VideoState:
     unsure: dict[Hashable, Call] = field(default_factory=dict)
     previous: Tensor | None = None
     first: Tensor | None = None
+    scene: Scene = field(default_factory=Scene)
     index: int = 0
     usual_steps: int = 0
     told: bool = False
@@ -219,7 +228,7 @@ class VideoState:
         """A prompt switch, a cut or a re-cache: what came before is no measure for what follows."""
         mean = self.statistics.mean
         self.statistics = RunningStatistics.empty(self.batch, mean.device)
-        self.first = None
+        self.first, self.scene = None, Scene()
 
     def accept(self, summary: Tensor | None) -> None:
         """The chunk in progress is accepted: it is the next one's predecessor."""

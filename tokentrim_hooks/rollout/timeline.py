@@ -28,6 +28,7 @@ class Timeline:
         self.adapter, self.shared, self.pruner = adapter, shared, pruner
         self.video: VideoState | None = None
         self.chunk: ChunkState | None = None
+        self.keeps_opening = any(policy.overrides("correct") for policy in shared.policies)
 
     def classify(self, call: Call) -> Phase | None:
         """Phase of a call of the judged stream; None for the other branches of guidance.
@@ -91,6 +92,9 @@ class Timeline:
             video.waiting = chunk.clean
         self.shared.recorder.publish(video, chunk)
         self.pruner.end_chunk()
+        if self.keeps_opening and video.scene.opening is None and chunk.latents is not None:
+            # A copy: the sampler may write the next chunk over it.
+            video.scene.opening = chunk.latents.clone()
         video.accept(chunk.summary_at_end(self.shared.patch_size))
         self.chunk = None
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.policy.base import Chunk, History, Policy, Verdict
+from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import severity_of, unstable_tokens
+from tokentrim_hooks.policy.views import Chunk, History, Verdict
 
 Tokens = float | Sequence[int] | Sequence[Sequence[int]]
 """A fraction of the tokens (the most drifting ones), the same tokens for all samples, or one list per sample."""

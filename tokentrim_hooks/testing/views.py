@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.policy.base import Chunk
+from tokentrim_hooks.policy.views import Chunk
 
 
 def chunk_of(drift: Tensor, index: int = 1, frames: int = 3) -> Chunk:

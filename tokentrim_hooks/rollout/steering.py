@@ -1,0 +1,178 @@
+"""What policies do beside judging: hide rows from a call, correct the sampler's x0, rewrite the rows of a commit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.adapter import Adapter, Call, Phase
+from tokentrim_hooks.errors import PolicyError
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.statistics import Moments
+from tokentrim_hooks.policy.views import ContextView, Denoised, Place, Rows
+from tokentrim_hooks.pruning.context import CacheRows, Context, KeyLayout, Role
+from tokentrim_hooks.rollout.scene import Act, Scene
+from tokentrim_hooks.rollout.state import ChunkState, VideoState
+
+
+class Steering:
+    """Asks the policies; writes nothing but what they answer.
+
+    Args:
+        adapter: of the model. policies: in order.
+    """
+
+    def __init__(self, adapter: Adapter, policies: Sequence[Policy]) -> None:
+        self._adapter = adapter
+        self._hiding = [policy for policy in policies if policy.overrides("hide")]
+        self._correcting = [policy for policy in policies if policy.overrides("correct")]
+        self._settling = [policy for policy in policies if policy.overrides("settle")]
+        self.remembers = max((policy.remembers for policy in self._correcting), default=0)
+
+    @property
+    def active(self) -> bool:
+        """Whether some policy does more than judge."""
+        return self.hides or self.corrects or self.settles
+
+    @property
+    def hides(self) -> bool:
+        """Whether some policy may hide rows."""
+        return bool(self._hiding)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether some policy may change x0."""
+        return bool(self._correcting)
+
+    @property
+    def settles(self) -> bool:
+        """Whether some policy may rewrite rows."""
+        return bool(self._settling)
+
+    # ------------------------------------------------------------------------------------------ hide
+
+    def hidden(self, call: Call, place: Place, context: Context) -> tuple[Tensor | None, list[Act]]:
+        """What ``call`` may not read, CPU BoolTensor ``[B, frames, tokens]`` (None: nothing), and who said so."""
+        view, samples = view_of(context, place.grid), int(call.latents.shape[0])
+        found, acts = None, []
+        for policy in self._hiding if view.frames else []:
+            answer = policy.hide(place, view)
+            if answer is None:
+                continue
+            mask = _checked(answer, policy, view, samples)
+            acts.append(Act(type(policy).__name__, "hide", int(mask.sum())))
+            found = mask if found is None else found | mask
+        return (found, acts) if found is not None and bool(found.any()) else (None, [])
+
+    # ------------------------------------------------------------------------------------------ correct
+
+    def corrected(self, place: Place, x0: Tensor, earlier: Sequence[Tensor], scene: Scene) -> tuple[Tensor, list[Act]]:
+        """The x0 that the sampler goes on with, and who changed it; ``x0`` itself where nobody did."""
+        acts: list[Act] = []
+        fields = {f.name: getattr(place, f.name) for f in dataclasses.fields(Place)}
+        for policy in self._correcting:
+            chunk = Denoised(**fields, prediction=x0, earlier=tuple(earlier), opening=scene.opening)
+            answer = policy.correct(chunk)
+            if answer is None:
+                continue
+            if answer.shape != x0.shape:
+                raise PolicyError(
+                    f"{type(policy).__name__}.correct returned {tuple(answer.shape)} for x0 of {tuple(x0.shape)}; "
+                    "return latents of the same shape, or None"
+                )
+            answer = answer.to(x0.dtype)
+            acts.append(Act(type(policy).__name__, "correct", norm=(answer.float() - x0.float()).norm()))
+            x0 = answer
+        return x0, acts
+
+    # ------------------------------------------------------------------------------------------ settle
+
+    def settle(self, call: Call, place: Place, context: CacheRows, scene: Scene) -> list[Act]:
+        """Rewrite the rows that ``call`` has committed; remember those of the scene's first chunk."""
+        first, stop = context.own_rows(call.frames)
+        acts: dict[str, int] = {}
+        for layer, values in enumerate(context.values):
+            keys = context.keys[layer] if context.keys else None
+            first_values, first_keys = scene.moments.get((call.stream, layer), (None, None))
+            anchor_values, anchor_keys = _anchors(context, values, keys)
+            written = Rows(
+                layer,
+                values[:, first:stop],
+                None if keys is None else keys[:, first:stop],
+                first_values,
+                first_keys,
+                anchor_values,
+                anchor_keys,
+            )
+            rows = written
+            for policy in self._settling:
+                answer = policy.settle(place, rows)
+                if answer is not None:
+                    rows = answer
+                    acts[type(policy).__name__] = acts.get(type(policy).__name__, 0) + (stop - first)
+            _write(written, rows)
+            if (call.stream, layer) not in scene.moments:
+                of_keys = None if written.keys is None else Moments.of(written.keys, (1,))
+                scene.moments[call.stream, layer] = (Moments.of(written.values, (1,)), of_keys)
+        return [Act(name, "settle", rows) for name, rows in acts.items()]
+
+
+def view_of(context: Context, grid: tuple[int, int]) -> ContextView:
+    """A context as a policy sees it."""
+    if isinstance(context, CacheRows):
+        rows = context.frame_rows
+        anchors = context.start + context.anchors
+        return ContextView(tuple(row < anchors for row in rows), context.rows_per_frame)
+    return ContextView(tuple(anchor for _, anchor in frames_of(context)), grid[0] * grid[1])
+
+
+def frames_of(layout: KeyLayout) -> list[tuple[int, bool]]:
+    """(latent frame, whether it is an anchor) of all finished frames of a layout, oldest first."""
+    found = {
+        frame: segment.role is Role.ANCHOR
+        for segment in layout.segments
+        if segment.role in (Role.CONTEXT, Role.ANCHOR)
+        for frame in segment.frames
+    }
+    return sorted(found.items())
+
+
+def _checked(answer: Tensor, policy: Policy, view: ContextView, samples: int) -> Tensor:
+    """An answer of :meth:`Policy.hide` as ``[B, frames, tokens]`` on the CPU."""
+    shapes = ((view.frames,), (view.frames, view.tokens), (samples, view.frames, view.tokens))
+    if not isinstance(answer, Tensor) or answer.dtype != torch.bool or tuple(answer.shape) not in shapes:
+        kind = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+        raise PolicyError(
+            f"{type(policy).__name__}.hide returned {kind} for {view.frames} frames of {view.tokens} tokens; "
+            "return a BoolTensor [frames], [frames, tokens] or [B, frames, tokens], or None"
+        )
+    mask = answer.cpu()
+    mask = mask[:, None] if mask.ndim == 1 else mask
+    return mask.expand(samples, view.frames, view.tokens)
+
+
+def _anchors(context: CacheRows, values: Tensor, keys: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if not context.anchors:
+        return None, None
+    rows = slice(context.start, context.start + context.anchors)
+    return values[:, rows], None if keys is None else keys[:, rows]
+
+
+def _write(old: Rows, new: Rows) -> None:
+    """Write what a policy answered over the rows in the cache."""
+    pairs = ((old.values, new.values), (old.keys, new.keys))
+    with torch.no_grad():
+        for place, rows in pairs:
+            if place is None or rows is None or rows is place:
+                continue
+            with torch.inference_mode(place.is_inference()):
+                place.copy_(rows)
+
+
+def place_of(call: Call, phase: Phase | None, video: VideoState, chunk: ChunkState) -> Place:
+    """Where a video is at a call, for a policy; another branch of guidance is where the judged one is."""
+    word = chunk.phase if phase is None else phase.value
+    return Place(word, video.index, call.start, call.frames, chunk.grid)
