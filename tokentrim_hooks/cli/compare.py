@@ -11,7 +11,7 @@ import torch
 from tokentrim_hooks.cli.options import need, positive
 from tokentrim_hooks.console import progress, show_table
 from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.experiments.compare.settings import STANDARD, changes, choose
+from tokentrim_hooks.experiments.compare.settings import METHODS, STANDARD, changes, choose
 from tokentrim_hooks.extras import imported
 from tokentrim_hooks.reference.fault import FAULTS
 from tokentrim_hooks.reference.kinds import BASE, KINDS
@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
         TokenTrimError: wrong options, or a folder that holds another comparison.
     """
     if options.list:
-        show_table(["setting", "differs from the paper's in"], [[s.name, changes(s.as_dict())] for s in STANDARD])
+        rows = [[setting.name, changes(setting.as_dict())] for setting in (*STANDARD, *METHODS)]
+        show_table(["setting", "differs from the paper's in"], rows)
         return 0
     if bool(options.target) == options.reference:
         raise TokenTrimError("give either MODULE:FUNCTION or --reference")

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.commit_window import CommitWindow
 from tokentrim_hooks.policy.token_trim import DriftPolicy, measured
-from tokentrim_hooks.policy.views import Chunk, History, Verdict
+from tokentrim_hooks.policy.views import Chunk, ContextView, History, Place, Verdict
 
 Choice = Literal["random", "least", "none"]
 
@@ -115,6 +116,19 @@ class FreshNoise(Wrapper):
         """Noise like ``latents`` for the chunk at latent frame ``start``, the same in every repetition."""
         rng = torch.Generator(latents.device).manual_seed(_mixed(self.seed, start))
         return torch.randn(latents.shape, generator=rng, device=latents.device, dtype=latents.dtype)
+
+
+@dataclass(frozen=True)
+class OldestWindow(CommitWindow):
+    """Control for :class:`CommitWindow`: the commit reads as many frames of the context, but the oldest ones."""
+
+    def hide(self, chunk: Place, context: ContextView) -> Tensor | None:
+        """Hide all frames but the oldest ones from a commit."""
+        if chunk.phase != "commit":
+            return None
+        anchors = torch.tensor(context.anchors, dtype=torch.bool)
+        hidden = (~anchors).cumsum(0) > max(self.frames - chunk.frames, 0)
+        return torch.where(anchors, torch.tensor(not self.anchors), hidden)
 
 
 def _mixed(seed: int, place: int) -> int:

@@ -65,7 +65,7 @@ def roll_out(trial: Trial, setting: Setting, seeds: Sequence[int]) -> Take:
     with ExitStack() as stack, torch.no_grad():
         handle = None
         if not setting.off:
-            handle = stack.enter_context(patch(trial.model, setting.policy(seeds[0]), probe=setting.probe))
+            handle = stack.enter_context(patch(trial.model, setting.policies(seeds[0]), probe=setting.probe))
         devices = list(range(torch.cuda.device_count()))
         stack.enter_context(torch.random.fork_rng(devices))
         torch.manual_seed(seeds[0])

@@ -8,7 +8,9 @@ from typing import Any, Literal, get_type_hints
 
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.policy.base import Policy
-from tokentrim_hooks.policy.controls import AlwaysPolicy, ChooseTokens, FreshNoise
+from tokentrim_hooks.policy.commit_window import CommitWindow
+from tokentrim_hooks.policy.controls import AlwaysPolicy, ChooseTokens, FreshNoise, OldestWindow
+from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
 from tokentrim_hooks.policy.token_trim import DriftPolicy
 from tokentrim_hooks.rollout.shared import Probe
 
@@ -29,6 +31,7 @@ class Setting:
         always: regenerate every chunk after the warm-up, whatever its severity.
         fresh_noise: regenerate from new noise.
         options: of the paper's policy.
+        methods: the policies, in order, instead of the paper's.
     """
 
     name: str
@@ -38,6 +41,11 @@ class Setting:
     always: bool = False
     fresh_noise: bool = False
     options: DriftPolicy = field(default_factory=DriftPolicy)
+    methods: tuple[Policy, ...] = ()
+
+    def policies(self, seed: int) -> list[Policy]:
+        """What to patch with; ``seed`` is of what a control draws."""
+        return list(self.methods) or [self.policy(seed)]
 
     def policy(self, seed: int) -> Policy:
         """The policy; ``seed`` is of what a control draws."""
@@ -48,8 +56,9 @@ class Setting:
 
     def as_dict(self) -> dict[str, Any]:
         """All but the name: what makes results of two runs comparable."""
-        own = {key: value for key, value in vars(self).items() if key not in ("name", "options")}
-        return {**own, **self.options.settings()}
+        own = {key: value for key, value in vars(self).items() if key not in ("name", "options", "methods")}
+        methods = {"methods": " + ".join(map(str, self.methods))} if self.methods else {}
+        return {**own, **self.options.settings(), **methods}
 
 
 STANDARD: tuple[Setting, ...] = (
@@ -71,7 +80,18 @@ STANDARD: tuple[Setting, ...] = (
 )
 """The settings that ``tokentrim compare`` runs if it is told nothing else."""
 
-OWN = {name: kind for name, kind in get_type_hints(Setting).items() if name not in ("name", "options")}
+METHODS: tuple[Setting, ...] = (
+    Setting("commit window 6", methods=(CommitWindow(frames=6),)),
+    Setting("self-caching", methods=(CommitWindow(frames=0),)),
+    Setting("latent moments", methods=(LatentMoments(),)),
+    Setting("late mean", methods=(LateMean(),)),
+    Setting("row moments", methods=(RowMoments(),)),
+    Setting("paper + commit window 6", methods=(DriftPolicy(), CommitWindow(frames=6))),
+    Setting("control: oldest window 6", methods=(OldestWindow(frames=6),)),
+)
+"""Other methods than the paper's, and a control for one of them: run where ``--only`` names them."""
+
+OWN = {name: kind for name, kind in get_type_hints(Setting).items() if name not in ("name", "options", "methods")}
 OPTIONS = get_type_hints(DriftPolicy)
 TYPES = {**OWN, **OPTIONS}
 
@@ -97,7 +117,7 @@ def changes(description: Mapping[str, Any]) -> str:
     if description["off"]:
         return "not patched"
     usual = STANDARD[1].as_dict()
-    return ", ".join(f"{key}={value}" for key, value in description.items() if value != usual[key]) or "nothing"
+    return ", ".join(f"{key}={value}" for key, value in description.items() if value != usual.get(key)) or "nothing"
 
 
 def choose(names: Iterable[str] | None, more: Iterable[str], anchors: bool) -> list[Setting]:
@@ -108,8 +128,8 @@ def choose(names: Iterable[str] | None, more: Iterable[str], anchors: bool) -> l
     Raises:
         TokenTrimError: a name that is no standard setting, or a name given twice.
     """
-    known = {setting.name: setting for setting in STANDARD}
-    wanted = [n for n in known if anchors or n != "anchors pruned"] if names is None else list(names)
+    known = {setting.name: setting for setting in (*STANDARD, *METHODS)}
+    wanted = [s.name for s in STANDARD if anchors or s.name != "anchors pruned"] if names is None else list(names)
     strange = [name for name in wanted if name not in known]
     if strange:
         raise TokenTrimError(f"no such setting: {', '.join(strange)}; there are: {', '.join(known)}")
