@@ -157,23 +157,51 @@ def _local(frame: types.FrameType, name: str) -> object:
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``function(*args, **kwargs)`` by name, defaults included; of a method also ``self``."""
-    bound = _signature_of(function).bind(*args, **kwargs)
-    bound.apply_defaults()
     owner = {"self": function.__self__} if inspect.ismethod(function) else {}
-    return {**owner, **bound.arguments}
+    return {**owner, **_parameters_of(function).bind(args, kwargs)}
 
 
-_signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
+class _Parameters:
+    """A signature that was looked at once: inspecting costs more than the rest of our work on a denoiser call."""
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.signature = signature
+        taken = signature.parameters.values()
+        self._names = tuple(p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD)
+        self._plain = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in taken)
+        self._unset = {p.name: p.default for p in taken}
+        self._required = {p.name for p in taken if p.default is p.empty}
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name, in the order of the parameters; what does not fit is Python's to refuse."""
+        given = dict(zip(self._names, args, strict=False))
+        fits = self._plain and len(args) <= len(self._names) and given.keys().isdisjoint(kwargs)
+        given.update(kwargs)
+        if not (fits and self._required <= given.keys() <= self._unset.keys()):
+            return self._bind_slowly(args, kwargs)
+        return {**self._unset, **given}
+
+    def _bind_slowly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+_signatures: weakref.WeakKeyDictionary[Any, _Parameters] = weakref.WeakKeyDictionary()
 
 
 def _signature_of(function: Any) -> inspect.Signature:
-    """The signature, looked up once: inspecting costs more than the rest of our work on a denoiser call."""
+    return _parameters_of(function).signature
+
+
+def _parameters_of(function: Any) -> _Parameters:
+    """What ``function`` takes; defaults are kept, which a function keeps anyway, but nothing that holds the model."""
     function = _declared(function)
-    # Not the bound method, which is a new object each time; nor anything that would keep the model alive.
+    # Not the bound method, which is a new object each time.
     key = getattr(function, "__func__", function)
     found = _signatures.get(key)
     if found is None:
-        found = _signatures[key] = inspect.signature(function)
+        found = _signatures[key] = _Parameters(inspect.signature(function))
     return found
 
 

@@ -7,6 +7,7 @@ import pytest
 import tiny_reference
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.rollout import records
 from tokentrim_hooks.testing import ForcedPolicy, count_syncs
 
@@ -69,17 +70,13 @@ def test_a_report_keeps_the_drift_of_the_latest_chunks_only(monkeypatch):
 
 
 def test_a_chunk_makes_two_summaries(monkeypatch):
-    from tokentrim_hooks.rollout import regeneration, state, timeline
-
-    made = []
+    made, summarise = [], Summary.of
 
     def counted(latents, patch_size):
         made.append(1)
-        return summary(latents, patch_size)
+        return summarise(latents, patch_size)
 
-    summary = state.latent_summary
-    for module in (regeneration, state, timeline):
-        monkeypatch.setattr(module, "latent_summary", counted)
+    monkeypatch.setattr(Summary, "of", counted)
     pipeline = tiny_reference.make()
     with tokentrim.patched(pipeline, tokentrim.ObservePolicy()):
         tiny_reference.run(pipeline, chunks=4)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokentrim_hooks import DriftPolicy, History, LatentsError
 from tokentrim_hooks.policy.drift import (
     RunningStatistics,
+    Summary,
     latent_summary,
     severity_of,
     token_drift,
@@ -43,6 +44,14 @@ def test_drift_equals_a_numpy_recomputation(recipe, seed):
 
     expected = np.sqrt(((tokens(current) - tokens(previous)) ** 2).sum(-1))
     np.testing.assert_allclose(drift_of(current, previous).numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(some.latents((*WIDE, torch.bfloat16)), some.seeds())
+def test_drift_is_the_same_however_the_summaries_are_laid_out(recipe, seed):
+    one, other = (Summary.of(x, (2, 2)) for x in pair(recipe, seed))
+    drift = one.drift(other)
+    torch.testing.assert_close(drift, token_drift(one.tokens, other.tokens))
+    assert drift.shape == (recipe.shape[0], one.tokens.shape[1]) and bool((drift >= 0).all())
 
 
 @given(some.latents(WIDE), some.seeds(), some.fractions())

@@ -1,10 +1,13 @@
 """Looking into a model of somebody else: layers, homes, signatures, the noise schedule."""
 
+import inspect
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import tokentrim_hooks as tokentrim
@@ -75,3 +78,34 @@ def test_two_bare_modules_have_signatures_of_their_own():
     second.forward = lambda y, z=1: y
     assert bind(first, (1,), {}) == {"x": 1}
     assert bind(second, (1,), {}) == {"y": 1, "z": 1}
+
+
+CALLABLES = (
+    attend,
+    lambda a, b=2: None,
+    lambda a, /, b, *, c=3: None,
+    lambda a, *rest, b=1, **more: None,
+    lambda self, args=1: None,
+    lambda: None,
+)
+
+
+NAMED = st.dictionaries(st.sampled_from(("a", "b", "c", "q", "k", "v", "mask", "self", "args")), st.none())
+
+
+@given(st.sampled_from(CALLABLES), st.lists(st.integers(), max_size=5), NAMED)
+def test_bind_is_what_pythons_own_signatures_say(function, args, kwargs):
+    """The same arguments in the same order, and what does not fit is refused in Python's own words."""
+
+    def bound(by):
+        try:
+            return list(by().items())
+        except TypeError as refusal:
+            return str(refusal)
+
+    def by_python():
+        found = inspect.signature(function).bind(*args, **kwargs)
+        found.apply_defaults()
+        return found.arguments
+
+    assert bound(lambda: bind(function, tuple(args), kwargs)) == bound(by_python)

@@ -7,6 +7,7 @@ the input's type where that is wider.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,14 +32,49 @@ def latent_summary(latents: Tensor, patch_size: tuple[int, int] = (2, 2)) -> Ten
     Raises:
         LatentsError: latents are not five-dimensional, or H or W is not divisible by the patch size.
     """
-    if latents.ndim != 5:
-        raise LatentsError(f"latents must be [B, F, C, H, W], got shape {tuple(latents.shape)}")
-    height, width = latents.shape[-2:]
-    if height % patch_size[0] or width % patch_size[1]:
-        raise LatentsError(f"a {height}x{width} latent is not divisible into {patch_size[0]}x{patch_size[1]} patches")
-    mean = latents.mean(dim=1, dtype=torch.promote_types(latents.dtype, torch.float32))
-    summary: Tensor = rearrange(mean, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size[0], q=patch_size[1])
-    return summary
+    return Summary.of(latents, patch_size).tokens
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Latent summary of a chunk that is laid out by tokens only when somebody asks.
+
+    That takes twice as long as the mean itself, and the drift between two of them does not need it.
+
+    Attributes:
+        mean: of the chunk's frames, ``[B, C, H, W]``, float32 or wider.
+        patch_size: (height, width) of a token in latent pixels.
+    """
+
+    mean: Tensor
+    patch_size: tuple[int, int]
+
+    @classmethod
+    def of(cls, latents: Tensor, patch_size: tuple[int, int]) -> Summary:
+        """Of latents ``[B, F, C, H, W]``; raises as :func:`latent_summary` does."""
+        if latents.ndim != 5:
+            raise LatentsError(f"latents must be [B, F, C, H, W], got shape {tuple(latents.shape)}")
+        (height, width), (p, q) = latents.shape[-2:], patch_size
+        if height % p or width % q:
+            raise LatentsError(f"a {height}x{width} latent is not divisible into {p}x{q} patches")
+        wide = latents.dtype if latents.dtype in (torch.float32, torch.float64) else torch.float32
+        return cls(latents.mean(dim=1, dtype=wide), patch_size)
+
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        """By tokens, ``[B, N, D]``."""
+        p, q = self.patch_size
+        laid_out: Tensor = rearrange(self.mean, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=q)
+        return laid_out
+
+    def drift(self, previous: Summary) -> Tensor:
+        """:func:`token_drift` of both, ``[B, N]``: features are summed where they lie, channels first."""
+        _require_alike(self.mean, previous.mean)
+        difference = self.mean - previous.mean
+        squares = difference.mul_(difference).sum(dim=1)
+        (p, q), (height, width) = self.patch_size, squares.shape[-2:]
+        by_token = squares.view(-1, height // p, p, width // q, q).sum(dim=(2, 4))
+        return by_token.sqrt_().flatten(1)
 
 
 def grid_of(latents: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
@@ -48,13 +84,17 @@ def grid_of(latents: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
 
 def token_drift(current: Tensor, previous: Tensor) -> Tensor:
     """Euclidean distance of every token to its predecessor (Eq. 5): ``[B, N, D], [B, N, D] -> [B, N]``."""
+    _require_alike(current, previous)
+    drift: Tensor = torch.linalg.vector_norm(current - previous, dim=-1)
+    return drift
+
+
+def _require_alike(current: Tensor, previous: Tensor) -> None:
     if current.shape != previous.shape:
         raise LatentsError(
             f"chunk summaries differ in shape: {tuple(current.shape)} against {tuple(previous.shape)}; "
             "the batch size or the frame size changed in the middle of a rollout"
         )
-    drift: Tensor = torch.linalg.vector_norm(current - previous, dim=-1)
-    return drift
 
 
 def unstable_count(fraction: float, tokens: int) -> int:

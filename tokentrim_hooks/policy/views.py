@@ -7,9 +7,11 @@ Shapes: ``B`` samples, ``F`` latent frames, ``C`` channels, ``H x W`` latent pix
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.policy.statistics import Moments
 
 
@@ -32,6 +34,22 @@ class Place:
     grid: tuple[int, int]
 
 
+class _ByToken:
+    """A field that is given a summary in either form and is read by tokens, ``[B, N, D]``; it has no default."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._place = f"_{name}"
+
+    def __get__(self, chunk: Any, owner: type | None = None) -> Tensor:
+        if chunk is None:
+            raise AttributeError(self._place)
+        given: Tensor | Summary = chunk.__dict__[self._place]
+        return given.tokens if isinstance(given, Summary) else given
+
+    def __set__(self, chunk: Any, given: Tensor | Summary) -> None:
+        chunk.__dict__[self._place] = given
+
+
 @dataclass(frozen=True)
 class Chunk(Place):
     """A read-only view of the chunk in question, for :meth:`Policy.judge`; :class:`Place` has the rest.
@@ -43,13 +61,15 @@ class Chunk(Place):
         first: the same of the scene's first chunk (a scene begins with the video, and at a prompt switch or a cut);
             that of the previous chunk where there is none yet.
         drift: distance of every token to the previous chunk (Eq. 5), ``[B, N]``.
+
+    Summaries are laid out by tokens when a policy first asks for them.
     """
 
     prediction: Tensor
-    summary: Tensor
-    previous: Tensor
-    first: Tensor
     drift: Tensor
+    summary: _ByToken = _ByToken()
+    previous: _ByToken = _ByToken()
+    first: _ByToken = _ByToken()
 
 
 @dataclass(frozen=True)

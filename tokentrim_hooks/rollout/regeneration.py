@@ -15,7 +15,7 @@ from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import LatentsError, TokenTrimWarning
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
-from tokentrim_hooks.policy.drift import latent_summary, token_drift
+from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.policy.views import Chunk, Verdict
 from tokentrim_hooks.rollout.counters import Counters
 from tokentrim_hooks.rollout.opinion import Opinion
@@ -155,10 +155,10 @@ class Regenerator:
         """What the policy sees of an attempt; None where there is no previous chunk to compare with."""
         video, chunk = case.video, case.chunk
         flying = self.adapter.reference(case.call, found.output)
-        previous = video.previous if flying is None else latent_summary(flying, self.patch_size)
+        previous = video.previous if flying is None else Summary.of(flying, self.patch_size)
         if previous is None:
             return None
-        found.summary = summary = latent_summary(found.prediction, self.patch_size)
+        found.summary = summary = Summary.of(found.prediction, self.patch_size)
         return Chunk(
             phase=case.phase.value,
             index=video.index,
@@ -169,7 +169,7 @@ class Regenerator:
             summary=summary,
             previous=previous,
             first=previous if video.first is None else video.first,
-            drift=token_drift(summary, previous),
+            drift=summary.drift(previous),
         )
 
     def _read(

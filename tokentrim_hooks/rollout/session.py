@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import SessionError, UnsupportedProbeError
+from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.policy.views import Place
 from tokentrim_hooks.pruning.call_scope import CallScope, open_scope
 from tokentrim_hooks.pruning.context import CacheRows
@@ -205,8 +206,8 @@ class Session:
         return place_of(call, phase, video, chunk)
 
     def _correct(
-        self, step: Step, chunk: ChunkState, video: VideoState, output: Any, x0: Tensor, summary: Tensor | None
-    ) -> tuple[Any, Tensor, Tensor | None]:
+        self, step: Step, chunk: ChunkState, video: VideoState, output: Any, x0: Tensor, summary: Summary | None
+    ) -> tuple[Any, Tensor, Summary | None]:
         """Let policies correct the x0 of a chunk's last denoising call; keep that of earlier calls for them."""
         if step.place is None or chunk.steps != video.usual_steps:
             chunk.earlier = [*chunk.earlier, x0][-self.steering.remembers :] if self.steering.remembers else []

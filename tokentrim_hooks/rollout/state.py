@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.adapter import Call, Phase, Seen
-from tokentrim_hooks.policy.drift import RunningStatistics, latent_summary
+from tokentrim_hooks.policy.drift import RunningStatistics, Summary
 from tokentrim_hooks.policy.views import History, Place
 from tokentrim_hooks.rollout.reading import Reading
 from tokentrim_hooks.rollout.scene import Act, Scene
@@ -34,7 +34,7 @@ class Judgement:
 
     Attributes:
         output: what the sampler goes on with; None once it was handed over. prediction: its x0, ``[B, F, C, H, W]``.
-        summary: latent summary of ``prediction``, where it was made, ``[B, N, D]``.
+        summary: latent summary of ``prediction``, where it was made.
         severity: of what was accepted, ``[B]`` on the device; None where no policy had an opinion.
         reading: the first verdict on the host; None where there was none.
         accepted: severity after regeneration, per sample; None where nothing was regenerated.
@@ -48,7 +48,7 @@ class Judgement:
 
     output: Any
     prediction: Tensor
-    summary: Tensor | None = None
+    summary: Summary | None = None
     severity: Tensor | None = None
     reading: Reading | None = None
     accepted: list[float] | None = None
@@ -70,7 +70,7 @@ class ChunkState:
         start, frames: its latent frames. grid: (height, width) of its tokens.
         phases: the sampler's calls by phase. steps: denoising calls among them.
         committed: a commit call was seen. given: it was handed in as clean context.
-        summary: latent summary of the chunk as last seen, ``[B, N, D]``; becomes the next chunk's ``previous``.
+        summary: latent summary of the chunk as last seen; becomes the next chunk's ``previous``.
         put_off: the chunk was seen again since its summary was made.
         latents: the chunk as last seen, for observers; a reference, not a copy.
         published: its records are out. failed: a call of it raised.
@@ -92,7 +92,7 @@ class ChunkState:
     steps: int = 0
     committed: bool = False
     given: bool = False
-    summary: Tensor | None = None
+    summary: Summary | None = None
     put_off: bool = False
     latents: Tensor | None = None
     published: bool = False
@@ -131,11 +131,11 @@ class ChunkState:
         self.committed = self.committed or phase is Phase.COMMIT
         self.ended = time.perf_counter()
 
-    def summary_at_end(self, patch_size: tuple[int, int]) -> Tensor | None:
+    def summary_at_end(self, patch_size: tuple[int, int]) -> Summary | None:
         """Summary of the chunk as last seen, where that was put off until the end."""
         if self.put_off and self.latents is not None:
             self.put_off = False
-            self.summary = latent_summary(self.latents, patch_size)
+            self.summary = Summary.of(self.latents, patch_size)
         return self.summary
 
     def remember(
@@ -143,7 +143,7 @@ class ChunkState:
         call: Call,
         phase: Phase,
         prediction: Tensor,
-        summary: Tensor | None,
+        summary: Summary | None,
         patch_size: tuple[int, int],
         passing: bool = False,
     ) -> None:
@@ -160,7 +160,7 @@ class ChunkState:
             return
         if phase is Phase.COMMIT or call.commits:
             self.put_off = False
-            self.summary = latent_summary(call.latents, patch_size)
+            self.summary = Summary.of(call.latents, patch_size)
             # A rolling window commits an older chunk than the one it takes in: not what this chunk's records tell of.
             self.latents = call.latents if call.start == self.start else self.latents
             self.given = self.given or phase is Phase.FIRST
@@ -169,10 +169,10 @@ class ChunkState:
         clean = self._keep_flag(call)
         if passing:
             return
-        self.summary = latent_summary(prediction, patch_size) if summary is None else summary
+        self.summary = Summary.of(prediction, patch_size) if summary is None else summary
         if clean is not None:
-            given = latent_summary(call.latents, patch_size).to(self.summary.dtype)
-            self.summary = torch.where(clean, given, self.summary)
+            given, seen = Summary.of(call.latents, patch_size).mean, self.summary.mean
+            self.summary = Summary(torch.where(clean, given.to(seen.dtype), seen), patch_size)
 
     def _keep_flag(self, call: Call) -> Tensor | None:
         """Keep whether the call's latents were clean, where only the device knows; returns that."""
@@ -201,7 +201,7 @@ class VideoState:
         unsure: first calls of those of them that may yet turn out to be another video's.
         batch: number of samples. index: ordinal of the chunk in progress.
         statistics: of the severities accepted so far.
-        previous: latent summary of the previous chunk as accepted, ``[B, N, D]``.
+        previous: latent summary of the previous chunk as accepted.
         first: the same of the scene's first chunk. scene: more of it, for policies that ask.
         usual_steps: denoising calls of an earlier complete chunk; 0 while unknown.
         told: whether the chunk before this one was handed over as it was accepted, by the call itself.
@@ -215,8 +215,8 @@ class VideoState:
     statistics: RunningStatistics
     streams: set[Hashable] = field(default_factory=set)
     unsure: dict[Hashable, Call] = field(default_factory=dict)
-    previous: Tensor | None = None
-    first: Tensor | None = None
+    previous: Summary | None = None
+    first: Summary | None = None
     scene: Scene = field(default_factory=Scene)
     index: int = 0
     usual_steps: int = 0
@@ -230,7 +230,7 @@ class VideoState:
         self.statistics = RunningStatistics.empty(self.batch, mean.device)
         self.first, self.scene = None, Scene()
 
-    def accept(self, summary: Tensor | None) -> None:
+    def accept(self, summary: Summary | None) -> None:
         """The chunk in progress is accepted: it is the next one's predecessor."""
         self.previous = summary if summary is not None else self.previous
         self.first = self.previous if self.first is None else self.first

@@ -8,7 +8,7 @@ from torch import Tensor
 from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import LatentsError
 from tokentrim_hooks.inspection import shares_storage
-from tokentrim_hooks.policy.drift import RunningStatistics, grid_of, latent_summary
+from tokentrim_hooks.policy.drift import RunningStatistics, Summary, grid_of
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
@@ -69,7 +69,7 @@ class Timeline:
         accepted = self.adapter.accepted(call)
         video.told = accepted is not None
         if accepted is not None:
-            video.previous = latent_summary(accepted, self.shared.patch_size)
+            video.previous = Summary.of(accepted, self.shared.patch_size)
         self.chunk = ChunkState(call.start, call.frames, grid_of(call.latents, self.shared.patch_size))
 
     def _new_video(self, call: Call) -> VideoState:
