@@ -51,6 +51,7 @@ from tokentrim_hooks.inspection import (
 from tokentrim_hooks.markers import hookimpl
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.plugins import AdapterInfo, ObserverInfo, installed_observers, make_observer
+from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.commit_window import CommitWindow
 from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
@@ -70,6 +71,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 __all__ = [
     "Adapter",
     "AdapterInfo",
+    "AdaptivePolicy",
     "AlreadyPatchedError",
     "AmbiguousModelError",
     "AttachError",

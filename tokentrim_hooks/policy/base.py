@@ -112,6 +112,11 @@ class Policy:
         """Earlier predictions of a chunk that :meth:`correct` is to be shown: latents that are kept for it."""
         return 0
 
+    @property
+    def recalls(self) -> int:
+        """Accepted severities that :meth:`judge` is to be shown one by one, the latest; none by default."""
+        return 0
+
     def redraw(self, latents: Tensor, start: int) -> Tensor | None:
         """Other noise to regenerate a chunk from: like ``latents`` ``[B, F, C, H, W]`` of the chunk at latent frame
         ``start``; None for the same noise again. For controls (see :class:`FreshNoise`).

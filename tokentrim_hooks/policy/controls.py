@@ -62,6 +62,11 @@ class Wrapper(Policy):
         """The wrapped policy's verdict."""
         return self.policy.judge(chunk, history)
 
+    @property
+    def recalls(self) -> int:
+        """As many severities as the wrapped policy asks for."""
+        return self.policy.recalls
+
     def redraw(self, latents: Tensor, start: int) -> Tensor | None:
         """The wrapped policy's noise."""
         return self.policy.redraw(latents, start)

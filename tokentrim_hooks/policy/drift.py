@@ -121,19 +121,21 @@ class RunningStatistics:
     """Mean and population standard deviation of severities, per sample (Eq. 7), by Welford's update.
 
     ``count`` is the number of severities, ``mean`` and ``m2`` (sum of squared deviations) are ``[B]`` in float64
-    where the device has it.
+    where the device has it. ``recent`` are the latest ``keep`` severities one by one, ``[B, n]``; None while that is 0.
     """
 
     count: int
     mean: Tensor
     m2: Tensor
+    keep: int = 0
+    recent: Tensor | None = None
 
     @classmethod
-    def empty(cls, batch: int, device: torch.device | str = "cpu") -> RunningStatistics:
+    def empty(cls, batch: int, device: torch.device | str = "cpu", keep: int = 0) -> RunningStatistics:
         """Statistics of no severity."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         zeros = torch.zeros(batch, dtype=dtype, device=device)
-        return cls(0, zeros, zeros)
+        return cls(0, zeros, zeros, keep, zeros.new_empty(batch, 0) if keep else None)
 
     @property
     def std(self) -> Tensor:
@@ -146,4 +148,7 @@ class RunningStatistics:
         severity = severity.to(self.mean)
         delta = severity - self.mean
         mean = self.mean + delta / count
-        return RunningStatistics(count, mean, self.m2 + delta * (severity - mean))
+        recent = self.recent
+        if recent is not None:
+            recent = torch.cat([recent, severity[:, None]], dim=1)[:, -self.keep :]
+        return RunningStatistics(count, mean, self.m2 + delta * (severity - mean), self.keep, recent)

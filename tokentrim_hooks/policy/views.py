@@ -135,11 +135,13 @@ class History:
         count: number of severities since the statistics began (with the video, or at a prompt switch or re-cache).
         mean: their mean, ``[B]``, float64 on the model's device (float32 where it has no float64).
         std: their population standard deviation, ``[B]``; 0 while ``count`` is below 2.
+        recent: the latest of them one by one, ``[B, n]``, as many as :attr:`Policy.recalls` asks for; None for none.
     """
 
     count: int
     mean: Tensor
     std: Tensor
+    recent: Tensor | None = None
 
 
 @dataclass(frozen=True)

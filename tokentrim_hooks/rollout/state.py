@@ -227,7 +227,7 @@ class VideoState:
     def begin_scene(self) -> None:
         """A prompt switch, a cut or a re-cache: what came before is no measure for what follows."""
         mean = self.statistics.mean
-        self.statistics = RunningStatistics.empty(self.batch, mean.device)
+        self.statistics = RunningStatistics.empty(self.batch, mean.device, self.statistics.keep)
         self.first, self.scene = None, Scene()
 
     def accept(self, summary: Summary | None) -> None:
@@ -243,7 +243,9 @@ class VideoState:
 
     def history(self) -> History:
         """Accepted severities, for the policy."""
-        return History(self.statistics.count, self.statistics.mean, self.statistics.std)
+        statistics = self.statistics
+        recent = statistics.recent if statistics.count else None
+        return History(statistics.count, statistics.mean, statistics.std, recent)
 
     def seen(self, chunk: ChunkState | None) -> Seen:
         """What the adapter may know when it tells phases apart."""

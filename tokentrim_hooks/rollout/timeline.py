@@ -78,7 +78,8 @@ class Timeline:
             # Amid a video, perhaps on the copy of a pruned cache.
             self.pruner.inherit(call)
         number = self.shared.recorder.number_video()
-        return VideoState(number, call.stream, batch, RunningStatistics.empty(batch, call.latents.device))
+        statistics = RunningStatistics.empty(batch, call.latents.device, self.shared.policy.recalls)
+        return VideoState(number, call.stream, batch, statistics)
 
     def finish_chunk(self) -> None:
         """Accept the chunk in progress: it becomes the predecessor and is recorded."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.commit_window import CommitWindow
 from tokentrim_hooks.policy.controls import AlwaysPolicy, ChooseTokens, FreshNoise, OldestWindow
@@ -81,6 +82,9 @@ STANDARD: tuple[Setting, ...] = (
 """The settings that ``tokentrim compare`` runs if it is told nothing else."""
 
 METHODS: tuple[Setting, ...] = (
+    Setting("adaptive", methods=(AdaptivePolicy(),)),
+    Setting("adaptive + commit window 6", methods=(AdaptivePolicy(), CommitWindow(frames=6))),
+    Setting("control: adaptive, random tokens", methods=(ChooseTokens(policy=AdaptivePolicy()),)),
     Setting("commit window 6", methods=(CommitWindow(frames=6),)),
     Setting("self-caching", methods=(CommitWindow(frames=0),)),
     Setting("latent moments", methods=(LatentMoments(),)),
