@@ -84,7 +84,7 @@ STANDARD: tuple[Setting, ...] = (
 METHODS: tuple[Setting, ...] = (
     Setting("adaptive", methods=(AdaptivePolicy(),)),
     Setting("adaptive + commit window 6", methods=(AdaptivePolicy(), CommitWindow(frames=6))),
-    Setting("control: adaptive, random tokens", methods=(ChooseTokens(policy=AdaptivePolicy()),)),
+    Setting("control: adaptive random tokens", methods=(ChooseTokens(policy=AdaptivePolicy()),)),
     Setting("commit window 6", methods=(CommitWindow(frames=6),)),
     Setting("self-caching", methods=(CommitWindow(frames=0),)),
     Setting("latent moments", methods=(LatentMoments(),)),
