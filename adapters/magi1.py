@@ -108,7 +108,7 @@ class Magi1(Adapter):
         """x0 of the newest chunk."""
         return _clean_estimate(call, output, 1)
 
-    def reference(self, call: Call, output: Any) -> Tensor | None:
+    def in_flight(self, call: Call, output: Any) -> Tensor | None:
         """x0 of the chunk before, while it is in flight."""
         return _clean_estimate(call, output, 2) if _in_flight(call) > 1 else None
 

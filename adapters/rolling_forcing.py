@@ -72,7 +72,7 @@ class RollingForcing(CausalWan):
         x0: Tensor = output[-1]
         return x0[:, -call.frames :]
 
-    def reference(self, call: Call, output: Any) -> Tensor | None:
+    def in_flight(self, call: Call, output: Any) -> Tensor | None:
         """x0 of the block before it, which is still being denoised; None to compare with the latest clean block."""
         x0: Tensor = output[-1]
         if self.reference_chunk == "clean" or x0.shape[1] <= call.frames:

@@ -160,7 +160,7 @@ class SkyReelsV2(Adapter[WindowCall]):
         """x0 of the newest chunk."""
         return _clean(call, output, call.newest)
 
-    def reference(self, call: WindowCall, output: Any) -> Tensor | None:
+    def in_flight(self, call: WindowCall, output: Any) -> Tensor | None:
         """x0 of the chunk before from the same output, while it is in flight."""
         window, before = call.window, call.newest - 1
         if before < 0 or window.steps[call.row][window.blocks[before].first] >= window.clean:

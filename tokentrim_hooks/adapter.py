@@ -141,20 +141,15 @@ class Adapter(ABC, Generic[CallT]):
     def probe(cls, model: object) -> Match | NoMatch:
         """Recognise ``model`` by structure (attributes, signatures), never by a class or module name alone.
 
-        Asked of everything that anybody wants to patch: it changes nothing and reads no tensor. What it raises counts
-        as a refusal with that reason.
-
-        Args:
-            model: whatever the user gave: a pipeline, a denoiser, or anything else.
+        Asked of everything that anybody wants to patch, pipeline, denoiser or anything else: it changes nothing and
+        reads no tensor. What it raises counts as a refusal with that reason.
         """
 
     @abstractmethod
     def attach(self, model: Any, patches: Patches) -> None:
-        """Name the places to watch: ``patches.tap`` attention functions, ``patches.wrap`` methods.
+        """Name the places to watch in what ``probe`` recognised: ``patches.tap`` functions, ``patches.wrap`` methods.
 
-        Args:
-            model: what ``probe`` recognised.
-            patches: the undo stack; what goes through it needs no code to come off again.
+        What goes through ``patches``, the undo stack, needs no code to come off again.
 
         Raises:
             UnsupportedContextError: attention cannot be tapped as the model is set up; all is undone again.
@@ -172,8 +167,7 @@ class Adapter(ABC, Generic[CallT]):
     def parse(self, arguments: Mapping[str, Any]) -> CallT | None:
         """Translate one denoiser call, just before it is made.
 
-        Asked once per call of the sampler, in order, and not for a replay; so an adapter may count what it sees. Over
-        a KV cache the kit asks a second time, of the same arguments, and must get the same answer.
+        Asked per call of the sampler, in order, not for a replay; of the same arguments it must answer the same.
 
         Args:
             arguments: the denoiser's arguments by name, defaults included; for a :class:`Method` also ``self``.
@@ -191,9 +185,6 @@ class Adapter(ABC, Generic[CallT]):
         Calls with the same identity are one session: its videos come one after the other, and it has a copy of the
         adapter of its own, taken when it had attached. So keep what is learnt from calls in attributes that are set
         anew, not in lists or dicts made in ``attach``.
-
-        Args:
-            arguments: as for :meth:`parse`, which this must not change; nothing is read from the device.
 
         Returns:
             A tensor of the KV cache (told apart by its memory, whatever list or dict it comes in), an object that
@@ -242,6 +233,9 @@ class Adapter(ABC, Generic[CallT]):
     def with_prediction(self, call: CallT, output: Any, x0: Tensor) -> Any:
         """Return ``output`` as it were had the model predicted ``x0``, for policies that correct it.
 
+        Also for ``probe="candidate"``: the last call of a replay is made from latents that were carried over, but the
+        sampler combines its output with its own, ``call.latents``.
+
         Default: ``x0`` in the place where :meth:`prediction` finds it by default. A model that predicts noise or
         velocity is converted back here.
 
@@ -253,7 +247,7 @@ class Adapter(ABC, Generic[CallT]):
             return x0
         return type(output)([*output[:-1], x0]) if isinstance(output, list) else (*output[:-1], x0)
 
-    def reference(self, call: CallT, output: Any) -> Tensor | None:
+    def in_flight(self, call: CallT, output: Any) -> Tensor | None:
         """Return the previous chunk's x0 from the same output, where that chunk is still being denoised."""
         return None
 
@@ -272,8 +266,7 @@ class Adapter(ABC, Generic[CallT]):
 
         Args:
             call: the step whose input is to be made anew, as the sampler made it.
-            before: x0 that the step before it predicted in the first attempt, ``[B, F, C, H, W]``.
-            after: x0 that it predicts now, on the pruned context; the same shape.
+            before, after: x0 that the step before it predicted, and predicts on the pruned context.
 
         Returns:
             Noisy latents, ``[B, F, C, H, W]``, in the type of ``call.latents``.
@@ -285,18 +278,19 @@ class Adapter(ABC, Generic[CallT]):
             f"adapter {self.name!r} cannot replay a whole chunk of this sampler; use probe='first-step'"
         )
 
+    def carry_step(self, call: CallT, earlier: CallT, moved: CallT, before: Tensor, after: Tensor) -> Tensor:
+        """As :meth:`carry`, where a step keeps a part of its own input, as an ODE solver's does.
+
+        ``earlier`` is the step before as the sampler made it, ``moved`` the same as the replay made it.
+        """
+        return self.carry(call, before, after)
+
     def with_latents(
         self, call: CallT, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of ``call`` with ``latents`` in the place of ``call.latents``.
+        """Return ``args`` and ``kwargs`` of ``call`` with ``latents``, of the same shape and type, for its own.
 
         Override where ``call.latents`` is a part or a view of an argument.
-
-        Args:
-            call: the call as :meth:`parse` returned it.
-            args: positional arguments of that call.
-            kwargs: its keyword arguments.
-            latents: the new ones, of the shape and type of ``call.latents``.
 
         Raises:
             UnsupportedProbeError: none of the arguments is ``call.latents`` itself.

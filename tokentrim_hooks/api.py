@@ -25,7 +25,7 @@ from tokentrim_hooks.errors import (
 from tokentrim_hooks.failures import OnError
 from tokentrim_hooks.handle.checkup import owners_of
 from tokentrim_hooks.handle.handle import PatchHandle, give_way, handle_of, judge_of
-from tokentrim_hooks.loading import FAILURES, asked, why
+from tokentrim_hooks.loading import FAILURES, asked, check_class, why
 from tokentrim_hooks.patching.patches import Method
 from tokentrim_hooks.plugins import AdapterInfo, all_made, installed_adapters, left_out, usable_adapters
 from tokentrim_hooks.policy.base import Policy
@@ -57,7 +57,7 @@ def patch(
     model: Any,
     policy: Policy | Sequence[Policy] | None = None,
     *,
-    adapter: str | None = None,
+    adapter: str | type[Adapter[Any]] | None = None,
     probe: Probe = "first-step",
     on_error: OnError = "raise",
     replace: bool = False,
@@ -70,7 +70,7 @@ def patch(
         model: a pipeline or generator that an installed adapter recognises; its source is never touched.
         policy: when and what to prune; ``DriftPolicy()`` (the paper's constants) by default. Several policies are asked
             in order; one of them may judge.
-        adapter: name of the adapter to use, instead of detection.
+        adapter: name of the adapter to use, instead of detection; or its class, which need not be installed.
         probe: which prediction is judged: ``"first-step"`` (the chunk's first denoising iteration, paper section 1;
             one extra denoiser call per trigger) or ``"candidate"`` (the finished chunk, Algorithm 1; a whole chunk).
         on_error: ``"raise"``, or ``"warn"`` to go on unpatched rather than lose a long generation.
@@ -93,7 +93,7 @@ def patch(
     policies = _policies(policy)
     _check_options(probe, on_error)
     chosen, match = _choose(model, adapter)
-    if probe == "candidate" and chosen.carry is Adapter.carry:
+    if probe == "candidate" and chosen.carry is Adapter.carry and chosen.carry_step is Adapter.carry_step:
         raise UnsupportedProbeError(f"adapter {chosen.name!r} cannot replay a whole chunk; use probe='first-step'")
     _require_hooks(chosen, policies)
     existing = _patches_on(model, match, replace)
@@ -179,8 +179,8 @@ def _ask(info: AdapterInfo, model: Any) -> tuple[Detection, Match | None]:
     return Detection(info.name, info.distribution, False, answer.reason), None
 
 
-def _choose(model: Any, name: str | None) -> tuple[type[Adapter[Any]], Match]:
-    infos = usable_adapters() if name is None else [_named(name)]
+def _choose(model: Any, name: str | type[Adapter[Any]] | None) -> tuple[type[Adapter[Any]], Match]:
+    infos = usable_adapters() if name is None else [_given(name)]
     answers = [(info, *_ask(info, model)) for info in infos]
     hits = [(info, match) for info, _, match in answers if match is not None]
     if len(hits) > 1:
@@ -191,6 +191,14 @@ def _choose(model: Any, name: str | None) -> tuple[type[Adapter[Any]], Match]:
         raise UnsupportedModelError(_refusal(model, [found for _, found, _ in answers]))
     info, match = hits[0]
     return info.loaded, match
+
+
+def _given(adapter: str | type[Adapter[Any]]) -> AdapterInfo:
+    """The adapter of a name, or one that was given as a class."""
+    if isinstance(adapter, str):
+        return _named(adapter)
+    check_class(adapter)
+    return AdapterInfo(adapter.name, "given as a class", adapter)
 
 
 def _named(name: str) -> AdapterInfo:

@@ -168,7 +168,7 @@ def contents(plugin: object) -> tuple[list[type[Adapter[Any]]], dict[str, Observ
     manager.check_pending()
     classes = [cls for answer in manager.hook.tokentrim_adapters() for cls in _listed(answer)]
     for cls in classes:
-        _check_class(cls)
+        check_class(cls)
     factories: dict[str, ObserverFactory] = {}
     for answer in manager.hook.tokentrim_observers():
         _check_factories(answer)
@@ -200,12 +200,15 @@ def _check_factories(answer: Any) -> None:
             raise PluginError(f"tokentrim_observers must name factories, got {name!r}: {factory!r}")
 
 
-def _check_class(cls: object) -> None:
+def check_class(cls: object) -> None:
+    """Raise PluginError unless ``cls`` can be used as an adapter."""
     if not (isinstance(cls, type) and issubclass(cls, Adapter)):
-        raise PluginError(f"tokentrim_adapters must return Adapter subclasses, got {cls!r}")
+        raise PluginError(f"an adapter must be one of the Adapter subclasses, got {cls!r}")
     name: object = getattr(cls, "name", "")
     if not (isinstance(name, str) and name.strip()):
         raise PluginError(f"adapter class {cls.__name__} has no name")
+    if hasattr(cls, "reference"):
+        raise PluginError(f"adapter {name!r} has a method reference(), which is called in_flight() now: rename it")
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise PluginError(f"adapter {name!r} lacks {', '.join(missing)}")

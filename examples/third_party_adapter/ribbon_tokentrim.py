@@ -35,10 +35,6 @@ class Ribbon(Adapter):
             patches.tap(home, "attend")
         self.patch_size = net.patch_size
 
-    def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Every video has a memory of its own."""
-        return (arguments["memory"],)
-
     def parse(self, arguments: Mapping[str, Any]) -> Call:
         """Every call says by itself where it is and whether it writes."""
         return Call(
@@ -55,6 +51,10 @@ class Ribbon(Adapter):
         values = call.arguments["memory"].values
         rows_per_frame = call.latents.shape[-2] * call.latents.shape[-1] // self.patch_size**2
         return CacheRows(values, 0, values[0].shape[1] if values else 0, rows_per_frame)
+
+    def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Every video has a memory of its own."""
+        return (arguments["memory"],)
 
     def carry(self, call: Call, before: Tensor, after: Tensor) -> Tensor:
         """The sampler adds fresh noise to the predicted chunk: keep the noise, move the chunk."""

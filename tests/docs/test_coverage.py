@@ -11,6 +11,7 @@ from pages import PAGES, ROOT
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import errors, plugins, testing
 from tokentrim_hooks.cli import main as cli
+from tokentrim_hooks.testing.trial import Trial
 
 DOCS = "\n".join(page.read_text() for page in PAGES if page.parent == ROOT / "docs")
 CODE = set(re.findall(r"\w+(?:-\w+)*", " ".join(re.findall(r"```.*?```|`[^`\n]+`", DOCS, re.DOTALL))))
@@ -59,7 +60,7 @@ NAMES = {
     "taps": list(inspect.signature(tokentrim.Patches.tap).parameters)[1:],
     "patches": sorted(set(public(tokentrim.Patches)) - {"require_tap", "undo"}),
     "errors": public(errors)[1:],
-    "the kit": [*testing.__all__, *testing.AdapterConformance.__annotations__],
+    "the kit": [*testing.__all__, *testing.AdapterConformance.__annotations__, *Trial.__annotations__],
     "environment": environment(),
     "extras": ["report", "metrics", "demo"],
 }

@@ -68,5 +68,5 @@ def test_the_tutorials_file_is_the_examples():
 
 def test_its_kit_is_the_examples_kit():
     page = PAGE.read_text()
-    for line in ("chunks = 6", "torch.manual_seed(seed)", "return model.generate(torch.randn(1, 12, 4, 8, 8))"):
+    for line in ("chunks = 8", "torch.manual_seed(seed)", "return model.generate(torch.randn(1, 16, 4, 8, 8))"):
         assert line in page and line in (EXAMPLE / "tests" / "test_conformance.py").read_text()

@@ -76,7 +76,7 @@ class Nameless(tokentrim.Adapter):
 
 @pytest.mark.parametrize(
     ("answer", "words"),
-    [([object()], "must return Adapter subclasses"), ([Nameless], "has no name"), ([], "provides no adapter")],
+    [([object()], "must be one of the Adapter subclasses"), ([Nameless], "has no name"), ([], "provides no adapter")],
 )
 def test_a_plugin_that_breaks_the_contract(answer, words):
     class Plugin:

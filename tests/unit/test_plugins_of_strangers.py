@@ -234,8 +234,8 @@ def test_a_factory_that_exits_is_a_failure_of_the_observer(stranger):
     [
         ("return Mine", "must return a list"),
         ("return True", "must return a list"),
-        ("return ['Mine']", "must return Adapter subclasses"),
-        ("return [Mine()]", "must return Adapter subclasses"),
+        ("return ['Mine']", "must be one of the Adapter subclasses"),
+        ("return [Mine()]", "must be one of the Adapter subclasses"),
         ("Mine.name = 7; return [Mine]", "has no name"),
         ("Mine.name = ' '; return [Mine]", "has no name"),
         ("del Mine.name; return [Mine]", "has no name"),

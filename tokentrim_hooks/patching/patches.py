@@ -21,7 +21,8 @@ from tokentrim_hooks.errors import AttachError
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.patching.compiled import Watch
 from tokentrim_hooks.patching.hooks import outermost_hooks, plain_hooks
-from tokentrim_hooks.patching.tap_site import MISSING, TapNames, TapSite, as_itself, depth_hooks, eagerly
+from tokentrim_hooks.patching.tap_names import TapNames
+from tokentrim_hooks.patching.tap_site import MISSING, TapSite, as_itself, depth_hooks, eagerly
 from tokentrim_hooks.pruning.call_scope import BUSY, current_tap
 
 
@@ -134,8 +135,13 @@ class Patches:
         The names say which parameters hold q, k, v: ``[B, length, heads, head_dim]``, or with ``heads_first``
         ``[B, heads, length, head_dim]``. The result is ``[B, length, ...]``, or a tuple that begins with it.
         Where the same function also serves cross attention, ``within`` lists the self-attention modules in whose
-        calls it counts. A call that sets a parameter named in ``refuse`` raises instead of going wrong. ``lengths``
-        names the parameter with the number of keys of each sample, where all given keys are valid.
+        calls it counts: so is ``torch.nn.functional.scaled_dot_product_attention``, whose names are known, tapped for
+        modules that call it inside their own forward.
+        A call that sets a parameter named in ``refuse`` raises instead of going wrong. ``lengths`` names the parameter
+        with the number of keys of each sample, where all given keys are valid.
+
+        Raises:
+            AttachError: there is no such function, it has no parameter of that name, or it is tapped otherwise already.
         """
         site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse, heads_first, lengths))
         self._undo.append(site.release)

@@ -6,17 +6,18 @@ While nothing is dead a tapped function is the original behind one plain test, w
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.errors import AttachError, UnsupportedContextError
+from tokentrim_hooks.patching.tap_names import TapNames, described, label_of
 from tokentrim_hooks.pruning.call_scope import BUSY, current_scope
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import clear_marks
@@ -49,19 +50,6 @@ def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``function`` out of compiled graphs: our bookkeeping is not the model's."""
     options = {"reason": OUTSIDE} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
     return cast(Callable[..., Any], torch.compiler.disable(function, **options))  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class TapNames:
-    """Names under which an attention function takes query, key, value and mask; it refuses what ``refuse`` names."""
-
-    q: str = "q"
-    k: str = "k"
-    v: str = "v"
-    mask: str | None = None
-    refuse: tuple[str, ...] = ()
-    heads_first: bool = False
-    lengths: str | None = None
 
 
 class TappedForward:
@@ -100,11 +88,13 @@ class TapSite:
     _sites: dict[tuple[int, str], TapSite] = {}  # noqa: RUF012 - a registry of the process
 
     def __init__(self, namespace: Any, name: str, names: TapNames) -> None:
-        self.namespace, self.name, self.names = namespace, name, names
+        self.namespace, self.name, self.given = namespace, name, names
         self.users = 0
         self.before = _place_of(namespace).get(name, MISSING)
-        self.original = namespace[name] if isinstance(namespace, dict) else getattr(namespace, name)
-        self.signature = inspect.signature(self.original)
+        self.original: Any = namespace.get(name) if isinstance(namespace, dict) else getattr(namespace, name, None)
+        if not callable(self.original):
+            raise AttachError(f"there is no function {name!r} to tap in {label_of(namespace)}")
+        self.signature, self.names = described(self.original, names, f"{label_of(namespace)}.{name}")
         self.tapped = self._make_tapped()
 
     @classmethod
@@ -115,8 +105,24 @@ class TapSite:
         if site is None:
             site = cls._sites[key] = cls(namespace, name, names)
             _put(namespace, name, site.tapped)
+        else:
+            site.share(names)
         site.users += 1
         return site
+
+    def share(self, names: TapNames) -> None:
+        """Serve another tap of the same function: what either refuses is refused.
+
+        Raises:
+            AttachError: it names other parameters.
+        """
+        if dataclasses.replace(names, refuse=self.given.refuse) != self.given:
+            raise AttachError(
+                f"{label_of(self.namespace)}.{self.name} is tapped already, with other options: {self.given}.\n"
+                "One function has one signature: tap it the same way, or take the other patch off first."
+            )
+        merged = tuple(dict.fromkeys((*self.names.refuse, *names.refuse)))
+        self.names = dataclasses.replace(self.names, refuse=merged)
 
     def release(self) -> None:
         """Take the tap out with its last user, unless somebody has wrapped it since (then it stays, inert)."""
@@ -173,7 +179,7 @@ class TapSite:
         bound = self.signature.bind(*args, **kwargs)
         given, names = bound.arguments, self.names
         for name in names.refuse:
-            if given.get(name) is not None:
+            if given.get(name) is not None and given[name] is not False:
                 raise UnsupportedContextError(f"cannot prune while {self.name}() is called with {name}")
 
         rest: tuple[Any, ...] = ()
@@ -188,11 +194,12 @@ class TapSite:
             result = self.original(*bound.args, **bound.kwargs)
             first, *others = result if isinstance(result, tuple) else (result,)
             rest = tuple(others)
-            return cast(Tensor, first)
+            return cast(Tensor, turn(first) if names.heads_first_out else first)
 
         turn = self._turn
         mask = given.get(names.mask) if names.mask else None
         output = tap.attend(attend, turn(given[names.q]), turn(given[names.k]), turn(given[names.v]), mask)
+        output = turn(output) if names.heads_first_out else output
         return (output, *rest) if rest else output
 
 

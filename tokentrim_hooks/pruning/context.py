@@ -74,13 +74,16 @@ class CacheRows:
     """A context that lies in a KV cache; pruned by tombstones in V.
 
     Attributes:
-        values: the V tensor of every layer, ``[B, rows, heads, head_dim]``; looked up anew for every call.
+        values: the V tensor of every layer, ``[B, rows, heads, head_dim]``; looked up anew for every call. Also views
+            ``[B, frames, rows_per_frame, heads, head_dim]``, of layers that attend per site: row ``r`` is then token
+            ``r % rows_per_frame`` of frame ``r // rows_per_frame``.
         start: first row that holds history.
         stop: row behind the last one that holds history (rows of the current chunk excluded).
         rows_per_frame: row ``r`` holds spatial token ``r % rows_per_frame``.
         anchors: rows from ``start`` on that are sinks; kept unless the policy asks for ``prune_anchors``.
         current: (first, behind the last) row of the current chunk where it lies amid history, as in a ring buffer.
         keys: the K tensor of every layer, like ``values``; needed only by policies that rewrite K.
+        attentions: attention calls over these rows in one denoiser call, where it is not one per tensor in ``values``.
     """
 
     values: Sequence[Tensor]
@@ -90,6 +93,7 @@ class CacheRows:
     anchors: int = 0
     current: tuple[int, int] = (0, 0)
     keys: Sequence[Tensor] = ()
+    attentions: int = 0
 
     @property
     def frame_rows(self) -> list[int]:
@@ -116,6 +120,18 @@ def anchor_frames(context: Context) -> int:
     if isinstance(context, CacheRows):
         return context.anchors // context.rows_per_frame
     return len({frame for segment in context.segments if segment.role is Role.ANCHOR for frame in segment.frames})
+
+
+def require_grid(context: Context, grid: tuple[int, int]) -> None:
+    """Raise UnsupportedContextError unless a frame of a cache has as many rows as the chunk's grid has tokens."""
+    if not isinstance(context, CacheRows) or not context.values:
+        return
+    height, width = grid
+    if context.rows_per_frame != height * width:
+        raise UnsupportedContextError(
+            f"the chunk's grid is {height} x {width} tokens (by the adapter's patch_size), but its context says "
+            f"rows_per_frame={context.rows_per_frame}.\nOne of the two is wrong: a token must be a row of every frame."
+        )
 
 
 def require_floating(values: Sequence[Tensor]) -> None:

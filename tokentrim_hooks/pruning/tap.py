@@ -24,23 +24,39 @@ from tokentrim_hooks.pruning.tombstones import alive_rows
 
 @dataclass(frozen=True)
 class LiveKeys:
-    """What a group of queries may see: one index of keys for all samples, or one per sample."""
+    """What a group of queries may see: an index of keys for every set of samples that keep the same ones.
+
+    ``samples[i]`` are those of ``index[i]``; empty where one index holds for all. ``order`` puts the samples of all
+    sets, one set behind the other, back into their places; None where they are in them.
+    """
 
     start: int
     stop: int | None
     index: tuple[Tensor, ...]
+    samples: tuple[Tensor, ...] = ()
+    order: Tensor | None = None
 
 
 def live_keys(groups: Sequence[QueryGroup], device: torch.device) -> tuple[LiveKeys, ...]:
-    """Turn masks into key indices on the device; a single index where all samples keep the same keys."""
-    found = []
-    for group in groups:
-        rows = group.alive[:1] if bool((group.alive == group.alive[:1]).all()) else group.alive
-        if not bool(rows.any(dim=1).all()):
-            raise UnsupportedContextError("pruning would leave a sample with no key at all")
-        index = tuple(row.nonzero().squeeze(1).to(device, non_blocking=True) for row in rows)
-        found.append(LiveKeys(group.start, group.stop, index))
-    return tuple(found)
+    """Turn masks into key indices on the device, one for all samples that keep the same keys."""
+    return tuple(_live_in(group, device) for group in groups)
+
+
+def _live_in(group: QueryGroup, device: torch.device) -> LiveKeys:
+    rows, kind = torch.unique(group.alive, dim=0, return_inverse=True)
+    if not bool(rows.any(dim=1).all()):
+        raise UnsupportedContextError("pruning would leave a sample with no key at all")
+    index = tuple(_moved(row.nonzero().squeeze(1), device) for row in rows)
+    if len(rows) == 1:
+        return LiveKeys(group.start, group.stop, index)
+    order = kind.argsort(stable=True)
+    samples = tuple(_moved(part, device) for part in order.split(kind.bincount().tolist()))
+    back = None if bool((order.diff() > 0).all()) else _moved(order.argsort(), device)
+    return LiveKeys(group.start, group.stop, index, samples, back)
+
+
+def _moved(index: Tensor, device: torch.device) -> Tensor:
+    return index.to(device, non_blocking=True)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -52,7 +68,7 @@ def attend_live(
     """Run ``attend`` on live keys only.
 
     q, k, v are ``[B, length, heads, head_dim]``; ``mask`` broadcasts over ``[B, heads, queries, keys]``. Queries of
-    different groups, and samples that keep different keys, run one after the other.
+    different groups, and sets of samples that keep different keys, run one after the other.
     """
     outputs = []
     for group in groups:
@@ -60,23 +76,30 @@ def attend_live(
         if len(groups) > 1:
             some_q = q[:, group.start : group.stop]
             some_mask = _rows(mask, group.start, group.stop)
-        outputs.append(_attend_group(attend, some_q, k, v, some_mask, group.index))
+        outputs.append(_attend_group(attend, some_q, k, v, some_mask, group))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _attend_group(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Sequence[Tensor]
-) -> Tensor:
-    if len(index) == 1:
-        return attend(q, k.index_select(1, index[0]), v.index_select(1, index[0]), _columns(mask, index[0]))
-    samples = []
-    for b, keys in enumerate(index):
-        one = slice(b, b + 1)
-        own = mask[one] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask
-        samples.append(
-            attend(q[one], k[one].index_select(1, keys), v[one].index_select(1, keys), _columns(own, keys))
-        )
-    return torch.cat(samples, dim=0)
+def _attend_group(attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: LiveKeys) -> Tensor:
+    if not group.samples:
+        keys = group.index[0]
+        return attend(q, k.index_select(1, keys), v.index_select(1, keys), _columns(mask, keys))
+    parts = []
+    for some, keys in zip(group.samples, group.index, strict=True):
+        own = mask.index_select(0, some) if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask
+        place = some[:, None], keys[None]
+        parts.append(attend(q.index_select(0, some), k[place], v[place], _columns(own, keys)))
+    output = torch.cat(parts, dim=0)
+    return output if group.order is None else output.index_select(0, group.order)
+
+
+def _of_each(group: LiveKeys, batch: int) -> Sequence[Tensor]:
+    """The live keys of every sample, or one index where it holds for all."""
+    each = list(group.index[:1]) * batch
+    for some, keys in zip(group.samples, group.index, strict=False):
+        for sample in some.tolist():
+            each[sample] = keys
+    return each if group.samples else group.index
 
 
 def _columns(mask: Tensor | None, keys: Tensor) -> Tensor | None:
@@ -156,7 +179,7 @@ class CallTap:
         if len(groups) > 1:
             raise UnsupportedContextError("cannot prune chunks in flight apart in a block mask of flex attention")
         if id(mask) not in self._masks:
-            self._masks[id(mask)] = (mask, without_dead(mask, groups[0].index, k.shape[0], k.shape[1]))
+            self._masks[id(mask)] = (mask, without_dead(mask, _of_each(groups[0], k.shape[0]), k.shape[0], k.shape[1]))
         return self._masks[id(mask)][1]
 
     def live_range(self, start: int, first: int, stop: int, keys: Tensor) -> Tensor | None:
@@ -180,9 +203,7 @@ class CallTap:
         self.dropped = max(self.dropped, 0 if live is None else stop - first - live.numel())
         return live
 
-    def _live_range(
-        self, layout: KeyLayout, start: int, first: int, stop: int, device: torch.device
-    ) -> Tensor | None:
+    def _live_range(self, layout: KeyLayout, start: int, first: int, stop: int, device: torch.device) -> Tensor | None:
         alive = self.dead.live_for(layout, 1, start)[0, first:stop]
         if self.hidden is not None:
             alive = alive & self.hidden.live_for(layout, 1, NEWEST)[0, first:stop]

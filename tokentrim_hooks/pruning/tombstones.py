@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +24,15 @@ def mark_of(dtype: torch.dtype) -> float:
 
 
 def alive_rows(values: Tensor) -> Tensor:
-    """Rows of V ``[B, rows, heads, head_dim]`` that carry no tombstone: BoolTensor ``[B, rows]`` on the device."""
-    return torch.isfinite(values[:, :, 0, 0].float())
+    """Rows of V ``[B, rows..., heads, head_dim]`` without a tombstone: BoolTensor ``[B, rows...]`` on the device."""
+    return torch.isfinite(values[..., 0, 0].float())
 
 
 @dataclass
 class Tombstones:
     """Marks in the V rows of one or more KV caches, and what they replaced, for as long as rows have not moved."""
 
-    replaced: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    replaced: list[tuple[Tensor, tuple[Any, ...], Tensor]] = field(default_factory=list)
 
     def mark(self, rows: CacheRows, tokens: Sequence[Sequence[int]], prune_anchors: bool = False) -> int:
         """Mark all cached positions of ``tokens`` (one list per sample; empty = spare it); return rows marked."""
@@ -43,21 +44,34 @@ class Tombstones:
         places = torch.tensor([sample, row])
         on_device = {device: places.to(device) for device in {values.device for values in rows.values}}
         for values in rows.values:
-            index = on_device[values.device]
-            self.replaced.append((values, index, values[index[0], index[1], 0, 0].clone()))
-            values[index[0], index[1], 0, 0] = mark_of(values.dtype)
+            index = _index(values, on_device[values.device], rows.rows_per_frame)
+            self.replaced.append((values, index, values[index].clone()))
+            values[index] = mark_of(values.dtype)
         return len(sample)
 
     def revive(self) -> None:
         """Put back what the marks replaced. Only valid while no row has moved since."""
         for values, index, old in reversed(self.replaced):
             with torch.inference_mode(values.is_inference()), torch.no_grad():
-                values[index[0], index[1], 0, 0] = old
+                values[index] = old
         self.replaced.clear()
 
     def settle(self) -> None:
         """Forget what the marks replaced: they are final."""
         self.replaced.clear()
+
+
+def _index(values: Tensor, places: Tensor, per_frame: int) -> tuple[Any, ...]:
+    """Index of the marked element of rows of V: by (sample, row), or by (sample, frame, token) in a view by frames."""
+    sample, row = places
+    if values.ndim == 4:
+        return sample, row, 0, 0
+    if values.ndim != 5 or values.shape[2] != per_frame:
+        raise UnsupportedContextError(
+            f"values of shape {tuple(values.shape)} are neither [B, rows, heads, head_dim] nor "
+            f"[B, frames, {per_frame}, heads, head_dim]; correct the adapter's context()"
+        )
+    return sample, row // per_frame, row % per_frame, 0, 0
 
 
 def _positions(
@@ -118,5 +132,5 @@ class Traces:
 def clear_marks(values: Iterable[Tensor]) -> None:
     """Make rows whose mark cannot be undone finite again (0 in the marked element), so that nothing is poisoned."""
     for value in values:
-        element = value[:, :, 0, 0]
+        element = value[..., 0, 0]
         element.copy_(torch.where(torch.isfinite(element.float()), element, torch.zeros_like(element)))

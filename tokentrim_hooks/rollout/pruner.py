@@ -11,11 +11,12 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import grid_of
 from tokentrim_hooks.policy.views import Place
-from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, anchor_frames
+from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, anchor_frames, require_grid
 from tokentrim_hooks.pruning.fleeting import FleetingMarks
 from tokentrim_hooks.pruning.key_selection import DeadTokens
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import Tombstones, Traces, alive_rows
+from tokentrim_hooks.rollout.answers import context_of
 from tokentrim_hooks.rollout.scene import Act
 from tokentrim_hooks.rollout.steering import Steering, frames_of
 
@@ -98,7 +99,7 @@ class Pruner:
         if not self.dead and hidden is None and not self._fleeting.rows:
             return None
         if self._dead_tokens and layout is None:
-            context = self._adapter.context(call)
+            context = context_of(self._adapter, call)
             assert not isinstance(context, CacheRows), "a model keeps its context in one way"
             layout = context
         if layout is not None:
@@ -113,12 +114,12 @@ class Pruner:
         steering = self._steering
         if steering is None or not steering.hides or place is None or not self.proof.enabled:
             return None, None
-        context = self._adapter.context(call)
+        context = context_of(self._adapter, call)
         mask, self.acts = steering.hidden(call, place, context)
         if mask is None:
             return None, None
         if isinstance(context, CacheRows):
-            self.proof.expected = len(context.values)
+            self.proof.expected = context.attentions or len(context.values)
             self._hid = self._fleeting.hide(context, mask) > 0
             return None, None
         frames = [frame for frame, _ in frames_of(context)]
@@ -127,7 +128,7 @@ class Pruner:
     def unhide(self, call: Call) -> None:
         """A call has come back: what was hidden from it is to be seen again."""
         if self._fleeting.rows:
-            context = self._adapter.context(call)
+            context = context_of(self._adapter, call)
             self._fleeting.take_off(context if isinstance(context, CacheRows) else None)
 
     def prune(self, call: Call, tokens: Sequence[Sequence[int]], start: int) -> int:
@@ -141,14 +142,16 @@ class Pruner:
         Returns:
             Context rows newly dead.
         """
-        context = self._adapter.context(call)
+        context = context_of(self._adapter, call)
+        grid = grid_of(call.latents, self._patch_size)
+        require_grid(context, grid)
         self.anchors = 0 if self._policy.prune_anchors else anchor_frames(context)
         if isinstance(context, CacheRows):
             dead = self._mark(context, tokens, call.stream)
         else:
             self.proof.expected = context.attentions or self.proof.expected
             self._frames |= context.frames
-            dead = self._dead_tokens.kill(context, tokens, start, grid_of(call.latents, self._patch_size))
+            dead = self._dead_tokens.kill(context, tokens, start, grid)
         _logger.debug("pruned %d rows of the context for the chunk at latent frame %d", dead, start)
         return dead
 
@@ -158,14 +161,14 @@ class Pruner:
         self._marked[stream] = Traces.of(context.values)
         dead = self._tombstones.mark(context, tokens, self._policy.prune_anchors)
         if dead:
-            self.proof.expected = len(context.values)
+            self.proof.expected = context.attentions or len(context.values)
         elif before is None:
             del self._marked[stream]
         return dead
 
     def inherit(self, call: Call) -> None:
         """Find the marks in a cache that was copied from another video's: they were copied with it."""
-        context = self._adapter.context(call) if self.proof.proven else None
+        context = context_of(self._adapter, call) if self.proof.proven else None
         if isinstance(context, CacheRows) and context.stop and not bool(alive_rows(context.values[0]).all()):
             self._marked[call.stream] = Traces.of(context.values)
 
@@ -173,7 +176,7 @@ class Pruner:
         """After a call: find the marks again where the cache made its tensors anew (concatenation copies the marks)."""
         traces = self._marked.get(call.stream)
         if traces is not None and traces.lost:
-            context = self._adapter.context(call)
+            context = context_of(self._adapter, call)
             assert isinstance(context, CacheRows)
             self._marked[call.stream] = Traces.of(context.values)
 

@@ -17,6 +17,7 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.policy.views import Chunk, Verdict
+from tokentrim_hooks.rollout.answers import prediction_of
 from tokentrim_hooks.rollout.counters import Counters
 from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
@@ -145,7 +146,7 @@ class Regenerator:
 
     def _has_no_predecessor(self, case: Case) -> bool:
         """Whether a chunk is a video's first, where that shows without asking the model: nothing is to be agreed on."""
-        return case.video.previous is None and type(self.adapter).reference is Adapter.reference
+        return case.video.previous is None and type(self.adapter).in_flight is Adapter.in_flight
 
     def _wants_more(self, reading: Reading, found: Judgement) -> bool:
         """Whether another attempt is asked for, and allowed."""
@@ -154,7 +155,7 @@ class Regenerator:
     def _view(self, case: Case, found: Judgement) -> Chunk | None:
         """What the policy sees of an attempt; None where there is no previous chunk to compare with."""
         video, chunk = case.video, case.chunk
-        flying = self.adapter.reference(case.call, found.output)
+        flying = self.adapter.in_flight(case.call, found.output)
         previous = video.previous if flying is None else Summary.of(flying, self.patch_size)
         if previous is None:
             return None
@@ -212,7 +213,7 @@ class Regenerator:
 
     def _second_opinion(self, case: Case, found: Judgement, output: Any) -> Opinion:
         found.output = output
-        found.prediction = self.adapter.prediction(case.call, output)
+        found.prediction = prediction_of(self.adapter, case.call, output)
         return self._opinion(case, found, None, [])
 
     def _undo_attempt(self, case: Case, found: Judgement) -> Opinion:
@@ -267,7 +268,7 @@ class Regenerator:
     def _prove(self, call: Call, output: Any) -> bool:
         """Self-check of a prune: every layer dropped rows; and of the first one, that the output is finite."""
         proven = self.pruner.proof.proven
-        return self.pruner.check(proven or bool(torch.isfinite(self.adapter.prediction(call, output)).all()))
+        return self.pruner.check(proven or bool(torch.isfinite(prediction_of(self.adapter, call, output)).all()))
 
 
 def _merged(old: list[list[int]], new: list[list[int]]) -> list[list[int]]:

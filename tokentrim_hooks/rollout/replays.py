@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import warnings
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from tokentrim_hooks.adapter import Adapter
+from tokentrim_hooks.adapter import Adapter, Call
 from tokentrim_hooks.errors import TokenTrimWarning, UnsupportedContextError
 from tokentrim_hooks.failures import FailurePolicy
+from tokentrim_hooks.inspection import bind
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import scoped
+from tokentrim_hooks.rollout.answers import prediction_of
 from tokentrim_hooks.rollout.counters import Counters
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.state import Step
@@ -41,26 +44,45 @@ class Replayer:
         change over. The first step's latents are noise, which only a control policy draws anew.
         """
         with record_function("tokentrim.replay"):
-            output = self._in_step(module, steps[0], lambda: self._redrawn(steps[0]))
+            output, call = self._in_step(module, steps[0], lambda: self._redrawn(steps[0]))
             for earlier, step in itertools.pairwise(steps):
-                output = self._in_step(module, step, functools.partial(self._carried, earlier, step, output))
+                carried = functools.partial(self._carried, earlier, step, call, output)
+                output, call = self._in_step(module, step, carried)
+            if call is not steps[-1].call:
+                # The sampler goes on from its own latents, not from those of the replay's last call.
+                x0 = prediction_of(self._adapter, call, output)
+                output = self._adapter.with_prediction(steps[-1].call, output, x0)
         return output
 
-    def _in_step(self, module: nn.Module, step: Step, latents: Callable[[], Tensor | None]) -> Any:
-        """Call again, as all ranks do that share the model: one that fails before the call makes it without us."""
+    def _in_step(self, module: nn.Module, step: Step, latents: Callable[[], Tensor | None]) -> tuple[Any, Call]:
+        """Call again, as all ranks do that share the model: one that fails before the call makes it without us.
+
+        Returns:
+            The output, and the call that it came of: with other latents where these were carried over or redrawn.
+        """
         ranks = self._failures.ranks
         made = ranks.replays
         try:
-            return self._call_again(module, step, latents())
+            given = latents()
+            moved = self._moved(module, step, given)
+            return self._call_again(module, step, given), moved
         except Exception as failure:
             if ranks.replays > made or not self._failures.hears(failure):
                 raise
         with scoped(None, replayer=self._pruner.proof):
-            return module(*step.args, **step.kwargs)
+            return module(*step.args, **step.kwargs), step.call
 
-    def _carried(self, earlier: Step, step: Step, output: Any) -> Tensor:
-        changed = self._adapter.prediction(earlier.call, output)
-        return self._adapter.carry(step.call, earlier.prediction, changed)
+    def _moved(self, module: nn.Module, step: Step, latents: Tensor | None) -> Call:
+        """The call as it is made again, its arguments too: an adapter reads noisy latents from either."""
+        if latents is None:
+            return step.call
+        args, kwargs = self._adapter.with_latents(step.call, step.args, step.kwargs, latents)
+        return dataclasses.replace(step.call, latents=latents, arguments=bind(module, args, kwargs))
+
+    def _carried(self, earlier: Step, step: Step, call: Call, output: Any) -> Tensor:
+        """Latents of ``step`` after the replay of ``earlier``, which was made as ``call`` and gave ``output``."""
+        changed = prediction_of(self._adapter, call, output)
+        return self._adapter.carry_step(step.call, earlier.call, call, earlier.prediction, changed)
 
     def _redrawn(self, step: Step) -> Tensor | None:
         return self._policy.redraw(step.call.latents, step.call.start)

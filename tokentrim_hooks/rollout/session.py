@@ -20,6 +20,7 @@ from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.policy.views import Place
 from tokentrim_hooks.pruning.call_scope import CallScope, open_scope
 from tokentrim_hooks.pruning.context import CacheRows
+from tokentrim_hooks.rollout.answers import context_of, parsed, prediction_of
 from tokentrim_hooks.rollout.names import Key
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.regeneration import Case, Regenerator
@@ -125,11 +126,11 @@ class Session:
         if phase is None and not late and not missed:
             self._settle(running, video, chunk)
             return output
-        step = Step(call, running.args, running.kwargs, self.adapter.prediction(call, output), running.place)
+        step = Step(call, running.args, running.kwargs, prediction_of(self.adapter, call, output), running.place)
         if missed and not self._regenerator.all_finite(step, video):
             output = self._regenerator.without_marks(module, step)
             chunk.notes.append("marks reached attention that is not tapped: pruning is off")
-            step.prediction = self.adapter.prediction(call, output)
+            step.prediction = prediction_of(self.adapter, call, output)
         if phase is None:
             return self._replay_branch(module, step, chunk, video, output) if late else output
         return self._after_step(module, running, step, phase, chunk, video, output)
@@ -223,7 +224,7 @@ class Session:
         call, place = running.found.call, running.place
         if not self.steering.settles or place is None or place.phase != Phase.COMMIT.value:
             return
-        context = self.adapter.context(call)
+        context = context_of(self.adapter, call)
         assert isinstance(context, CacheRows), "only an adapter of a cache takes policies that rewrite rows"
         chunk.acts += self.steering.settle(call, place, context, video.scene)
 
@@ -278,6 +279,6 @@ def _awaits_pruning(call: Call, chunk: ChunkState) -> bool:
 
 def read_call(adapter: Adapter, arguments: Mapping[str, Any], shared: Shared) -> Call | None:
     """The call in the core's words, its context by name; None for calls that are no rollout's."""
-    call = adapter.parse(arguments)
+    call = parsed(adapter, arguments)
     name = None if call is None else shared.names.of(call.stream)
     return call if call is None or name is call.stream else dataclasses.replace(call, stream=name)

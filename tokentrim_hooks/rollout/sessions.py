@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tokentrim_hooks.adapter import Adapter, Call
+from tokentrim_hooks.rollout.answers import identity_of
 from tokentrim_hooks.rollout.names import Key, gone
 from tokentrim_hooks.rollout.session import Found, Session, read_call
 from tokentrim_hooks.rollout.shared import Shared
@@ -39,7 +40,7 @@ class Sessions:
             SessionError: it cannot be told to which of two running videos the call belongs.
         """
         with self._lock:
-            parts = self._adapter.identity(arguments)
+            parts = identity_of(self._adapter, arguments)
             key = self._shared.names.key(parts)
             session = self._by_key.get(key)
             if session is None:
@@ -54,7 +55,7 @@ class Sessions:
 
     def follow(self, found: Found) -> None:
         """After a call: know its context again where the cache made its tensors anew."""
-        self._shared.names.follow(found.key, self._adapter.identity(found.arguments))
+        self._shared.names.follow(found.key, identity_of(self._adapter, found.arguments))
 
     def _join(self, key: Key, parts: Sequence[Any], arguments: Mapping[str, Any]) -> Found | None:
         """A context never seen before: a branch of guidance, one that has moved in memory, or a new session's."""

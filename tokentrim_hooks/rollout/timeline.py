@@ -9,6 +9,7 @@ from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import LatentsError
 from tokentrim_hooks.inspection import shares_storage
 from tokentrim_hooks.policy.drift import RunningStatistics, Summary, grid_of
+from tokentrim_hooks.rollout.answers import phase_of
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
@@ -41,7 +42,7 @@ class Timeline:
             video.streams.add(call.stream)
             return None
         known = video is not None and call.stream == video.stream
-        phase = self.adapter.phase(call, video.seen(chunk)) if video and known else Phase.FIRST
+        phase = phase_of(self.adapter, call, video.seen(chunk)) if video and known else Phase.FIRST
         if phase is Phase.REFINE and video is not None and video.failed_at_once(chunk):
             phase = Phase.FIRST
         if phase is Phase.FIRST:
@@ -87,7 +88,7 @@ class Timeline:
         if video is None or chunk is None:
             return
         self._close(chunk)
-        if chunk.committed:
+        if chunk.committed or not chunk.clean:
             video.usual_steps = chunk.steps
         else:
             video.waiting = chunk.clean

@@ -29,7 +29,8 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Attention:
     """One kernel call: the ``layer``-th within the ``call``-th denoiser call, counted from 0.
 
-    ``rows`` are signatures of sample 0's V rows in order; ``finite`` whether all of V is.
+    ``rows`` are signatures of sample 0's V rows in order; ``finite`` whether all of V is; ``samples`` its batch size,
+    in which layers that attend per site have their sites.
     """
 
     call: int
@@ -37,6 +38,7 @@ class Attention:
     queries: int
     rows: tuple[int, ...]
     finite: bool
+    samples: int = 1
 
     @property
     def keys(self) -> int:
@@ -124,7 +126,7 @@ class _Watch(TorchFunctionMode):
 
     def _record(self, query: Tensor, value: Tensor) -> Attention:
         finite = bool(torch.isfinite(value).all())
-        seen = Attention(self.calls, self.layer, query.shape[-2], signatures(value), finite)
+        seen = Attention(self.calls, self.layer, query.shape[-2], signatures(value), finite, len(value))
         self.seen.append(seen)
         self.layer += 1
         return seen
@@ -135,10 +137,19 @@ def signatures(value: Tensor) -> tuple[int, ...]:
 
     The very first element is left out, for there a mark may have been written since.
     """
-    rows = value[0].transpose(0, 1).flatten(1)[:, 1:].contiguous()
+    return tuple(_numbers(value[0].transpose(0, 1).flatten(1)[:, 1:].contiguous()))
+
+
+def fingerprints_of(value: Tensor) -> list[int]:
+    """The same for the rows of all samples, one sample behind the other, their first element included."""
+    return _numbers(value.transpose(1, 2).flatten(2).flatten(0, 1).contiguous())
+
+
+def _numbers(rows: Tensor) -> list[int]:
     bits = rows.view(BITS[rows.element_size()]).to(torch.int64)
     factors = torch.arange(1, bits.shape[1] + 1, device=bits.device, dtype=torch.int64) * 6364136223846793005 + 1
-    return tuple((bits * factors).sum(dim=1).tolist())
+    numbers: list[int] = (bits * factors).sum(dim=1).tolist()
+    return numbers
 
 
 def _hide(given: dict[str, Any], hidden: list[int]) -> Tensor:

@@ -10,73 +10,33 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from collections.abc import Sequence
-from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.testing import checks
-from tokentrim_hooks.testing.attention import around_calls, watch_attention
+from tokentrim_hooks.testing.attention import around_calls
+from tokentrim_hooks.testing.exactness import PruningTests
 from tokentrim_hooks.testing.fingerprint import assert_same, fingerprint
-from tokentrim_hooks.testing.policies import ForcedPolicy
+from tokentrim_hooks.testing.statements import StatementTests
 from tokentrim_hooks.testing.syncs import count_syncs
 
 
-class AdapterConformance:
+class AdapterConformance(StatementTests, PruningTests):
     """What every adapter must pass. Subclasses set ``adapter`` and write :meth:`make_model` and :meth:`run`.
 
-    Attributes:
-        adapter: the adapter class on trial; it must be installed, or :meth:`patch` overridden.
-        chunks: chunks that :meth:`run` generates, at least 5.
-        chunk_to_prune: ordinal of the chunk whose context is pruned in the tests: not the first, not the last.
-        tokens: spatial tokens that are pruned then, the same for every sample.
-        anchor_frames: first latent frames of a video that the model never evicts and nobody may prune.
-        tolerance: greatest difference to the -inf reference, relative to the largest value.
-        own_files: more files of the adapter, whose synchronisations count as its own.
+    All settings, and what else can be overridden, are those of :class:`tokentrim_hooks.testing.trial.Trial`.
     """
-
-    adapter: ClassVar[type[tokentrim.Adapter[Any]]]
-    chunks: ClassVar[int] = 5
-    chunk_to_prune: ClassVar[int] = 2
-    tokens: ClassVar[Sequence[int]] = (0, 2, 3)
-    anchor_frames: ClassVar[int] = 0
-    tolerance: ClassVar[float] = 1e-5
-    own_files: ClassVar[Sequence[str]] = ()
-
-    # ------------------------------------------------------------------------------ what an author writes
-
-    def make_model(self) -> Any:
-        """Build a fresh small model in float32, with the same weights every time."""
-        raise NotImplementedError("an adapter's conformance test must write make_model()")
-
-    def run(self, model: Any, seed: int) -> Tensor:
-        """Generate ``chunks`` chunks with the model's own sampler, from ``seed`` alone; return the latents."""
-        raise NotImplementedError("an adapter's conformance test must write run(model, seed)")
-
-    def patch(self, model: Any, policy: tokentrim.Policy, **options: Any) -> tokentrim.PatchHandle:
-        """Patch ``model``; override only to try an adapter that is not installed."""
-        return tokentrim.patch(model, policy, adapter=self.adapter.name, **options)
-
-    def reference(self, model: Any, seed: int) -> Tensor:
-        """Run the unpatched ``model`` with the tokens pruned, by means that are independent of the adapter.
-
-        Override where the kit cannot tell keys by value (a context that is computed anew in every call). Raise
-        unittest.SkipTest("NOT CHECKED: ...") where there is no such means.
-        """
-        per_frame = self._per_frame()
-        return checks.run_with_dead_keys(
-            lambda: self.run(model, seed), self.denoisers(model), self.chunk_to_prune, self.tokens, per_frame,
-            self.anchor_frames,
-        )  # fmt: skip
 
     # ------------------------------------------------------------------------------ recognition
 
     def test_detected_by_exactly_this_adapter(self) -> None:
         """Detection names this adapter and no other, and the adapter refuses strangers with a reason."""
-        matching = [found.adapter for found in tokentrim.detect(self.make_model()) if found.matches]
-        assert matching == [self.adapter.name], f"recognised by {matching}, expected {[self.adapter.name]}"
+        model = self.make_model()
+        others = {found.adapter for found in tokentrim.detect(model) if found.matches} - {self.adapter.name}
+        assert not others, f"also recognised by {sorted(others)}"
+        self.denoisers(model)
         for stranger in (object(), nn.Linear(1, 1), None):
             answer = self.adapter.probe(stranger)
             assert isinstance(answer, tokentrim.NoMatch), f"the adapter recognises {stranger!r}"
@@ -205,101 +165,3 @@ class AdapterConformance:
             assert torch.equal(expected, self.run(model, 6)), "patched before the wrapper, the prune differs"
         assert_same(before, fingerprint(model), own)
         assert torch.equal(plain, self.run(model, 6))
-
-    # ------------------------------------------------------------------------------ pruning
-
-    def test_a_prune_has_an_effect_from_its_chunk_on(self) -> None:
-        """The forced prune is recorded with its tokens, kills rows, and changes the output and later drift."""
-        model = self.make_model()
-        plain = self.run(self.make_model(), 7)
-        with self.patch(model, self._forced()) as handle:
-            pruned = self.run(model, 7)
-        record = next(r for r in handle.report if r.chunk == self.chunk_to_prune)
-        assert record.pruned and record.regenerations == 1, f"nothing was pruned; notes: {record.notes}"
-        assert set(record.tokens) == set(self.tokens) and record.dead > 0 and record.extra_calls >= 1
-        assert torch.isfinite(pruned).all(), "the pruned run holds NaN or inf"
-        assert not torch.equal(plain, pruned), "the prune has no effect on the output"
-        earlier = [r.severity for r in handle.report if r.chunk < self.chunk_to_prune]
-        assert earlier == [r.severity for r in self._observed(7) if r.chunk < self.chunk_to_prune], (
-            "the prune reached back to earlier chunks"
-        )
-
-    def test_no_kernel_sees_a_dead_key(self) -> None:
-        """From the prune on, every self-attention layer drops the same number of keys, and V is finite in all."""
-        model = self.make_model()
-        with watch_attention(self.denoisers(model)) as seen, self.patch(model, self._forced()) as handle:
-            self.run(model, 8)
-        record = next(r for r in handle.report if r.chunk == self.chunk_to_prune)
-        checks.check_kernels(seen, handle.report, self.chunk_to_prune, record.dead)
-
-    def test_pruning_equals_minus_infinity(self) -> None:
-        """The pruned run equals an unpatched run with -inf at the dead keys, in the kernel, in every later call."""
-        expected = self.reference(self.make_model(), 9)
-        actual = self._pruned(9)
-        assert not torch.equal(expected, self.run(self.make_model(), 9)), "the reference itself pruned nothing"
-        checks.assert_close(actual, expected, self.tolerance)
-
-    def test_content_of_dead_rows_does_not_matter(self) -> None:
-        """NaN everywhere in the dead rows of a KV cache changes no bit."""
-        model = self.make_model()
-        with self.patch(model, self._forced()) as handle, checks.poisoned(self.denoisers(model), handle.adapter) as log:
-            poisoned = self.run(model, 10)
-        if not log.rows:
-            raise checks.not_checked("no KV cache with marked rows: the context lies in the sequence")
-        assert torch.equal(self._pruned(10), poisoned), f"the content of {log.rows} dead rows reached the output"
-
-    def test_anchors_are_spared(self) -> None:
-        """Keys of the declared anchor frames stay in every self-attention call after a prune."""
-        if not self.anchor_frames:
-            raise checks.not_checked("this test class declares no anchor_frames")
-        model, per_frame = self.make_model(), self._per_frame()
-        with watch_attention(self.denoisers(model)) as seen, self.patch(model, self._forced()):
-            self.run(model, 8)
-        checks.check_anchors(seen, self.anchor_frames * per_frame)
-
-    def test_a_second_video_starts_from_nothing(self) -> None:
-        """A second run on the patched model repeats the first: marks and statistics do not survive a video."""
-        model = self.make_model()
-        with self.patch(model, self._forced()) as handle:
-            first, second = self.run(model, 11), self.run(model, 11)
-        assert torch.equal(first, second), "the second video differs from the first"
-        videos = [[r for r in handle.report if r.video == v] for v in (0, 1)]
-        assert len(videos[0]) == len(videos[1]) == len(handle.report) // 2, "the second video was not recognised"
-        for one, two in zip(*videos, strict=True):
-            assert (one.chunk, one.severity, one.threshold, one.dead) == (
-                two.chunk, two.severity, two.threshold, two.dead,
-            )  # fmt: skip
-
-    # ------------------------------------------------------------------------------ helpers
-
-    def denoisers(self, model: Any) -> list[Any]:
-        """The denoisers that the adapter found in ``model``."""
-        match = self.adapter.probe(model)
-        assert isinstance(match, tokentrim.Match), f"the adapter does not recognise its own model: {match.reason}"
-        return [match.denoiser, *match.also]
-
-    def _forced(self) -> ForcedPolicy:
-        return ForcedPolicy({self.chunk_to_prune: tuple(self.tokens)})
-
-    def _pruned(self, seed: int) -> Tensor:
-        model = self.make_model()
-        with self.patch(model, self._forced()):
-            return self.run(model, seed)
-
-    def _observed(self, seed: int) -> tokentrim.Report:
-        model = self.make_model()
-        with self.patch(model, ForcedPolicy()) as handle:
-            self.run(model, seed)
-        return handle.report
-
-    def _per_frame(self) -> int:
-        height, width = next(iter(self._observed(0))).grid
-        return height * width
-
-    def _warm(self, model: Any, use: Any) -> tuple[Any, Any, set[str]]:
-        """Use the model twice, unpatched: result, fingerprint, and the places that using it changes by itself."""
-        use()
-        first = fingerprint(model)
-        result = use()
-        second = fingerprint(model)
-        return result, second, first.changed(second)

@@ -11,13 +11,13 @@ class TestRibbon(AdapterConformance):
     """All tests come from the kit; this class only says how to build and run the model."""
 
     adapter = Ribbon
-    chunks = 6
+    chunks = 8
 
     def make_model(self) -> RibbonVideo:
         """A fresh pipeline, the same weights every time."""
         return RibbonVideo()
 
     def run(self, model: RibbonVideo, seed: int) -> torch.Tensor:
-        """Six chunks of two frames."""
+        """Eight chunks of two frames."""
         torch.manual_seed(seed)
-        return model.generate(torch.randn(1, 12, 4, 8, 8))
+        return model.generate(torch.randn(1, 16, 4, 8, 8))

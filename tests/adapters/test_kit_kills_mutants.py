@@ -1,0 +1,147 @@
+"""Mistakes that authors make, planted in sound adapters of three kinds of model: each fails the test named for it.
+
+A KV cache (the reference model), keys in the sequence with a velocity (Stream), a per-site cache (Loom).
+"""
+
+import dataclasses
+
+import pytest
+from kinds import PerSite, Velocity
+from test_reference_conformance import Reference
+from tokentrim_hooks_adapters.self_forcing import SelfForcing
+
+from tokentrim_hooks import CacheRows, KeyLayout, Match, Role
+from tokentrim_hooks.testing import failures
+
+X0 = "test_x0_is_what_the_sampler_delivers"
+PIXEL = "test_one_pixel_moves_one_token"
+LATE = "test_a_late_prune_equals_minus_infinity"
+CANDIDATE = "test_a_candidate_prune_equals_minus_infinity"
+EXACT = "test_pruning_equals_minus_infinity"
+
+
+class CacheKit(Reference):
+    """The reference model with a window that rolls at every chunk behind the third."""
+
+    adapter, window, chunks, chunk_to_prune = SelfForcing, 9, 7, 2
+
+
+KITS = {"cache": CacheKit, "keys": Velocity, "sites": PerSite}
+
+
+def method(name):
+    """A mutant: ``function(adapter, right, *arguments)`` stands in for a method, ``right`` is the sound one."""
+
+    def make(function):
+        def mutate(adapter):
+            def wrong(self, *arguments):
+                return function(self, lambda *given: getattr(super(mutant, self), name)(*given), *arguments)
+
+            mutant = type("Mutant", (adapter,), {name: wrong})
+            return mutant
+
+        return mutate
+
+    return make
+
+
+def x0(change):
+    return method("prediction")(lambda self, right, call, output: change(call, output, right(call, output)))
+
+
+def start(by):
+    def change(self, right, arguments):
+        call = right(arguments)
+        return dataclasses.replace(call, start=call.start + by)
+
+    return method("parse")(change)
+
+
+def patch_size(change):
+    def mutate(adapter):
+        def probe(cls, model):
+            answer = super(mutant, cls).probe(model)
+            wrong = isinstance(answer, Match)
+            return dataclasses.replace(answer, patch_size=change(answer.patch_size)) if wrong else answer
+
+        mutant = type("Mutant", (adapter,), {"probe": classmethod(probe)})
+        return mutant
+
+    return mutate
+
+
+def late(newest):
+    """Right until the cache has rolled; from then on the oldest or the newest frame is left out."""
+
+    def change(self, right, call):
+        context = right(call)
+        if isinstance(context, CacheRows):
+            frame, full = context.rows_per_frame, call.start >= 8
+            first, last = (0, frame) if newest else (frame, 0)
+            rows = dataclasses.replace(context, start=context.start + first, stop=context.stop - last)
+            return rows if full and context.stop > 2 * frame else context
+        history, current = context.segments
+        if call.start < 8:
+            return context
+        parts = [history.frames[:-1], history.frames[-1:]] if newest else [history.frames[1:], history.frames[:1]]
+        kept, spared = (dataclasses.replace(history, frames=frames) for frames in parts)
+        spared = dataclasses.replace(spared, role=Role.ANCHOR)
+        return KeyLayout((kept, spared, current) if newest else (spared, kept, current))
+
+    return method("context")(change)
+
+
+def carry(change):
+    """In ``carry_step``, which every replay asks."""
+
+    def wrong(self, right, call, earlier, moved, before, after):
+        return change(lambda old, new: right(call, earlier, moved, old, new), call, before, after)
+
+    return method("carry_step")(wrong)
+
+
+X0S = {
+    "the noisy input": x0(lambda call, output, right: call.latents),
+    "the wrong sign": x0(lambda call, output, right: -right),
+    "not scaled": x0(lambda call, output, right: 2 * right),
+    "frames reversed": x0(lambda call, output, right: right.flip(1)),
+    "noise minus x0": x0(lambda call, output, right: call.latents - right),
+}
+STARTS = {"start one late": start(1), "start one early": start(-1)}
+SIZES = {
+    "patch size (1, 1)": patch_size(lambda size: (1, 1)),
+    "patch size (4, 1)": patch_size(lambda size: (4, 1)),
+}
+EXCHANGED = {"height and width exchanged": patch_size(lambda size: size[::-1])}
+ROLLED = {"oldest frame lost after eviction": late(newest=False), "newest frame lost after eviction": late(newest=True)}
+CARRIES = {
+    "carry without its factor": carry(lambda right, call, before, after: call.latents + 2 * (after - before)),
+    "carry with the wrong sign": carry(lambda right, call, before, after: right(after, before)),
+    "carry nothing": carry(lambda right, call, before, after: call.latents),
+    "with_latents ignores them": method("with_latents")(lambda self, right, call, args, kwargs, new: (args, kwargs)),
+}
+RAW = {"the velocity itself": x0(lambda call, output, right: output)}
+UNSAID = {"x0 not said as a velocity": method("with_prediction")(lambda self, right, call, output, new: output)}
+
+PLANTED = [
+    *((kit, X0, name, mutate) for kit in KITS for name, mutate in {**X0S, **STARTS}.items()),
+    *((kit, PIXEL, name, mutate) for kit in KITS for name, mutate in SIZES.items()),
+    *((kit, LATE, name, mutate) for kit in KITS for name, mutate in ROLLED.items()),
+    *((kit, CANDIDATE, name, mutate) for kit in KITS for name, mutate in CARRIES.items()),
+    *(("sites", PIXEL, name, mutate) for name, mutate in EXCHANGED.items()),
+    *(("keys", X0, name, mutate) for name, mutate in RAW.items()),
+    *(("keys", CANDIDATE, name, mutate) for name, mutate in UNSAID.items()),
+]
+
+
+@pytest.mark.parametrize(("kit", "test", "name", "mutate"), PLANTED, ids=[f"{p[0]}: {p[2]}" for p in PLANTED])
+@pytest.mark.filterwarnings("ignore::tokentrim_hooks.TokenTrimWarning")
+def test_a_mistake_fails_the_test_named_for_it(kit, test, name, mutate):
+    sound = KITS[kit]
+    found = failures(type("Mutated", (sound,), {"adapter": mutate(sound.adapter)}), [test])
+    assert test in found and "NOT CHECKED" not in found[test], f"{name} passes: {found}"
+
+
+@pytest.mark.parametrize("kit", KITS)
+def test_sound_adapters_pass_them(kit):
+    assert failures(KITS[kit], [X0, PIXEL, LATE, CANDIDATE, EXACT]) == {}

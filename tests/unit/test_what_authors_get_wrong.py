@@ -1,0 +1,140 @@
+"""What an author gets wrong is told at once, with the names of the adapter and of the method."""
+
+import types
+
+import pytest
+import tiny_reference as tiny
+import torch
+import torch.nn.functional as F
+from tokentrim_hooks_adapters.self_forcing import SelfForcing
+
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks import CacheRows, Patches
+from tokentrim_hooks.pruning.key_selection import QueryGroup
+from tokentrim_hooks.pruning.tap import attend_live, live_keys
+from tokentrim_hooks.pruning.tombstones import Tombstones, alive_rows
+from tokentrim_hooks.testing import ForcedPolicy
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "words"),
+    [
+        ("parse", 3, "a Call, or None"),
+        ("context", None, "CacheRows or a KeyLayout"),
+        ("phase", None, "a Phase"),
+        ("prediction", "x0", "x0 as a tensor"),
+        ("prediction", torch.zeros(1, 2), "x0 of shape"),
+        ("identity", 3, "a tuple"),
+    ],
+)
+def test_a_wrong_answer_names_adapter_and_method(method, answer, words):
+    wrong = type("Wrong", (SelfForcing,), {"name": "wrong", method: lambda self, *_: answer})
+    pipeline = tiny.make()
+    with (
+        pytest.raises(tokentrim.PluginError, match=rf"adapter 'wrong': {method}\(\) returned(.|\n)*{words}"),
+        tokentrim.patched(pipeline, ForcedPolicy({2: (0,)}), adapter=wrong),
+    ):
+        tiny.run(pipeline)
+
+
+def test_a_grid_that_is_not_the_rows_is_refused_with_both():
+    def context(self, call):
+        rows = SelfForcing.context(self, call)
+        return CacheRows(rows.values, rows.start, rows.stop, rows.rows_per_frame // 2)
+
+    wrong = type("Wrong", (SelfForcing,), {"context": context})
+    pipeline = tiny.make()
+    with (
+        pytest.raises(tokentrim.UnsupportedContextError, match=r"grid is \d+ x \d+ tokens(.|\n)*rows_per_frame="),
+        tokentrim.patched(pipeline, ForcedPolicy({2: (0,)}), adapter=wrong),
+    ):
+        tiny.run(pipeline)
+
+
+def test_an_adapter_is_given_as_a_class():
+    own = type("Own", (SelfForcing,), {"name": "not installed"})
+    with tokentrim.patched(tiny.make(), tokentrim.ObservePolicy(), adapter=own) as handle:
+        assert handle.adapter.name == "not installed"
+    with pytest.raises(tokentrim.PluginError, match="must be one of the Adapter subclasses"):
+        tokentrim.patch(tiny.make(), adapter=dict)
+
+
+def test_the_old_name_of_in_flight_is_refused():
+    old = type("Old", (SelfForcing,), {"reference": lambda self, call, output: None})
+    with pytest.raises(tokentrim.PluginError, match="called in_flight"):
+        tokentrim.patch(tiny.make(), adapter=old)
+
+
+def namespace():
+    return types.SimpleNamespace(__name__="model", attend=attend)
+
+
+def test_a_tap_checks_its_names_when_it_attaches():
+    with pytest.raises(tokentrim.AttachError, match=r"model.attend\(\) takes \(q, k, v\)(.|\n)*mask='bias'"):
+        Patches().tap(namespace(), "attend", mask="bias")
+    with pytest.raises(tokentrim.AttachError, match="no function 'attention'"):
+        Patches().tap(namespace(), "attention")
+
+
+def test_a_second_tap_shares_its_names_and_adds_what_it_refuses():
+    model, patches = namespace(), Patches()
+    patches.tap(model, "attend")
+    patches.tap(model, "attend", refuse=("q",))
+    with pytest.raises(tokentrim.AttachError, match="tapped already, with other options"):
+        patches.tap(model, "attend", heads_first=True)
+    patches.undo()
+    assert model.attend is attend
+
+
+def test_torchs_own_kernel_is_tapped_without_names():
+    kernel, patches = F.scaled_dot_product_attention, Patches()
+    patches.tap(F, "scaled_dot_product_attention")
+    assert F.scaled_dot_product_attention is not kernel
+    q = torch.ones(1, 2, 3, 4)
+    assert torch.equal(F.scaled_dot_product_attention(q, q, q), q)
+    patches.undo()
+    assert F.scaled_dot_product_attention is kernel
+
+
+def test_what_is_written_in_c_and_unknown_is_refused_in_words():
+    with pytest.raises(tokentrim.AttachError, match="no function of Python"):
+        Patches().tap(types.SimpleNamespace(f=torch._C._nn.gelu), "f")
+
+
+def test_samples_with_equal_masks_share_a_launch():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(6, 4, 2, 8) for _ in range(3))
+    alive = torch.ones(6, 4, dtype=torch.bool)
+    alive[[1, 4], 2] = alive[3, 0] = False
+    launches = []
+
+    def counted(q, k, v, mask):
+        launches.append(len(q))
+        return attend(q, k, v)
+
+    actual = attend_live(counted, q, k, v, None, live_keys([QueryGroup(0, None, alive)], torch.device("cpu")))
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=alive[:, None, None].expand(-1, 1, 4, -1)
+    )
+    assert sorted(launches) == [1, 2, 3]
+    torch.testing.assert_close(actual, expected.transpose(1, 2))
+
+
+def test_a_view_by_frames_marks_the_sites_of_the_folded_batch():
+    folded = torch.ones(2 * 3, 4, 1, 5)  # [B * sites, frames, heads, width]
+    view = folded.unflatten(0, (2, 3)).transpose(1, 2)
+    marks = Tombstones()
+    assert marks.mark(CacheRows([view], 3, 12, 3), [[1], [0, 2]]) == 3 + 6
+    dead = (~alive_rows(folded)).nonzero().tolist()
+    assert dead == [[site, frame] for site in (1, 3, 5) for frame in (1, 2, 3)]
+    marks.revive()
+    assert bool((folded == 1).all())
+
+
+def test_a_view_of_another_shape_is_refused():
+    with pytest.raises(tokentrim.UnsupportedContextError, match="neither"):
+        Tombstones().mark(CacheRows([torch.ones(1, 2, 5, 1, 4)], 0, 6, 3), [[0]])

@@ -1,0 +1,96 @@
+"""How a tapped attention function is called, and under which names it takes query, key and value."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.errors import AttachError
+
+
+@dataclass(frozen=True)
+class TapNames:
+    """Names under which an attention function takes query, key, value and mask; it refuses what ``refuse`` names.
+
+    ``heads_first_out`` is for functions whose result, too, is ``[B, heads, length, head_dim]``.
+    """
+
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    mask: str | None = None
+    refuse: tuple[str, ...] = ()
+    heads_first: bool = False
+    lengths: str | None = None
+    heads_first_out: bool = False
+
+    def require_in(self, signature: inspect.Signature, label: str) -> None:
+        """Raise AttachError unless a function takes what these names say (those in ``refuse`` may be missing)."""
+        taken = signature.parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+            return
+        named = {"q": self.q, "k": self.k, "v": self.v, "mask": self.mask, "lengths": self.lengths}
+        missing = [f"{option}={name!r}" for option, name in named.items() if name is not None and name not in taken]
+        if missing:
+            raise AttachError(
+                f"{label}() takes ({', '.join(taken)}) and so cannot be tapped with {', '.join(missing)}.\n"
+                "Give patches.tap the names of its own parameters: q=, k=, v=, mask=, lengths=."
+            )
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """How torch's own kernel is called: Python finds no signature of what is written in C."""
+
+
+BUILTINS = {
+    torch.nn.functional.scaled_dot_product_attention: (
+        inspect.signature(_sdpa),
+        TapNames("query", "key", "value", "attn_mask", ("is_causal",), heads_first=True, heads_first_out=True),
+    )
+}
+"""Signatures and names of attention functions that are written in C."""
+
+
+def described(function: Any, names: TapNames, label: str) -> tuple[inspect.Signature, TapNames]:
+    """How a function is called and under which names; what we know of torch's own needs no names from the adapter."""
+    try:
+        known = BUILTINS.get(function)
+    except TypeError:  # it cannot be hashed
+        known = None
+    if known is not None:
+        signature, own = known
+        names = own if names.q == "q" else dataclasses.replace(names, heads_first=True, heads_first_out=True)
+    else:
+        signature = _signature_of(function, label)
+    names.require_in(signature, label)
+    return signature, names
+
+
+def _signature_of(function: Any, label: str) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        raise AttachError(
+            f"{label} does not say how it is called: it is no function of Python.\n"
+            "Tap a function of the model around it, or the forward of the attention module."
+        ) from None
+
+
+def label_of(namespace: Any) -> str:
+    """What a message calls the place of a function."""
+    return "a dict" if isinstance(namespace, dict) else str(getattr(namespace, "__name__", type(namespace).__name__))
