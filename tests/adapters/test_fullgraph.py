@@ -9,9 +9,11 @@ import warnings
 
 import pytest
 import torch
+from interruptions import Events, raising
 from targets import TARGETS
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks.pruning.call_scope import BUSY
 from tokentrim_hooks.testing import ForcedPolicy
 
 POLICY = ForcedPolicy({2: [0, 3]})
@@ -141,6 +143,38 @@ def test_whatever_ends_a_compiled_call(compiled, kind, monkeypatch):
         before = len(handle.report)
         torch.testing.assert_close(target.run(pipeline), expected, rtol=0, atol=1e-5)
         assert len(handle.report) - before == len(report)
+
+
+def interrupted_amid_a_prune(target, pipeline):
+    """Ctrl-C in the last call of a video, at which something is dead."""
+    with Events(target.denoiser(pipeline)) as run:
+        target.run(pipeline)
+    place = Events(target.denoiser(pipeline), run.seen[-1].number, raising(KeyboardInterrupt))
+    with place, pytest.raises(KeyboardInterrupt):
+        target.run(pipeline)
+    assert BUSY.now, "nobody has looked yet"
+
+
+def test_ctrl_c_amid_a_prune_leaves_others_in_one_graph():
+    """Another pipeline of the same code, never patched, is called next."""
+    target = WITH_ONE_GRAPH["skyreels-v2"]
+    pipeline, other = target.make(), target.make()
+    blocks(target, other)
+    with tokentrim.patched(pipeline, POLICY):
+        plain = target.run(other)
+        interrupted_amid_a_prune(target, pipeline)
+        assert torch.equal(target.run(other), plain)
+        assert not BUSY.now
+
+
+@pytest.mark.parametrize("look", [lambda handle: handle.report, lambda handle: handle.reset()])
+def test_whoever_reads_the_handle_sees_that_a_call_has_ended(look):
+    target = WITH_ONE_GRAPH["skyreels-v2"]
+    pipeline = target.make()
+    with tokentrim.patched(pipeline, POLICY) as handle:
+        interrupted_amid_a_prune(target, pipeline)
+        look(handle)
+        assert not BUSY.now
 
 
 def test_without_compiling_again_hooks_do_our_part():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import warnings
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.testing import ForcedPolicy
+from tokentrim_hooks.testing.checks import assert_raises
 
 POLICY = ForcedPolicy({2: [0, 3]})
 DIFFUSERS = TARGETS[1:]
@@ -196,6 +198,23 @@ def test_never_judged_is_said_amid_the_run_that_shows_it():
             warnings.simplefilter("ignore", tokentrim.TokenTrimWarning)
     assert len(heard) == 1 and "every one opened a new video" in heard[0][0] and heard[0][1] == 3
     assert len(handle.report) == 5
+
+
+def test_never_judged_says_nothing_of_videos_that_were_broken_off():
+    """Ctrl-C in a first chunk, of which one call had come back: no sign that every call opens a video."""
+    pipeline, count = tiny.make(), itertools.count(1)
+
+    def interrupt_every_second_call(*_):
+        if next(count) % 2 == 0:
+            raise KeyboardInterrupt
+
+    pipeline.generator.register_forward_pre_hook(interrupt_every_second_call)
+    handle = tokentrim.patch(pipeline, POLICY)
+    for _ in range(4):
+        assert not said(lambda: assert_raises(KeyboardInterrupt, lambda: tiny.run(pipeline)))
+    assert not said(handle.unpatch)
+    told = [(record.phases, record.notes) for record in handle.report]
+    assert told == [({"first": 1}, ("a call of it did not come back",))] * 4
 
 
 def test_never_judged_says_nothing_of_a_video_that_was_judged():

@@ -15,7 +15,7 @@ from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.inspection import weakly
 from tokentrim_hooks.loading import asked
 from tokentrim_hooks.patching.patches import Method
-from tokentrim_hooks.report.record import Report
+from tokentrim_hooks.report.record import BROKEN_OFF, Report
 
 ATTRIBUTE = "_tokentrim_handle"
 """Where a patched object keeps its handle; None in its copies."""
@@ -141,8 +141,8 @@ def chunks_of(report: Report) -> set[tuple[int, int]]:
 
 def never_judged(report: Report) -> str:
     """Why none of several chunks has a verdict, in words; empty if one has, or if some were handed in as context."""
-    # A chunk whose first call did not come back (Ctrl-C) says nothing, nor does the first one of a run begun anew.
-    made = {(record.video, record.chunk) for record in report if record.phases}
+    # A chunk that was broken off (Ctrl-C) says nothing, nor does the first one of a run begun anew.
+    made = {(record.video, record.chunk) for record in report if record.phases and BROKEN_OFF not in record.notes}
     chunks = {place for place in made if place[1]} or made
     if len(chunks) < FEW or any(record.given or record.severity is not None for record in report):
         return ""

@@ -46,8 +46,21 @@ OUTSIDE = (
 """Why the compiler found code of ours, which it says where somebody has compiled more than we can stay outside of."""
 
 
+@functools.cache
+def _look_before_compiling() -> None:
+    """Have torch's compiler drop calls that have ended unseen before it starts.
+
+    Else the next model of the same code, patched or not, would be compiled as if it were pruned: with a graph break,
+    which ``fullgraph=True`` refuses.
+    """
+    from torch._dynamo import callback
+
+    callback.callback_handler.register_start_callback(lambda *_: BUSY.sweep())
+
+
 def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``function`` out of compiled graphs: our bookkeeping is not the model's."""
+    _look_before_compiling()
     options = {"reason": OUTSIDE} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
     return cast(Callable[..., Any], torch.compiler.disable(function, **options))  # type: ignore[no-untyped-call]
 

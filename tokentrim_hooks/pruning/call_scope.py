@@ -102,7 +102,9 @@ class Busy:
     """Whether anything is dead in the context of any running call of the process.
 
     ``now`` is a plain attribute, which compiled code can guard on: while it is False, tapped functions run as if they
-    were not tapped, without a graph break. It may stay True after an interrupted call, until somebody looks.
+    were not tapped, without a graph break. Nothing runs when Ctrl-C ends a call, so it may stay True until somebody
+    looks: whatever reads the handle or calls the denoiser, a tapped function (which asks for its scope before it does
+    anything), and torch before it compiles, so that no graph is made for a call that has ended.
     """
 
     def __init__(self) -> None:

@@ -25,6 +25,9 @@ LINE = 1 << 26
 SETTINGS = 1 << 24
 """Bytes of settings at most."""
 
+BROKEN_OFF = "a call of it did not come back"
+"""Note of a chunk in which a denoiser call raised, or was interrupted."""
+
 
 @dataclass(frozen=True)
 class ChunkRecord:

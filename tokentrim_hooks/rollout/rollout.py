@@ -140,4 +140,6 @@ class Rollout:
 
     def snapshot(self) -> Report:
         """The report so far, chunks in progress included."""
+        for session in self._sessions:
+            session.notice_end()
         return self.shared.recorder.snapshot([(s.timeline.video, s.timeline.chunk) for s in self._sessions])

@@ -145,11 +145,12 @@ class Session:
     def fail(self) -> None:
         """The call has not come back."""
         if self.timeline.chunk is not None:
-            self.timeline.chunk.failed = True
+            self.timeline.chunk.fail()
         self.release()
 
     def reset(self) -> None:
         """Forget statistics and marks: the next call begins a new video."""
+        self.notice_end()
         self.timeline.reset()
 
     def abandon(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokentrim_hooks.adapter import Call, Phase, Seen
 from tokentrim_hooks.policy.drift import RunningStatistics, Summary
 from tokentrim_hooks.policy.views import History, Place
+from tokentrim_hooks.report.record import BROKEN_OFF
 from tokentrim_hooks.rollout.reading import Reading
 from tokentrim_hooks.rollout.scene import Act, Scene
 
@@ -109,6 +110,12 @@ class ChunkState:
     notes: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     ended: float = field(default_factory=time.perf_counter)
+
+    def fail(self) -> None:
+        """A call of the chunk has not come back."""
+        self.failed = True
+        if BROKEN_OFF not in self.notes:
+            self.notes.append(BROKEN_OFF)
 
     def hear(self, call: Call, judged: bool) -> None:
         """A call of the chunk begins: of the judged stream, or of another branch."""
