@@ -200,21 +200,23 @@ def test_never_judged_is_said_amid_the_run_that_shows_it():
     assert len(handle.report) == 5
 
 
-def test_never_judged_says_nothing_of_videos_that_were_broken_off():
-    """Ctrl-C in a first chunk, of which one call had come back: no sign that every call opens a video."""
+@pytest.mark.parametrize(("at", "chunks"), [(2, 1), (5, 1), (6, 2)])
+def test_never_judged_says_nothing_of_videos_that_were_broken_off(at, chunks):
+    """Ctrl-C in a first chunk of which calls had come back, or right behind it: no sign that a call opens a video."""
     pipeline, count = tiny.make(), itertools.count(1)
 
-    def interrupt_every_second_call(*_):
-        if next(count) % 2 == 0:
+    def interrupt(*_):
+        if next(count) % at == 0:
             raise KeyboardInterrupt
 
-    pipeline.generator.register_forward_pre_hook(interrupt_every_second_call)
+    pipeline.generator.register_forward_pre_hook(interrupt)
     handle = tokentrim.patch(pipeline, POLICY)
     for _ in range(4):
         assert not said(lambda: assert_raises(KeyboardInterrupt, lambda: tiny.run(pipeline)))
     assert not said(handle.unpatch)
-    told = [(record.phases, record.notes) for record in handle.report]
-    assert told == [({"first": 1}, ("a call of it did not come back",))] * 4
+    records = handle.report.records
+    assert [record.chunk for record in records] == [*range(chunks)] * 4
+    assert all(bool(record.notes) == (record.chunk == chunks - 1) for record in records)
 
 
 def test_never_judged_says_nothing_of_a_video_that_was_judged():

@@ -141,9 +141,10 @@ def chunks_of(report: Report) -> set[tuple[int, int]]:
 
 def never_judged(report: Report) -> str:
     """Why none of several chunks has a verdict, in words; empty if one has, or if some were handed in as context."""
-    # A chunk that was broken off (Ctrl-C) says nothing, nor does the first one of a run begun anew.
+    # A chunk that was broken off (Ctrl-C) says nothing, nor does a first one that another has followed.
     made = {(record.video, record.chunk) for record in report if record.phases and BROKEN_OFF not in record.notes}
-    chunks = {place for place in made if place[1]} or made
+    longer = {record.video for record in report if record.chunk}
+    chunks = {place for place in made if place[1]} or {place for place in made if place[0] not in longer}
     if len(chunks) < FEW or any(record.given or record.severity is not None for record in report):
         return ""
     if all(chunk == 0 for _, chunk in chunks):
