@@ -13,6 +13,7 @@ for chunk 6, once the block behind the anchor has left the window.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -64,8 +65,10 @@ class RollingForcing(CausalWan):
 
     def context(self, call: Call) -> CacheRows:
         """Rows behind the anchor and before the window's first block, the only one that a call writes."""
-        anchor = int(self.layers[0].block_length)
-        return history_rows(call.arguments, anchor, self.rows_per_frame(call.latents), anchor)
+        anchor, per_frame = int(self.layers[0].block_length), self.rows_per_frame(call.latents)
+        rows = history_rows(call.arguments, anchor, per_frame, anchor)
+        # The window in flight begins here; the call's own block is its last one.
+        return replace(rows, end=start_of(call.arguments) // per_frame)
 
     def prediction(self, call: Call, output: Any) -> Tensor:
         """x0 of the newest block."""

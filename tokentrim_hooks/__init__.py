@@ -16,7 +16,7 @@ from tokentrim_hooks.adapter import (
     Seen,
     default_phase,
 )
-from tokentrim_hooks.api import Detection, adapters, detect, is_patched, patch, patched, unpatch
+from tokentrim_hooks.api import Detection, adapters, detect, is_patched, patch, patched, policies, unpatch
 from tokentrim_hooks.errors import (
     AlreadyPatchedError,
     AmbiguousModelError,
@@ -31,6 +31,7 @@ from tokentrim_hooks.errors import (
     TokenTrimWarning,
     UnknownAdapterError,
     UnknownObserverError,
+    UnknownPolicyError,
     UnsupportedContextError,
     UnsupportedModelError,
     UnsupportedPolicyError,
@@ -50,10 +51,18 @@ from tokentrim_hooks.inspection import (
 )
 from tokentrim_hooks.markers import hookimpl
 from tokentrim_hooks.patching.patches import Method, Patches
-from tokentrim_hooks.plugins import AdapterInfo, ObserverInfo, installed_observers, make_observer
+from tokentrim_hooks.plugins import (
+    AdapterInfo,
+    ObserverInfo,
+    PolicyInfo,
+    installed_observers,
+    make_observer,
+    make_policy,
+)
 from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.commit_window import CommitWindow
+from tokentrim_hooks.policy.frame_eviction import FrameEviction
 from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
 from tokentrim_hooks.policy.statistics import Moments
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
@@ -87,6 +96,7 @@ __all__ = [
     "Denoised",
     "Detection",
     "DriftPolicy",
+    "FrameEviction",
     "History",
     "JsonLines",
     "KeyLayout",
@@ -107,6 +117,7 @@ __all__ = [
     "PluginError",
     "Policy",
     "PolicyError",
+    "PolicyInfo",
     "ProgressLine",
     "RankError",
     "Report",
@@ -120,6 +131,7 @@ __all__ = [
     "TokenTrimWarning",
     "UnknownAdapterError",
     "UnknownObserverError",
+    "UnknownPolicyError",
     "UnsupportedContextError",
     "UnsupportedModelError",
     "UnsupportedPolicyError",
@@ -137,10 +149,12 @@ __all__ = [
     "lacks",
     "layers_of",
     "make_observer",
+    "make_policy",
     "nearest_sigma",
     "parameters_of",
     "patch",
     "patched",
+    "policies",
     "shares_storage",
     "strand",
     "unpatch",

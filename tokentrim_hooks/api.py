@@ -1,4 +1,4 @@
-"""The public face: patch, unpatch, patched, is_patched, detect, adapters."""
+"""The public face: patch, unpatch, patched, is_patched, detect, adapters, policies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ from tokentrim_hooks.handle.checkup import owners_of
 from tokentrim_hooks.handle.handle import PatchHandle, give_way, handle_of, judge_of
 from tokentrim_hooks.loading import FAILURES, asked, check_class, why
 from tokentrim_hooks.patching.patches import Method
-from tokentrim_hooks.plugins import AdapterInfo, all_made, installed_adapters, left_out, usable_adapters
+from tokentrim_hooks.plugins import (
+    AdapterInfo,
+    PolicyInfo,
+    all_made,
+    installed_adapters,
+    installed_policies,
+    left_out,
+    usable_adapters,
+)
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy
 from tokentrim_hooks.report.observers import Observer
@@ -132,6 +140,11 @@ def detect(model: Any) -> list[Detection]:
 def adapters() -> list[AdapterInfo]:
     """List installed adapters with their distributions, and plugins that failed to load with the reason."""
     return installed_adapters()
+
+
+def policies() -> list[PolicyInfo]:
+    """List the policies of installed plugins with their distributions, hooks and classes, by name."""
+    return installed_policies()
 
 
 def _policies(given: Policy | Sequence[Policy] | None) -> list[Policy]:

@@ -23,6 +23,10 @@ class UnknownObserverError(TokenTrimError):
     """An observer was asked for by a name that no installed plugin provides."""
 
 
+class UnknownPolicyError(TokenTrimError):
+    """A policy was asked for by a name that no installed plugin provides."""
+
+
 class AlreadyPatchedError(TokenTrimError):
     """The model carries a patch already and ``replace=True`` was not given."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributions
 from typing import Any
 
@@ -16,6 +16,7 @@ from tokentrim_hooks.adapter import Adapter, Match, NoMatch
 from tokentrim_hooks.errors import PluginError
 from tokentrim_hooks.markers import GROUP, hookspec
 from tokentrim_hooks.patching.patches import Method
+from tokentrim_hooks.policy.base import Policy, hooks_of
 from tokentrim_hooks.report.observers import ObserverFactory
 
 FAILURES = (Exception, SystemExit)
@@ -30,11 +31,16 @@ def tokentrim_adapters() -> Sequence[type[Adapter[Any]]]:  # type: ignore[empty-
 
 @hookspec
 def tokentrim_observers() -> Mapping[str, ObserverFactory]:  # type: ignore[empty-body]
-    """Return the observers that this plugin provides, by name: nothing observes until a user asks for it by that name.
+    """Return the observers that this plugin provides, by name: none observes until a user asks for it.
 
     A factory is called once per patched model. It imports its library, so that the library is needed only by those who
     ask for the observer, and leaves the opening of files to ``on_start``.
     """
+
+
+@hookspec
+def tokentrim_policies() -> Mapping[str, type[Policy]]:  # type: ignore[empty-body]
+    """Return the policies that this plugin provides, by name: none is used until a user asks for it."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,46 @@ class ObserverInfo:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the installed plugins provide; those that failed to load stand among the adapters, with their error."""
+class PolicyInfo:
+    """A policy that can be asked for by name, unless ``error`` says why not.
 
-    adapters: tuple[AdapterInfo, ...]
-    observers: tuple[ObserverInfo, ...]
+    Attributes:
+        name: as in ``tokentrim run --policy``. distribution: name and version of what was installed.
+        policy: the class; its fields are its options.
+    """
+
+    name: str
+    distribution: str
+    policy: type[Policy]
+    error: str = ""
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks that it overrides."""
+        return hooks_of(self.policy)
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring, without marks of a documentation tool."""
+        return re.sub(r":\w+:`~?(.+?)`", r"\1", (self.policy.__doc__ or "").strip().partition("\n")[0])
+
+
+@dataclass(frozen=True)
+class Found:
+    """What plugins provide; those that failed to load stand among the adapters, with their error."""
+
+    adapters: tuple[AdapterInfo, ...] = ()
+    observers: tuple[ObserverInfo, ...] = ()
+    policies: tuple[PolicyInfo, ...] = ()
+
+
+@dataclass
+class Contents:
+    """What the hooks of one plugin return, checked: adapters, and observers and policies by name."""
+
+    adapters: list[type[Adapter[Any]]] = field(default_factory=list)
+    observers: dict[str, ObserverFactory] = field(default_factory=dict)
+    policies: dict[str, type[Policy]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,15 +190,18 @@ def load(point: Point) -> Found:
     try:
         if point.entry is None:
             raise PluginError(point.error)
-        classes, factories = contents(point.entry.load())
+        parts = contents(point.entry.load())
     except FAILURES as failure:
-        return Found((AdapterInfo(point.name, point.distribution, None, why(failure)),), ())
-    observers = (ObserverInfo(name, point.distribution, factory) for name, factory in factories.items())
-    return Found(tuple(AdapterInfo(c.name, point.distribution, c) for c in classes), tuple(observers))
+        return Found((AdapterInfo(point.name, point.distribution, None, why(failure)),))
+    return Found(
+        tuple(AdapterInfo(adapter.name, point.distribution, adapter) for adapter in parts.adapters),
+        tuple(ObserverInfo(name, point.distribution, factory) for name, factory in parts.observers.items()),
+        tuple(PolicyInfo(name, point.distribution, policy) for name, policy in parts.policies.items()),
+    )
 
 
-def contents(plugin: object) -> tuple[list[type[Adapter[Any]]], dict[str, ObserverFactory]]:
-    """The adapters and observers that a plugin's hooks return, checked.
+def contents(plugin: object) -> Contents:
+    """What a plugin's hooks return, checked.
 
     Raises:
         PluginError: they break the hook's contract. Anything else: the plugin's own failure.
@@ -166,24 +210,27 @@ def contents(plugin: object) -> tuple[list[type[Adapter[Any]]], dict[str, Observ
     manager.add_hookspecs(_Spec)
     manager.register(plugin)
     manager.check_pending()
-    classes = [cls for answer in manager.hook.tokentrim_adapters() for cls in _listed(answer)]
-    for cls in classes:
+    found = Contents([cls for answer in manager.hook.tokentrim_adapters() for cls in _listed(answer)])
+    for cls in found.adapters:
         check_class(cls)
-    factories: dict[str, ObserverFactory] = {}
     for answer in manager.hook.tokentrim_observers():
         _check_factories(answer)
-        factories.update(answer)
-    if not classes and not factories:
+        found.observers.update(answer)
+    for answer in manager.hook.tokentrim_policies():
+        _check_policies(answer)
+        found.policies.update(answer)
+    if not (found.adapters or found.observers or found.policies):
         raise PluginError(
-            "the plugin provides no adapter and no observer: does it have a hookimpl named tokentrim_adapters or "
-            "tokentrim_observers?"
+            "the plugin provides no adapter, no observer and no policy: does it have a hookimpl named "
+            "tokentrim_adapters, tokentrim_observers or tokentrim_policies?"
         )
-    return classes, factories
+    return found
 
 
 class _Spec:
     tokentrim_adapters = staticmethod(tokentrim_adapters)
     tokentrim_observers = staticmethod(tokentrim_observers)
+    tokentrim_policies = staticmethod(tokentrim_policies)
 
 
 def _listed(answer: Any) -> Sequence[Any]:
@@ -200,6 +247,16 @@ def _check_factories(answer: Any) -> None:
             raise PluginError(f"tokentrim_observers must name factories, got {name!r}: {factory!r}")
 
 
+def _check_policies(answer: Any) -> None:
+    if not isinstance(answer, Mapping):
+        raise PluginError(f"tokentrim_policies must return a mapping of names to Policy subclasses, got {answer!r}")
+    for name, policy in answer.items():
+        if not (isinstance(name, str) and name.strip()):
+            raise PluginError(f"tokentrim_policies must name policies by strings, got {name!r}")
+        if not (isinstance(policy, type) and issubclass(policy, Policy) and hooks_of(policy)):
+            raise PluginError(f"policy {name!r} must be a subclass of Policy that overrides a hook, got {policy!r}")
+
+
 def check_class(cls: object) -> None:
     """Raise PluginError unless ``cls`` can be used as an adapter."""
     if not (isinstance(cls, type) and issubclass(cls, Adapter)):
@@ -212,10 +269,10 @@ def check_class(cls: object) -> None:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise PluginError(f"adapter {name!r} lacks {', '.join(missing)}")
-    for field in ("models", "constructors"):
-        value: object = getattr(cls, field)
+    for member in ("models", "constructors"):
+        value: object = getattr(cls, member)
         if not (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)):
-            raise PluginError(f"{field} of adapter {name!r} must be a tuple of strings, got {value!r}")
+            raise PluginError(f"{member} of adapter {name!r} must be a tuple of strings, got {value!r}")
     if wrong := [place for place in cls.constructors if not re.fullmatch(r"[\w.]+:\w+", place)]:
         raise PluginError(f"constructors of adapter {name!r} must read package.module:Class, got {wrong[0]!r}")
 

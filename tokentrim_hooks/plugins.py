@@ -1,4 +1,4 @@
-"""Finding adapters and observers: built-in and third-party ones come through the same entry points.
+"""Finding adapters, observers and policies: built-in and third-party ones come through the same entry points.
 
 A name belongs to one of them. The built-in one has it before any third party's; of two third parties' neither has it,
 for no order between them would be what their user meant.
@@ -7,31 +7,35 @@ for no order between them would be what their user meant.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokentrim_hooks.errors import PluginError, TokenTrimError, UnknownObserverError
+from tokentrim_hooks.errors import PluginError, TokenTrimError, UnknownObserverError, UnknownPolicyError
 from tokentrim_hooks.loading import (
     FAILURES,
     AdapterInfo,
     Found,
     ObserverInfo,
     Point,
+    PolicyInfo,
     installed_points,
     load,
     plain,
     project_of,
     tokentrim_adapters,
     tokentrim_observers,
+    tokentrim_policies,
     why,
 )
+from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.report.observers import Observer
 
 DISABLE = "TOKENTRIM_DISABLE_ADAPTERS"
 OURS = "tokentrim-hooks"
-Info = TypeVar("Info", AdapterInfo, ObserverInfo)
+Info = TypeVar("Info", AdapterInfo, ObserverInfo, PolicyInfo)
+Named = TypeVar("Named", ObserverInfo, PolicyInfo)
 
 
 class _Finder:
@@ -51,16 +55,15 @@ class _Finder:
             self._points = installed_points()
         every = [self._of(point, disabled_names()) for point in self._points]
         adapters = _with_owners([info for found in every for info in found.adapters])
-        watchers = _distinct([info for found in every for info in found.observers])
-        observers = [replace(w, error=_why_lost(w, [c for c in watchers if c.name == w.name])) for w in watchers]
         adapters.sort(key=lambda info: (info.adapter is None, info.name, info.distribution))
-        return Found(tuple(adapters), tuple(sorted(observers, key=lambda info: (info.name, info.distribution))))
+        observers = _settled([info for found in every for info in found.observers])
+        return Found(tuple(adapters), observers, _settled([info for found in every for info in found.policies]))
 
     def _of(self, point: Point, off: dict[str, str]) -> Found:
         """One plugin; code that is disabled is not even imported."""
         if off.keys() & {plain(point.name), plain(project_of(point.distribution))}:
             name, words = off.get(plain(point.name), point.name), f"named in {DISABLE}: its code was not imported"
-            return Found((AdapterInfo(name, point.distribution, None, words, disabled=True),), ())
+            return Found((AdapterInfo(name, point.distribution, None, words, disabled=True),))
         if point not in self._loaded:
             self._loaded[point] = load(point)
         return self._loaded[point]
@@ -113,6 +116,13 @@ def _with_owners(infos: Sequence[AdapterInfo]) -> list[AdapterInfo]:
     ]
 
 
+def _settled(infos: Sequence[Named]) -> tuple[Named, ...]:
+    """By name; those whose name is somebody else's say whose."""
+    claims = _distinct(infos)
+    owned = [replace(info, error=_why_lost(info, [c for c in claims if c.name == info.name])) for info in claims]
+    return tuple(sorted(owned, key=lambda info: (info.name, info.distribution)))
+
+
 def _why_lost(info: Info, claims: Sequence[Info]) -> str:
     """Why ``info`` does not own the name that all ``claims`` have; nothing if it does."""
     built_in = [claim for claim in claims if plain(project_of(claim.distribution)) == OURS]
@@ -139,19 +149,24 @@ def find_observer(name: str) -> ObserverInfo:
         UnknownObserverError: there is none; the message lists those that there are, and plugins that failed to load.
         PluginError: there are two; the message names both distributions.
     """
-    named = [info for info in found().observers if info.name == name]
+    return _named("observer", "observers", name, found().observers, UnknownObserverError)
+
+
+def _named(kind: str, kinds: str, name: str, infos: Sequence[Named], unknown: Callable[[str], TokenTrimError]) -> Named:
+    """The one of ``infos`` that owns ``name``."""
+    named = [info for info in infos if info.name == name]
     usable = [info for info in named if not info.error]
     if usable:
         return usable[0]
     if named:
         origins = " and ".join(info.distribution for info in named)
         raise PluginError(
-            f"two observers are named {name!r}, from {origins}; uninstall one of them, or name it in {DISABLE}"
+            f"two {kinds} are named {name!r}, from {origins}; uninstall one of them, or name it in {DISABLE}"
         )
-    known = ", ".join(sorted({info.name for info in found().observers if not info.error})) or "none"
+    known = ", ".join(sorted({info.name for info in infos if not info.error})) or "none"
     broken = [f"{i.name} ({i.distribution}): {i.error}" for i in left_out()]
     failures = f"; plugins that failed to load: {'; '.join(broken)}" if broken else ""
-    raise UnknownObserverError(f"no observer named {name!r}; installed: {known}{failures}")
+    raise unknown(f"no {kind} named {name!r}; installed: {known}{failures}")
 
 
 def make_observer(name: str, folder: str | Path | None = None) -> Observer:
@@ -182,18 +197,54 @@ def all_made(observers: Iterable[Observer | str]) -> list[Observer]:
     return [make_observer(item) if isinstance(item, str) else item for item in observers]
 
 
+def installed_policies() -> list[PolicyInfo]:
+    """The policies of installed plugins, by name; one whose name is somebody else's too has an error."""
+    return list(found().policies)
+
+
+def find_policy(name: str) -> PolicyInfo:
+    """The installed policy of that name.
+
+    Raises:
+        UnknownPolicyError: there is none; the message lists those that there are, and plugins that failed to load.
+        PluginError: there are two; the message names both distributions.
+    """
+    return _named("policy", "policies", name, found().policies, UnknownPolicyError)
+
+
+def make_policy(name: str, **options: Any) -> Policy:
+    """Make the installed policy of that name.
+
+    Raises:
+        UnknownPolicyError, PluginError: as for :func:`find_policy`; or the policy itself failed.
+        TypeError: an option that it does not have. ValueError: a value out of range.
+    """
+    info = find_policy(name)
+    try:
+        return info.policy(**options)
+    except (TokenTrimError, TypeError, ValueError):
+        raise
+    except FAILURES as failure:
+        raise PluginError(f"policy {name!r} ({info.distribution}) cannot be made: {why(failure)}") from failure
+
+
 __all__ = [
     "AdapterInfo",
     "Found",
     "ObserverInfo",
+    "PolicyInfo",
     "all_made",
     "find_observer",
+    "find_policy",
     "found",
     "installed_adapters",
     "installed_observers",
+    "installed_policies",
     "left_out",
     "make_observer",
+    "make_policy",
     "tokentrim_adapters",
     "tokentrim_observers",
+    "tokentrim_policies",
     "usable_adapters",
 ]

@@ -61,6 +61,8 @@ NAMES = {
     "patches": sorted(set(public(tokentrim.Patches)) - {"require_tap", "undo"}),
     "errors": public(errors)[1:],
     "the kit": [*testing.__all__, *testing.AdapterConformance.__annotations__, *Trial.__annotations__],
+    "the kit for policies": list(testing.PolicyConformance.__annotations__),
+    "policies by name": [info.name for info in tokentrim.policies()],
     "environment": environment(),
     "extras": ["report", "metrics", "demo"],
 }

@@ -1,6 +1,7 @@
 """``tokentrim run``: somebody's script, unmodified, with the model patched as it is constructed."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -107,3 +108,38 @@ def test_what_stands_behind_the_script_is_the_script_s(project):
     done = tokentrim(project, "--out", "log", "echo.py", *given)
     assert done.stdout == f"{['echo.py', *given]}\n"
     assert (project / "log").is_dir() and not (project / "2").exists()
+
+
+def test_policies_are_named_in_order_with_options_from_the_file(project):
+    (project / "run.toml").write_text(
+        "[policies.commit-window]\nframes = 3\n\n[policies.latent-moments]\nchannels = [0]\n"
+    )
+    done = tokentrim(project, "--out", "log", "--config", "run.toml", "--quiet", "inference.py", "video.pt")
+    assert done.returncode == 0, done.stderr
+    report = read_report(project / "log")
+    assert report.settings["policy.CommitWindow.frames"] == 3
+    assert {act["policy"] for record in report for act in record.acts} == {"CommitWindow", "LatentMoments"}
+    flags = ["--policy", "drift", "--policy", "commit-window", "--sensitivity", "0"]
+    done = tokentrim(project, "--out", "log", "--config", "run.toml", "--quiet", *flags, "inference.py", "video.pt")
+    assert done.returncode == 0, done.stderr
+    report = read_report(project / "log")
+    assert report.triggers > 0 and report.settings["policy.sensitivity"] == 0
+    assert {act["policy"] for record in report for act in record.acts} == {"CommitWindow"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "words"),
+    [
+        (["--policy", "drif"], "", "no policy named 'drif'; installed: commit-window, drift"),
+        (["--policy", "commit-window", "--fraction", "0.2"], "", "fraction: options of the policy drift"),
+        (["--policy", "commit-window"], "[policies.commit-window]\nframe = 1", "commit-window: .*'frame'"),
+        (["--policy", "commit-window"], "[policies.commit-window]\nframes = -1", "commit-window: frames must be"),
+        (["--policy", "commit-window", "--observe"], "", "CommitWindow would; leave one of them out"),
+        ([], "policies = 3", "policies must be tables"),
+    ],
+)
+def test_wrong_policies_are_refused_before_the_script_begins(project, flags, file, words):
+    (project / "run.toml").write_text(file)
+    done = tokentrim(project, "--config", "run.toml", *flags, "inference.py", "never.pt")
+    assert done.returncode == 2 and re.search(words, done.stderr), done.stderr
+    assert not (project / "never.pt").exists()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-from tokentrim_hooks.cli import adapters, bench, compare, demo, detect, metrics, report, run
+from tokentrim_hooks.cli import adapters, bench, compare, demo, detect, metrics, policies, report, run
 from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import TokenTrimError
 
@@ -24,7 +24,7 @@ class Command(Protocol):
         """Do it; returns the exit status."""
 
 
-MODULES = (demo, adapters, detect, run, report, metrics, compare, bench)
+MODULES = (demo, adapters, policies, detect, run, report, metrics, compare, bench)
 COMMANDS = {module.__name__.rpartition(".")[2]: cast(Command, module) for module in MODULES}
 
 

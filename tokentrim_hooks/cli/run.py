@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tokentrim_hooks.cli.runner import Run, folder_of_process, run_script
 from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
+from tokentrim_hooks.plugins import make_policy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
 from tokentrim_hooks.rollout.shared import Probe
@@ -33,12 +34,13 @@ HELP = "Run an unmodified inference script, patched."
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare what ``tokentrim run`` takes; everything behind the script belongs to the script."""
     parser.add_argument("--out", type=Path, default=Path("runs/tokentrim"), help="folder of the log and the report")
-    parser.add_argument("--config", type=Path, help="TOML file: probe, observers, [policy] of DriftPolicy")
+    parser.add_argument("--config", type=Path, help="TOML file: probe, observers, [policies.NAME]")
     parser.add_argument("--probe", choices=("first-step", "candidate"))
     parser.add_argument("--observe", action="store_true", help="measure only; output stays bit-identical")
     parser.add_argument("--quiet", action="store_true", help="no progress line per chunk")
     parser.add_argument("--no-thumbnails", dest="thumbnails", action="store_false", help="no pictures of latents")
     parser.add_argument("--observer", action="append", default=[], help="an installed observer, by name; repeatable")
+    parser.add_argument("--policy", action="append", default=[], help="an installed policy, by name; repeatable")
     for name, kind in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"DriftPolicy.{name}")
     parser.add_argument("script", type=Path, help="the inference script, unmodified")
@@ -50,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
     config = read_config(options.config) if options.config else {}
     folder = folder_of_process(options.out)
     thumbnails = options.thumbnails and importlib.util.find_spec("PIL") is not None
-    policy, probe, observers = policy_of(options, config), probe_of(options, config), observers_of(options, config)
-    this = Run(folder, policy, probe, options.quiet, observers, thumbnails)
+    policies, probe, observers = policies_of(options, config), probe_of(options, config), observers_of(options, config)
+    this = Run(folder, policies, probe, options.quiet, observers, thumbnails)
     try:
         run_script(options.script, options.arguments, this)
     finally:
@@ -63,30 +65,59 @@ def read_config(path: Path) -> dict[str, Any]:
     """A TOML file as a dict.
 
     Raises:
-        TokenTrimError: it cannot be read, or holds something other than ``probe``, ``observers``, ``[policy]``.
+        TokenTrimError: it cannot be read, or holds something other than ``probe``, ``observers``, ``[policy]`` and
+            ``[policies.NAME]``.
     """
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "demo")
     try:
         config: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as failure:
         raise TokenTrimError(f"cannot read {path}: {failure}") from failure
-    known = {"": {"probe", "policy", "observers"}, "policy.": {field.name for field in dataclasses.fields(DriftPolicy)}}
+    drift = {field.name for field in dataclasses.fields(DriftPolicy)}
+    known = {"": {"probe", "policy", "policies", "observers"}, "policy.": drift}
     for prefix, table in (("", config), ("policy.", config.get("policy", {}))):
         for name in table if isinstance(table, Mapping) else ():
             if name not in known[prefix]:
                 words = ", ".join(sorted(known[prefix]))
                 raise TokenTrimError(f"{path}: {prefix}{name} is not an option; known: {words}")
+    tables = config.get("policies", {})
+    if not isinstance(tables, Mapping) or not all(isinstance(table, Mapping) for table in tables.values()):
+        raise TokenTrimError(f"{path}: policies must be tables, [policies.NAME], got {tables!r}")
     return config
 
 
-def policy_of(options: argparse.Namespace, config: Mapping[str, Any]) -> Policy:
-    """The policy: flags win over the file, the file over the paper's constants."""
-    given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
+def policies_of(options: argparse.Namespace, config: Mapping[str, Any]) -> list[Policy]:
+    """The policies by name, in order: those of the flags, else of the file, else the paper's; flags win over the file.
+
+    Raises:
+        TokenTrimError: a policy or an option that there is none of, or options of one that does not run.
+    """
+    tables: Mapping[str, Any] = config.get("policies", {})
+    names = list(dict.fromkeys(options.policy or tables or ["drift"]))
+    paper = {**config.get("policy", {}), **{n: getattr(options, n) for n in OPTIONS if getattr(options, n) is not None}}
+    if paper and "drift" not in names:
+        raise TokenTrimError(f"{', '.join(paper)}: options of the policy drift, which does not run; add --policy drift")
+    policies = [_made(name, {**tables.get(name, {}), **(paper if name == "drift" else {})}) for name in names]
+    return _observing(policies) if options.observe else policies
+
+
+def _made(name: str, options: Mapping[str, Any]) -> Policy:
+    """The policy of that name; lists of the file become tuples, which a frozen policy can keep."""
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
-        policy = DriftPolicy(**{**config.get("policy", {}), **given})
+        # The default needs no plugin: none can take it away.
+        return DriftPolicy(**given) if name == "drift" else make_policy(name, **given)
     except (TypeError, ValueError) as failure:
-        raise TokenTrimError(f"no such policy: {failure}") from failure
-    return ObservePolicy(policy.fraction, policy.sensitivity) if options.observe else policy
+        raise TokenTrimError(f"no such policy: {name}: {failure}") from failure
+
+
+def _observing(policies: Sequence[Policy]) -> list[Policy]:
+    """A policy that measures what the one that judges would have measured."""
+    steering = [type(policy).__name__ for policy in policies if policy.needs - {"judge"}]
+    if steering:
+        raise TokenTrimError(f"--observe changes nothing, {', '.join(steering)} would; leave one of them out")
+    given = policies[0].settings() if policies else {}
+    return [ObservePolicy(**{name: given[name] for name in ("fraction", "sensitivity") if name in given})]
 
 
 def probe_of(options: argparse.Namespace, config: Mapping[str, Any]) -> Probe:

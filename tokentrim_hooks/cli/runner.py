@@ -37,7 +37,7 @@ class Run:
     """One run of a script: its settings, and the handles of all models that were patched in it."""
 
     folder: Path
-    policy: Policy = field(default_factory=DriftPolicy)
+    policies: Sequence[Policy] = field(default_factory=lambda: [DriftPolicy()])
     probe: Probe = "first-step"
     quiet: bool = False
     observers: Sequence[str] = ()
@@ -81,7 +81,7 @@ class Run:
             folder = self.folder if number == 1 else below(self.folder, f"model-{number}")
             log = JsonLines(folder, per_rank=False)
             watching = [log, *self._observers(folder)]
-            handle = patch(instance, self.policy, probe=self.probe, on_error="warn", observers=watching)
+            handle = patch(instance, self.policies, probe=self.probe, on_error="warn", observers=watching)
         except AlreadyPatchedError:
             return
         except UnsupportedModelError as refusal:

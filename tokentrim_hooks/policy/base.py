@@ -108,6 +108,11 @@ class Policy:
         return None
 
     @property
+    def compares(self) -> bool:
+        """Whether :meth:`hide` is to be shown summaries of frames: they cost one synchronisation per chunk."""
+        return False
+
+    @property
     def remembers(self) -> int:
         """Earlier predictions of a chunk that :meth:`correct` is to be shown: latents that are kept for it."""
         return 0
@@ -145,6 +150,11 @@ class Policy:
     def needs(self) -> frozenset[str]:
         """What it asks of a model: the hooks that it overrides, and what they need beside."""
         return self.requires | {hook for hook in HOOKS if self.overrides(hook)}
+
+
+def hooks_of(policy: type[Policy]) -> tuple[str, ...]:
+    """The hooks that a class of policies overrides, in the order in which a chunk meets them."""
+    return tuple(hook for hook in HOOKS if getattr(policy, hook) is not getattr(Policy, hook))
 
 
 def number(name: str, value: object, low: float, high: float, rule: str) -> None:

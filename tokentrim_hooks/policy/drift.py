@@ -77,6 +77,16 @@ class Summary:
         return by_token.sqrt_().flatten(1)
 
 
+def frame_summaries(latents: Tensor, cells: int = 8) -> Tensor:
+    """A small picture of every frame: averages over at most ``cells x cells`` areas, per channel.
+
+    ``[B, F, C, H, W] -> [B, F, D]``, float32, ``D = C * min(H, cells) * min(W, cells)``.
+    """
+    size = (min(latents.shape[-2], cells), min(latents.shape[-1], cells))
+    small: Tensor = torch.nn.functional.adaptive_avg_pool2d(latents.flatten(0, 1).float(), size)
+    return small.reshape(latents.shape[0], latents.shape[1], -1)
+
+
 def grid_of(latents: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) of the token grid of latents ``[..., H, W]``."""
     return latents.shape[-2] // patch_size[0], latents.shape[-1] // patch_size[1]

@@ -94,10 +94,14 @@ class ContextView:
     Attributes:
         anchors: per latent frame, whether it is a sink or an anchor.
         tokens: tokens of a frame.
+        summaries: of each frame, ``[B, frames, D]``, float32 on the CPU (:func:`~tokentrim_hooks.policy.drift.
+            frame_summaries`); NaN for a frame of another scene, one that nobody saw being made, and the anchors of a
+            cache. None unless the policy :attr:`~Policy.compares`.
     """
 
     anchors: tuple[bool, ...]
     tokens: int
+    summaries: Tensor | None = None
 
     @property
     def frames(self) -> int:

@@ -84,6 +84,8 @@ class CacheRows:
         current: (first, behind the last) row of the current chunk where it lies amid history, as in a ring buffer.
         keys: the K tensor of every layer, like ``values``; needed only by policies that rewrite K.
         attentions: attention calls over these rows in one denoiser call, where it is not one per tensor in ``values``.
+        end: latent frame behind the newest one that is finished, for policies that compare frames; default: the frame
+            at which the call starts.
     """
 
     values: Sequence[Tensor]
@@ -94,6 +96,7 @@ class CacheRows:
     current: tuple[int, int] = (0, 0)
     keys: Sequence[Tensor] = ()
     attentions: int = 0
+    end: int | None = None
 
     @property
     def frame_rows(self) -> list[int]:

@@ -205,6 +205,7 @@ class Session:
         video, chunk = self.timeline.video, self.timeline.chunk
         if video is None or chunk is None or not self.steering.active:
             return None
+        self.steering.scene = video.scene
         return place_of(call, phase, video, chunk)
 
     def _correct(

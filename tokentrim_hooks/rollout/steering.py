@@ -23,6 +23,10 @@ class Steering:
 
     Args:
         adapter: of the model. policies: in order.
+
+    Attributes:
+        scene: of the call in progress, whose frames policies compare.
+        compares: whether some policy does; remembers: earlier predictions that some policy is to be shown.
     """
 
     def __init__(self, adapter: Adapter, policies: Sequence[Policy]) -> None:
@@ -30,6 +34,8 @@ class Steering:
         self._hiding = [policy for policy in policies if policy.overrides("hide")]
         self._correcting = [policy for policy in policies if policy.overrides("correct")]
         self._settling = [policy for policy in policies if policy.overrides("settle")]
+        self.compares = any(policy.compares for policy in self._hiding)
+        self.scene = Scene()
         self.remembers = max((policy.remembers for policy in self._correcting), default=0)
 
     @property
@@ -57,6 +63,8 @@ class Steering:
     def hidden(self, call: Call, place: Place, context: Context) -> tuple[Tensor | None, list[Act]]:
         """What ``call`` may not read, CPU BoolTensor ``[B, frames, tokens]`` (None: nothing), and who said so."""
         view, samples = view_of(context, place.grid), int(call.latents.shape[0])
+        if self.compares and view.frames:
+            view = dataclasses.replace(view, summaries=self.scene.frames.of(_numbers(context, view, call.start)))
         found, acts = None, []
         for policy in self._hiding if view.frames else []:
             answer = policy.hide(place, view)
@@ -127,6 +135,16 @@ def view_of(context: Context, grid: tuple[int, int]) -> ContextView:
         anchors = context.start + context.anchors
         return ContextView(tuple(row < anchors for row in rows), context.rows_per_frame)
     return ContextView(tuple(anchor for _, anchor in frames_of(context)), grid[0] * grid[1])
+
+
+def _numbers(context: Context, view: ContextView, start: int) -> list[int | None]:
+    """Which latent frame each frame of a view is; None for the anchors of a cache, which may be any."""
+    if not isinstance(context, CacheRows):
+        return [frame for frame, _ in frames_of(context)]
+    # The other frames of a cache are the newest finished ones, in order.
+    end = start if context.end is None else context.end
+    recent = iter(range(end - view.anchors.count(False), end))
+    return [None if anchor else next(recent) for anchor in view.anchors]
 
 
 def frames_of(layout: KeyLayout) -> list[tuple[int, bool]]:

@@ -29,6 +29,7 @@ class Timeline:
         self.adapter, self.shared, self.pruner = adapter, shared, pruner
         self.video: VideoState | None = None
         self.chunk: ChunkState | None = None
+        self.compares = any(policy.compares for policy in shared.policies)
         self.keeps_opening = any(policy.overrides("correct") for policy in shared.policies)
 
     def classify(self, call: Call) -> Phase | None:
@@ -94,6 +95,8 @@ class Timeline:
             video.waiting = chunk.clean
         self.shared.recorder.publish(video, chunk)
         self.pruner.end_chunk()
+        if self.compares and chunk.latents is not None:
+            video.scene.frames.add(chunk.start, chunk.latents)
         if self.keeps_opening and video.scene.opening is None and chunk.latents is not None:
             # A copy: the sampler may write the next chunk over it.
             video.scene.opening = chunk.latents.clone()
