@@ -130,7 +130,7 @@ def test_policies_are_named_in_order_with_options_from_the_file(project):
 @pytest.mark.parametrize(
     ("flags", "file", "words"),
     [
-        (["--policy", "drif"], "", "no policy named 'drif'; installed: commit-window, drift"),
+        (["--policy", "drif"], "", "no policy named 'drif'; installed: adaptive, commit-window"),
         (["--policy", "commit-window", "--fraction", "0.2"], "", "fraction: options of the policy drift"),
         (["--policy", "commit-window"], "[policies.commit-window]\nframe = 1", "commit-window: .*'frame'"),
         (["--policy", "commit-window"], "[policies.commit-window]\nframes = -1", "commit-window: frames must be"),
