@@ -16,7 +16,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 MACHINERY = ("torch.", "wrapt.", "tokentrim_hooks.patching", "tokentrim_hooks.rollout", "tokentrim_hooks.pruning")
 """Modules whose methods lie between a sampler and the call that we watch."""
@@ -214,3 +216,12 @@ def _declared(function: Any) -> Any:
         return function
     declared = type(function).forward
     return function.forward if declared is nn.Module.forward else types.MethodType(declared, function)
+
+
+def profiled(name: str) -> contextlib.AbstractContextManager[Any]:
+    """A named stretch of a profile; nothing, which takes no time, while no profiler is on."""
+    on: bool = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    return record_function(name) if on else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()

@@ -177,3 +177,15 @@ def test_a_grid_that_the_patch_does_not_divide_is_refused(recipe, extra):
     ragged = torch.zeros(*recipe.shape[:-1], recipe.shape[-1] + 2 * extra - 1)
     with pytest.raises(LatentsError, match="not divisible"):
         latent_summary(ragged)
+
+
+@given(seed=st.integers(0, 10_000), size=st.integers(1, 200), fraction=st.sampled_from([0.01, 0.1, 0.5, 1.0]))
+def test_the_largest_few_are_those_of_a_stable_sort_whatever_the_ties(seed, size, fraction):
+    rng = torch.Generator().manual_seed(seed)
+    # Few different values, so that most are ties; both zeros, infinities and negatives among them.
+    values = torch.tensor([0.0, -0.0, 1.0, 1.0000001, 2.5, -3.0, 1e-40, math.inf, -math.inf])
+    drift = values[torch.randint(len(values), (3, size), generator=rng)]
+    count = unstable_count(fraction, size)
+    expected = [sorted(range(size), key=lambda place: (-row[place], place))[:count] for row in drift.tolist()]
+    assert unstable_tokens(drift, fraction).tolist() == expected
+    assert unstable_tokens(drift.double(), fraction).tolist() == expected

@@ -18,6 +18,13 @@ class Floats(Sequence[float]):
     def __init__(self, values: Iterable[float] = ()) -> None:
         self._values = array.array("f", values)
 
+    @classmethod
+    def packed(cls, memory: bytes) -> Floats:
+        """From the memory of float32 numbers in this machine's byte order."""
+        made = cls()
+        made._values.frombytes(memory)
+        return made
+
     def __len__(self) -> int:
         return len(self._values)
 

@@ -39,7 +39,7 @@ def read(
     verdict: Verdict, drift: Tensor, history: History, clean: Tensor | None = None, waiting: list[Tensor] | None = None
 ) -> Reading:
     """Bring a verdict, its drift ``[B, N]`` and flags to the host: exactly one synchronisation."""
-    flags = waiting or []
+    flags = [*(waiting or []), *([] if clean is None else [clean])]
     host = _to_host(
         {
             "severity": verdict.severity,
@@ -49,10 +49,10 @@ def read(
             "prune": verdict.prune,
             "tokens": verdict.tokens,
             "drift": drift,
-            "clean": torch.zeros(1, device=drift.device) if clean is None else clean.reshape(1),
-            "waiting": torch.cat([flag.reshape(1) for flag in flags]) if flags else drift.new_empty(0),
+            **{f"flag {place}": flag for place, flag in enumerate(flags)},
         }
     )
+    read_flags = [bool(host[f"flag {place}"]) for place in range(len(flags))]
     return Reading(
         severity=host["severity"],
         threshold=host["threshold"],
@@ -62,8 +62,8 @@ def read(
         prune=host["prune"].bool().tolist(),
         tokens=host["tokens"].long().tolist(),
         drift=host["drift"],
-        clean=bool(host["clean"]),
-        waiting=host["waiting"].bool().tolist(),
+        clean=clean is not None and read_flags.pop(),
+        waiting=read_flags,
     )
 
 
@@ -73,9 +73,10 @@ def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Each transfer would be a synchronisation of its own, so they travel as one. Token indices and flags survive that:
     whole numbers are exact in float32 up to 2^24.
     """
-    devices = {tensor.device.type for tensor in tensors.values()}
-    wide = torch.float32 if "mps" in devices else torch.float64
     target = tensors["drift"].device
-    parts = [tensor.to(target, wide).flatten() for tensor in tensors.values()]
+    wide = torch.float32 if target.type == "mps" else torch.float64
+    # One of them in the wide type is enough: concatenation promotes the others, in one go.
+    parts = [tensor.to(target).flatten() for tensor in tensors.values()]
+    parts[0] = parts[0].to(wide)
     pieces = torch.split(torch.cat(parts).cpu(), [part.numel() for part in parts])
     return {name: piece.view(tensors[name].shape) for name, piece in zip(tensors, pieces, strict=True)}

@@ -117,7 +117,7 @@ def _verdict(judgement: Judgement, reading: Reading, sample: int) -> dict[str, A
         "accepted_severity": severity if judgement.accepted is None else judgement.accepted[sample],
         "pruned": pruned,
         "tokens": tuple(reading.tokens[sample]),
-        "drift": Floats(reading.drift[sample].tolist()),
+        "drift": Floats.packed(reading.drift[sample].float().numpy().tobytes()),
         "dead": judgement.dead // sum(reading.prune) if pruned else 0,
         "anchors": judgement.anchors if pruned else 0,
         "regenerations": judgement.regenerations if pruned else 0,

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
 from tokentrim_hooks.adapter import Adapter, Call
 from tokentrim_hooks.errors import TokenTrimWarning, UnsupportedContextError
 from tokentrim_hooks.failures import FailurePolicy
-from tokentrim_hooks.inspection import bind
+from tokentrim_hooks.inspection import bind, profiled
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.rollout.answers import prediction_of
@@ -43,7 +42,7 @@ class Replayer:
         A later step's latents were made from the earlier step's prediction, which has changed: the adapter carries the
         change over. The first step's latents are noise, which only a control policy draws anew.
         """
-        with record_function("tokentrim.replay"):
+        with profiled("tokentrim.replay"):
             output, call = self._in_step(module, steps[0], lambda: self._redrawn(steps[0]))
             for earlier, step in itertools.pairwise(steps):
                 carried = functools.partial(self._carried, earlier, step, call, output)

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.failures import FailurePolicy
-from tokentrim_hooks.inspection import bind, is_driven_by, weakly
+from tokentrim_hooks.inspection import bind, is_driven_by, profiled, weakly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import current_scope, open_scope, scope_left, scope_of_call
 from tokentrim_hooks.report.record import Report
@@ -70,7 +69,7 @@ class Rollout:
             ranks.replays += 1
             return
         ranks.enter()
-        with record_function("tokentrim.before"):
+        with profiled("tokentrim.before"):
             found = None
             if self._is_foreign(module):
                 self.foreign_calls += 1
@@ -92,7 +91,7 @@ class Rollout:
         running = None if scope is None else scope.note
         if not isinstance(running, Running) or running.found.session.shared is not self.shared:
             return output
-        with record_function("tokentrim.after"), torch.no_grad():
+        with profiled("tokentrim.after"), torch.no_grad():
             output = running.found.session.after(module, running, output)
             self._sessions.follow(running.found)
         return output
