@@ -21,7 +21,7 @@ class Policy:
 
     Override one or more of :meth:`judge`, :meth:`hide`, :meth:`correct` and :meth:`settle`. Options of your own are
     fields with defaults; check them in ``__post_init__`` and call ``super().__post_init__()`` there. The options below
-    say what follows a verdict, so they are every judge's.
+    say what follows a verdict, so they are every judge's; ``coarse`` holds for what :meth:`hide` names, too.
 
     Args:
         max_regenerations: R, regenerations per chunk at most; 0 prunes nothing.

@@ -89,7 +89,7 @@ class Denoised(Place):
 
 @dataclass(frozen=True)
 class ContextView:
-    """What a call can read of earlier frames, for :meth:`Policy.hide`: finished ones, oldest first.
+    """What a call can read of earlier frames, for :meth:`Policy.hide`: finished ones, sinks first, then oldest first.
 
     Attributes:
         anchors: per latent frame, whether it is a sink or an anchor.

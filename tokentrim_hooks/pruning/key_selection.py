@@ -89,14 +89,16 @@ class DeadTokens:
     def hiding(
         cls, frames: Sequence[int], hidden: Tensor, grid: tuple[int, int], coarse: str = "any"
     ) -> DeadTokens:
-        """Tokens hidden from all queries of one call.
+        """Tokens hidden from one call: from all of its queries, but for those of their own chunk in a packed call.
+
+        Each frame is killed for what lies behind it, so that :meth:`live_for` spares a chunk that the same call writes.
 
         Args:
             frames: latent frames of a layout. hidden: CPU BoolTensor ``[B, frames, N]``.
             grid: (height, width) of the chunk's own token grid. coarse: see the class.
         """
         killed_by = {
-            frame: torch.where(hidden[:, place], torch.zeros((), dtype=torch.long), torch.tensor(ALIVE))
+            frame: torch.where(hidden[:, place], frame + 1, ALIVE)
             for place, frame in enumerate(frames)
             if bool(hidden[:, place].any())
         }

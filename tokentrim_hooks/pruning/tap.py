@@ -118,7 +118,8 @@ class CallTap:
         dead: the dead tokens of a context in the sequence.
         gated: whether the tapped function also serves cross attention, and counts only inside self attention.
         failures: what follows a failure of ours in the middle of the model's own call.
-        hidden: tokens of a context in the sequence that this one call may not read; of a cache they carry marks.
+        hidden: tokens of a context in the sequence that this one call may not read, by whoever hides them; in a cache
+            they carry marks.
 
     Attributes:
         off: True once we have stepped aside: the original attention answers alone.
@@ -131,7 +132,7 @@ class CallTap:
         dead: DeadTokens,
         gated: bool = False,
         failures: FailurePolicy | None = None,
-        hidden: DeadTokens | None = None,
+        hidden: Sequence[DeadTokens] = (),
     ) -> None:
         self.layout = layout
         self.hidden = hidden
@@ -205,8 +206,8 @@ class CallTap:
 
     def _live_range(self, layout: KeyLayout, start: int, first: int, stop: int, device: torch.device) -> Tensor | None:
         alive = self.dead.live_for(layout, 1, start)[0, first:stop]
-        if self.hidden is not None:
-            alive = alive & self.hidden.live_for(layout, 1, NEWEST)[0, first:stop]
+        for hidden in self.hidden:
+            alive = alive & hidden.live_for(layout, 1, start)[0, first:stop]
         if bool(alive.all()):
             return None
         if not bool(alive.any()):
@@ -218,10 +219,10 @@ class CallTap:
             return [QueryGroup(0, None, alive_rows(v).cpu())]
         layout = self._layout_of(k.shape[1])
         groups = self.dead.live(layout, k.shape[0])
-        if self.hidden is None:
-            return groups
-        visible = self.hidden.live(layout, k.shape[0])[0].alive
-        return [QueryGroup(group.start, group.stop, group.alive & visible) for group in groups]
+        for hidden in self.hidden:
+            visible = hidden.live_for(layout, k.shape[0], NEWEST)
+            groups = [QueryGroup(group.start, group.stop, group.alive & visible) for group in groups]
+        return groups
 
     def _layout_of(self, keys: int) -> KeyLayout:
         """The key layout; raises unless it describes as many keys as self attention sees."""

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from tokentrim_hooks.adapter import Adapter, Call
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
@@ -96,7 +98,7 @@ class Pruner:
             # The proof has failed for another video of this model since.
             self.clear()
         layout, hidden = self._hide(call, place)
-        if not self.dead and hidden is None and not self._fleeting.rows:
+        if not self.dead and not hidden and not self._fleeting.rows:
             return None
         if self._dead_tokens and layout is None:
             context = context_of(self._adapter, call)
@@ -108,22 +110,22 @@ class Pruner:
         self._last = CallTap(layout, self._dead_tokens, self.proof.layers > 0, self._failures, hidden)
         return self._last
 
-    def _hide(self, call: Call, place: Place | None) -> tuple[KeyLayout | None, DeadTokens | None]:
+    def _hide(self, call: Call, place: Place | None) -> tuple[KeyLayout | None, tuple[DeadTokens, ...]]:
         """Hide from one call what policies say: by fleeting marks in a cache, else by a layout and the tokens in it."""
         self.acts, self._hid = [], False
         steering = self._steering
         if steering is None or not steering.hides or place is None or not self.proof.enabled:
-            return None, None
+            return None, ()
         context = context_of(self._adapter, call)
-        mask, self.acts = steering.hidden(call, place, context)
-        if mask is None:
-            return None, None
+        masks, self.acts = steering.hidden(call, place, context)
+        if not masks:
+            return None, ()
         if isinstance(context, CacheRows):
             self.proof.expected = context.attentions or len(context.values)
-            self._hid = self._fleeting.hide(context, mask) > 0
-            return None, None
+            self._hid = self._fleeting.hide(context, torch.stack(list(masks.values())).any(0)) > 0
+            return None, ()
         frames = [frame for frame, _ in frames_of(context)]
-        return context, DeadTokens.hiding(frames, mask, place.grid, self._policy.coarse)
+        return context, tuple(DeadTokens.hiding(frames, mask, place.grid, rule) for rule, mask in masks.items())
 
     def unhide(self, call: Call) -> None:
         """A call has come back: what was hidden from it is to be seen again."""

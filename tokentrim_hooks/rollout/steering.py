@@ -60,20 +60,26 @@ class Steering:
 
     # ------------------------------------------------------------------------------------------ hide
 
-    def hidden(self, call: Call, place: Place, context: Context) -> tuple[Tensor | None, list[Act]]:
-        """What ``call`` may not read, CPU BoolTensor ``[B, frames, tokens]`` (None: nothing), and who said so."""
+    def hidden(self, call: Call, place: Place, context: Context) -> tuple[dict[str, Tensor], list[Act]]:
+        """What ``call`` may not read, CPU BoolTensors ``[B, frames, tokens]``, and who said so.
+
+        By :attr:`Policy.coarse` of those who said it; nothing where nothing is hidden.
+        """
         view, samples = view_of(context, place.grid), int(call.latents.shape[0])
         if self.compares and view.frames:
             view = dataclasses.replace(view, summaries=self.scene.frames.of(_numbers(context, view, call.start)))
-        found, acts = None, []
+        found: dict[str, Tensor] = {}
+        acts: list[Act] = []
         for policy in self._hiding if view.frames else []:
             answer = policy.hide(place, view)
             if answer is None:
                 continue
             mask = _checked(answer, policy, view, samples)
-            acts.append(Act(type(policy).__name__, "hide", int(mask.sum())))
-            found = mask if found is None else found | mask
-        return (found, acts) if found is not None and bool(found.any()) else (None, [])
+            rows = int(mask.sum())
+            if rows:
+                acts.append(Act(type(policy).__name__, "hide", rows))
+                found[policy.coarse] = mask | found[policy.coarse] if policy.coarse in found else mask
+        return found, acts
 
     # ------------------------------------------------------------------------------------------ correct
 
@@ -148,14 +154,15 @@ def _numbers(context: Context, view: ContextView, start: int) -> list[int | None
 
 
 def frames_of(layout: KeyLayout) -> list[tuple[int, bool]]:
-    """(latent frame, whether it is an anchor) of all finished frames of a layout, oldest first."""
-    found = {
-        frame: segment.role is Role.ANCHOR
-        for segment in layout.segments
-        if segment.role in (Role.CONTEXT, Role.ANCHOR)
-        for frame in segment.frames
-    }
-    return sorted(found.items())
+    """(latent frame, whether it is an anchor) of all finished frames of a layout: anchors, then oldest first.
+
+    A video that is made backwards has its older frames behind the chunk: of those the nearest is the newest.
+    """
+    end = max((frame for s in layout.segments if s.role is Role.CURRENT for frame in s.frames), default=0)
+    anchors = {frame for s in layout.segments if s.role is Role.ANCHOR for frame in s.frames}
+    others = {frame for s in layout.segments if s.role is Role.CONTEXT for frame in s.frames} - anchors
+    aged = sorted(others, key=lambda frame: frame if frame <= end else -frame)
+    return [*((frame, True) for frame in sorted(anchors)), *((frame, False) for frame in aged)]
 
 
 def _checked(answer: Tensor, policy: Policy, view: ContextView, samples: int) -> Tensor:
