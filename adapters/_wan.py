@@ -22,11 +22,16 @@ from tokentrim_hooks import (
     Match,
     NoMatch,
     Patches,
+    Phase,
+    Seen,
+    UnsupportedPolicyError,
+    default_phase,
     home_of,
     lacks,
     layers_of,
     nearest_sigma,
     parameters_of,
+    shares_storage,
 )
 
 PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache", "crossattn_cache", "current_start")
@@ -45,11 +50,14 @@ RELATIVES = {
 class CausalWan(Adapter):
     """The rules of Self-Forcing's cache, which its relatives bend: rows before the chunk are history, after a sink."""
 
-    takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide", "commit"})
+    takes: ClassVar[frozenset[str]] = frozenset({"judge"})
     own: ClassVar[tuple[str, ...]] = ()
     """Those of RELATIVES that this adapter knows; its generator's forward must take them all."""
     layer_attributes: ClassVar[tuple[str, ...]] = ("sink_size", "local_attn_size")
     """Attributes that every self-attention module must have."""
+    hands_back = False
+    """Whether this sampler was seen to commit the very x0 that it was given: only then does it go on with nothing else.
+    """
     constructors: ClassVar[tuple[str, ...]] = (
         "pipeline.causal_inference:CausalInferencePipeline",
         "pipeline.causal_diffusion_inference:CausalDiffusionInferencePipeline",
@@ -109,6 +117,25 @@ class CausalWan(Adapter):
         per_frame = self.rows_per_frame(call.latents)
         sink = int(self.layers[0].sink_size) * per_frame
         return history_rows(call.arguments, call.frames * per_frame, per_frame, sink)
+
+    def phase(self, call: Call, seen: Seen) -> Phase:
+        """As samplers do that denoise, then commit the chunk they returned."""
+        return self.noted(default_phase(call, seen), call, seen)
+
+    def noted(self, phase: Phase, call: Call, seen: Seen) -> Phase:
+        """``phase``; notes a commit of the very tensor that the sampler was given."""
+        if phase is Phase.COMMIT and shares_storage(call.latents, seen.returned):
+            self.hands_back = True
+        return phase
+
+    def with_prediction(self, call: Call, output: Any, x0: Tensor) -> Any:
+        """The few-step sampler goes on with x0; one that goes on with the flow beside it is refused."""
+        if not self.hands_back:
+            raise UnsupportedPolicyError(
+                "this sampler does not commit the x0 that the model returns (it follows the flow, or joins chunks "
+                "first), so a corrected x0 would be lost.\nLeave such policies out, or use the few-step sampler."
+            )
+        return super().with_prediction(call, output, x0)
 
     def carry(self, call: Call, before: Tensor, after: Tensor) -> Tensor:
         """The few-step sampler re-noises x0: x_t = (1 - sigma) x0 + sigma noise, so keep the noise and move x0."""

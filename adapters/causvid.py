@@ -29,6 +29,7 @@ class CausVid(CausalWan):
     models = ("CausVid",)
     context_kind = "KV cache of the whole video, K after RoPE"
     constructors = ("causvid.models.wan.causal_inference:InferencePipeline",)
+    takes = frozenset({"judge", "hide", "commit", "correct", "settle"})
     own = ("current_end",)
     layer_attributes = ("window_size",)
 
@@ -57,8 +58,8 @@ class CausVid(CausalWan):
     def context(self, call: Call) -> CacheRows:
         """All rows before ``current_start``."""
         cache: Sequence[Mapping[str, Any]] = call.arguments["kv_cache"]
-        values = [layer["v"] for layer in cache]
-        return CacheRows(values, 0, start_of(call.arguments), self.rows_per_frame(call.latents))
+        values, keys = ([layer[name] for layer in cache] for name in ("v", "k"))
+        return CacheRows(values, 0, start_of(call.arguments), self.rows_per_frame(call.latents), keys=keys)
 
 
 @hookimpl

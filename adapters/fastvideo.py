@@ -52,6 +52,7 @@ class FastVideo(Adapter):
     name = "fastvideo"
     models = ("FastVideo causal Wan2.1", "FastVideo causal Wan2.2 (two transformers)")
     context_kind = "rolling KV cache, K after RoPE (absolute) or before it (relativistic)"
+    takes = frozenset({"judge"})
     constructors = ("fastvideo.pipelines.stages.causal_denoising:CausalDMDDenosingStage",)
 
     @classmethod

@@ -7,7 +7,7 @@ new prompt. With ``use_infinite_attention`` K is kept before RoPE and placed by 
 
 from __future__ import annotations
 
-from tokentrim_hooks import Adapter, Call, Phase, Seen, default_phase, hookimpl
+from tokentrim_hooks import Adapter, Call, Phase, Seen, hookimpl
 
 from ._wan import CausalWan
 
@@ -22,13 +22,14 @@ class LongLive(CausalWan):
         *CausalWan.constructors,
         "pipeline.interactive_causal_inference:InteractiveCausalInferencePipeline",
     )
+    takes = frozenset({"judge", "hide", "commit", "correct", "settle"})
     own = ("sink_recache_after_switch",)
 
     def phase(self, call: Call, seen: Seen) -> Phase:
         """A prompt switch writes frames up to the latest committed one again, and so rebuilds the context."""
         if seen.committed and call.end == seen.end and int(call.arguments["kv_cache"][0]["global_end_index"]) > 0:
             return Phase.RECACHE
-        return default_phase(call, seen)
+        return super().phase(call, seen)
 
 
 @hookimpl

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokentrim_hooks import Adapter, CacheRows, Call, Phase, Seen, default_phase, hookimpl
+from tokentrim_hooks import Adapter, CacheRows, Call, Phase, Seen, hookimpl
 
 from ._wan import CausalWan
 
@@ -27,6 +27,8 @@ class MemFlow(CausalWan):
         "pipeline.interactive_causal_inference:InteractiveCausalInferencePipeline",
         "pipeline.switch_causal_inference:SwitchCausalInferencePipeline",
     )
+    takes = frozenset({"judge", "hide", "commit", "correct"})
+    """Its bank keeps copies of rows, which no policy rewrites."""
     own = ("kv_bank", "q_bank", "update_cache", "is_recache")
 
     def phase(self, call: Call, seen: Seen) -> Phase:
@@ -34,8 +36,8 @@ class MemFlow(CausalWan):
         if call.arguments["is_recache"]:
             return Phase.RECACHE
         if call.arguments["update_cache"] and call.start == seen.start:
-            return Phase.COMMIT
-        return default_phase(call, seen)
+            return self.noted(Phase.COMMIT, call, seen)
+        return super().phase(call, seen)
 
     def context(self, call: Call) -> CacheRows:
         """As the family's; sparse attention (``SMA``) picks sink frames head by head, so there no mark may sit."""

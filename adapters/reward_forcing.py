@@ -27,6 +27,8 @@ class RewardForcing(SelfForcing):
     models = ("Reward-Forcing",)
     context_kind = "rolling KV cache, K before RoPE, behind a blended sink"
     structure = "incremental_update"
+    hides_from = frozenset({"refine", "commit"})
+    """The first call of a chunk blends what leaves the window into the sink; a hidden row would be missing there."""
 
     def attach(self, model: Any, patches: Patches) -> None:
         """As Self-Forcing; besides, keep dead rows out of every layer's sink."""

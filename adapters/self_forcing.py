@@ -24,7 +24,6 @@ from tokentrim_hooks import (
     Phase,
     Seen,
     UnsupportedContextError,
-    default_phase,
     home_of,
     hookimpl,
     parameters_of,
@@ -56,8 +55,6 @@ class SelfForcing(CausalWan):
     """The one of STRUCTURES that this adapter knows; its model must have it."""
     entries: ClassVar[tuple[str, ...]] = ("k", "v", "global_end_index", "local_end_index")
     """Entries of a layer's cache."""
-    hands_back = False
-    """Whether this sampler was seen to commit the very tensor that it was given."""
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:
@@ -89,9 +86,7 @@ class SelfForcing(CausalWan):
 
     def phase(self, call: Call, seen: Seen) -> Phase:
         """Trust the number of steps only until a commit was recognised by its tensor: it may differ by chunk."""
-        phase = default_phase(call, seen)
-        if phase is Phase.COMMIT and shares_storage(call.latents, seen.returned):
-            self.hands_back = True
+        phase = super().phase(call, seen)
         return Phase.REFINE if phase is Phase.COMMIT and not self._commits(call, seen) else phase
 
     def _commits(self, call: Call, seen: Seen) -> bool:

@@ -56,6 +56,7 @@ class StreamDiffusionV2(Adapter):
     name = "streamdiffusion-v2"
     models = ("StreamDiffusionV2 (one stream, without batched denoising)",)
     context_kind = "ring-buffer KV cache, K after RoPE"
+    takes = frozenset({"judge"})
     constructors = ("models.wan.causal_stream_inference:CausalStreamInferencePipeline",)
 
     @classmethod

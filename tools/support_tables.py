@@ -18,12 +18,19 @@ from typing import Any
 from tokentrim_hooks.api import adapters
 from tokentrim_hooks.console import markdown_table
 from tokentrim_hooks.errors import ReportError
+from tokentrim_hooks.policy.commit_window import CommitWindow
+from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
 
 ROOT = Path(__file__).parents[1]
 """The checkout; an installed wheel has no check records beside it."""
 NOT_CHECKED = "not checked"
 OWN = "tokentrim-hooks "
 """How the name of our own distribution begins: tables in our README list our adapters only."""
+
+HOOKS = {"judge": "Judges", "hide": "Hides", "commit": "Commits", "correct": "Corrects", "settle": "Settles"}
+"""Words of :attr:`Adapter.takes`, and how the table heads them."""
+METHODS = (CommitWindow(), LatentMoments(), LateMean(), RowMoments())
+"""Methods that need more of a model than that it can be judged."""
 
 Row = tuple[str, str, str, Mapping[str, Any]]
 """Model, adapter, where the context lies, the check record (empty if there is none)."""
@@ -79,7 +86,27 @@ def support_details(checks: Mapping[str, Any] | None = None) -> str:
     checks = checks or read_checks()
     sections = [_section(*row, checks["device"]) for row in rows(checks)]
     refused = markdown_table(["Refused", "Why"], [[item["model"], item["why"]] for item in checks["refused"]])
-    return "\n\n".join([*sections, "## Refused, each with a reason", refused])
+    hooks = ["## Which hooks of policies a model takes", hooks_table()]
+    return "\n\n".join([*hooks, *sections, "## Refused, each with a reason", refused])
+
+
+def hooks_table() -> str:
+    """Which hooks each of our adapters declares, in Markdown, and which methods it takes with them."""
+    own = [info for info in adapters() if info.adapter is not None and info.distribution.startswith(OWN)]
+    lines = []
+    for info in own:
+        kind: Any = info.adapter
+        words = ["yes" if hook in kind.takes else "" for hook in HOOKS]
+        phases = [phase for phase in ("first", "refine", "commit") if phase in kind.hides_from]
+        if words[1] and len(phases) < 3:
+            words[1] = f"from {' and '.join(phases)} calls"
+        taken = [type(policy).__name__ for policy in METHODS if policy.needs <= kind.takes]
+        lines.append([f"`{info.name}`", *words, ", ".join(taken)])
+    note = (
+        "A policy is refused with a reason on a model that does not take all that it needs. *Commits*: finished chunks "
+        "are written into the context by calls of their own. What is not marked was not proved here, or is not there."
+    )
+    return f"{markdown_table(['Adapter', *HOOKS.values(), 'Methods beside pruning'], lines)}\n\n{note}"
 
 
 def write(root: Path = ROOT) -> list[Path]:

@@ -51,6 +51,17 @@ def test_a_record_of_a_model_that_no_adapter_has_is_an_error(checks):
         support.support_table(checks)
 
 
+def test_every_own_adapter_has_its_hooks_in_one_row():
+    rows = [line for line in support.hooks_table().splitlines() if line.startswith("| `")]
+    own = [info for info in adapters() if info.adapter and info.distribution.startswith("tokentrim-hooks ")]
+    assert len(rows) == len(own)
+    for info in own:
+        cells = next(row for row in rows if row.startswith(f"| `{info.name}` |")).split("|")
+        told = {hook for hook, cell in zip(support.HOOKS, cells[2:], strict=False) if cell.strip()}
+        assert told == info.adapter.takes, info.name
+        assert ("CommitWindow" in cells[-2]) is ({"hide", "commit"} <= info.adapter.takes)
+
+
 KEYS = {"models", "version", "licence", "ran", "command", "figures", "note", "refused", "adapter", "context_kind"}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from tokentrim_hooks.adapter import Adapter, Call
+from tokentrim_hooks.errors import UnsupportedPolicyError
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import grid_of
@@ -120,6 +121,12 @@ class Pruner:
         masks, self.acts = steering.hidden(call, place, context)
         if not masks:
             return None, ()
+        if place.phase not in self._adapter.hides_from:
+            raise UnsupportedPolicyError(
+                f"{self.acts[0].policy} hides rows from a {place.phase!r} call, which makes new rows of old ones: what "
+                "is hidden would be missing there for good.\n"
+                f"Hide from {', '.join(sorted(self._adapter.hides_from))} calls only."
+            )
         if isinstance(context, CacheRows):
             self.proof.expected = context.attentions or len(context.values)
             self._hid = self._fleeting.hide(context, torch.stack(list(masks.values())).any(0)) > 0

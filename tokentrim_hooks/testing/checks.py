@@ -204,11 +204,11 @@ def run_with_dead_keys(
 
     with watch_attention(denoisers, edit) as seen:
         result = run()
-    _require_followed(trackers, hidden, seen, per_frame)
+    require_followed(trackers, hidden, seen, per_frame)
     return result
 
 
-def _require_followed(
+def require_followed(
     trackers: dict[int, KeyTracker], hidden: set[int], seen: Sequence[Attention], per_frame: int
 ) -> None:
     """Skip unless every layer with as many keys as a followed one was followed in whole frames."""

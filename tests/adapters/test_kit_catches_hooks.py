@@ -1,0 +1,163 @@
+"""The kit's tests of hooks can fail: a core that hides, corrects or settles wrongly, each in one way."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_reference_conformance import Reference
+from tokentrim_hooks_adapters.self_forcing import SelfForcing
+
+from tokentrim_hooks.pruning import fleeting
+from tokentrim_hooks.pruning.context import CacheRows
+from tokentrim_hooks.rollout import steering
+from tokentrim_hooks.rollout.session import Session
+from tokentrim_hooks.rollout.steering import Steering
+from tokentrim_hooks.testing import failures
+
+HIDE, ONCE = "test_what_a_policy_hides_no_kernel_sees", "test_hidden_from_one_call_and_from_no_other"
+CORRECT = "test_the_sampler_goes_on_with_what_a_policy_corrects"
+SETTLE = "test_rows_that_a_policy_settles_are_those_of_the_commit"
+NEUTRAL = "test_policies_without_an_answer_change_no_bit"
+ALL = {HIDE, ONCE, CORRECT, SETTLE, NEUTRAL}
+
+
+class Rolling(Reference):
+    """A cache that rolls behind a sink."""
+
+    window = 9
+    anchor_frames = 3
+    chunk_to_prune = 3
+
+
+def test_a_sound_core_passes():
+    assert failures(Rolling, ALL) == {}
+
+
+def marks_stay(patch):
+    patch.setattr(fleeting.FleetingMarks, "take_off", lambda self, now=None: setattr(self, "rows", 0))
+
+
+def a_frame_too_late(patch):
+    true = fleeting._places
+    patch.setattr(fleeting, "_places", lambda context, hidden: [
+        (sample, row + context.rows_per_frame) for sample, row in true(context, hidden)])  # fmt: skip
+
+
+def sinks_too(patch):
+    rows = property(lambda self: list(range(self.start, self.stop, self.rows_per_frame))[::-1])
+    patch.setattr(CacheRows, "frame_rows", rows)
+
+
+def whatever_the_phase(patch):
+    true = Steering.hidden
+    patch.setattr(Steering, "hidden", lambda self, call, place, context: true(
+        self, call, dataclasses.replace(place, phase="first"), context))  # fmt: skip
+
+
+def put_back_in_disorder(patch):
+    true = fleeting._put_back_moved
+    patch.setattr(fleeting, "_put_back_moved", lambda old, *rest: true(old.flip(0), *rest))
+
+
+def one_layer_too_few(patch):
+    true = fleeting.FleetingMarks.hide
+    patch.setattr(fleeting.FleetingMarks, "hide", lambda self, context, hidden: true(
+        self, dataclasses.replace(context, values=context.values[1:]), hidden))  # fmt: skip
+
+
+def at_every_step(patch):
+    patch.setattr(Session, "_correct", _correct_when(lambda steps, usual: True))
+
+
+def a_step_too_early(patch):
+    patch.setattr(Session, "_correct", _correct_when(lambda steps, usual: steps == usual - 1))
+
+
+def _correct_when(due):
+    def correct(self, step, chunk, video, output, x0, summary):
+        if step.place is None or not due(chunk.steps, video.usual_steps):
+            return output, x0, summary
+        corrected, acts = self.steering.corrected(step.place, x0, [], video.scene)
+        chunk.acts += acts
+        return self.adapter.with_prediction(step.call, output, corrected), corrected, None
+
+    return correct
+
+
+def answer_forgotten(patch):
+    patch.setattr(SelfForcing, "with_prediction", lambda self, call, output, x0: output)
+
+
+def rows_of_the_frame_before(patch):
+    true = CacheRows.own_rows
+    patch.setattr(CacheRows, "own_rows", lambda self, frames: tuple(
+        row - self.rows_per_frame for row in true(self, frames)))  # fmt: skip
+
+
+def first_layer_only(patch):
+    true = steering._write
+    patch.setattr(steering, "_write", lambda old, new: None if old.layer else true(old, new))
+
+
+def keys_forgotten(patch):
+    true = steering._write
+    patch.setattr(steering, "_write", lambda old, new: true(old, dataclasses.replace(new, keys=old.keys)))
+
+
+def every_chunk(patch):
+    true = Steering.settle
+    patch.setattr(Steering, "settle", lambda self, call, place, context, scene: true(
+        self, call, dataclasses.replace(place, index=2), context, scene))  # fmt: skip
+
+
+def none_is_a_token(patch):
+    def hidden(self, call, place, context):
+        view = steering.view_of(context, place.grid)
+        mask = torch.zeros(1, view.frames, view.tokens, dtype=torch.bool)
+        mask[:, -1:, 0] = True
+        return ({"any": mask} if view.frames else {}), []
+
+    patch.setattr(Steering, "hidden", hidden)
+
+
+def none_is_rounded(patch):
+    true = steering._write
+
+    def write(old, new):
+        old.values.copy_(new.values * (1 + 1e-6))
+        true(old, new)
+
+    patch.setattr(steering, "_write", write)
+
+
+def none_is_nearly_x0(patch):
+    true = Steering.corrected
+
+    def corrected(self, place, x0, earlier, scene):
+        x0, acts = true(self, place, x0, earlier, scene)
+        return x0 * (1 + 1e-6), acts
+
+    patch.setattr(Steering, "corrected", corrected)
+
+
+@pytest.mark.parametrize(("break_it", "tests"), [
+    (marks_stay, {ONCE}),
+    (a_frame_too_late, {HIDE, ONCE}),
+    (sinks_too, {HIDE, ONCE}),
+    (whatever_the_phase, {ONCE}),
+    (put_back_in_disorder, {ONCE}),
+    (one_layer_too_few, {HIDE, ONCE}),
+    (at_every_step, {CORRECT}),
+    (a_step_too_early, {CORRECT}),
+    (answer_forgotten, {CORRECT}),
+    (rows_of_the_frame_before, {SETTLE}),
+    (first_layer_only, {SETTLE}),
+    (keys_forgotten, {SETTLE}),
+    (every_chunk, {SETTLE}),
+    (none_is_a_token, {NEUTRAL}),
+    (none_is_rounded, {NEUTRAL}),
+    (none_is_nearly_x0, {NEUTRAL}),
+])  # fmt: skip
+def test_a_broken_hook_fails(monkeypatch, break_it, tests):
+    break_it(monkeypatch)
+    assert failures(Rolling, tests).keys() == tests

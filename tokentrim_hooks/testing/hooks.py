@@ -1,0 +1,264 @@
+"""The part of the conformance kit that tries the hooks of policies which an adapter declares in ``takes``.
+
+What is hidden, corrected or settled is done a second time on the unpatched model, underneath it: in the attention
+kernel, at keys that are followed by their values, and in the denoiser's output. Mixed into
+:class:`tokentrim_hooks.testing.AdapterConformance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.token_trim import ObservePolicy
+from tokentrim_hooks.policy.views import ContextView, Denoised, Place, Rows
+from tokentrim_hooks.testing import checks
+from tokentrim_hooks.testing.attention import Attention, Denoiser, KeyTracker, around_calls, watch_attention
+from tokentrim_hooks.testing.kernels import halved_rows
+
+WORDS = "this adapter declares no"
+
+
+class HooksConformance:
+    """Tests of the hooks of policies, one for each, and that policies without an answer change nothing."""
+
+    # ------------------------------------------------------------------------------ hide
+
+    def test_what_a_policy_hides_no_kernel_sees(self: Any) -> None:
+        """Hidden from every call from one chunk on, tokens are as dead as if they had been pruned for that chunk."""
+        declared(self, "hide")
+        expected, model = self.reference(self.make_model(), 9), self.make_model()
+        plain = self.run(model, 9)
+        policy = HidesTokens(chunk=self.chunk_to_prune, tokens=tuple(self.tokens), begun=[])
+        with self.patch(model, policy) as handle:
+            checks.assert_close(self.run(model, 9), expected, self.tolerance)
+        assert any(act["hook"] == "hide" for record in handle.report for act in record.acts), "nothing was hidden"
+        assert torch.equal(self.run(model, 9), plain), "unpatched, the model gives other results than before"
+
+    def test_hidden_from_one_call_and_from_no_other(self: Any) -> None:
+        """Hidden from a chunk's first call only, tokens are seen again by the next one, as they were."""
+        declared(self, "hide")
+        chunk, tokens, per_frame = self.chunk_to_prune, tuple(self.tokens), self._per_frame()
+        calls = calls_of(self, chunk, 9)["first"]
+        model = self.make_model()
+        expected = run_hiding_in(
+            lambda: self.run(model, 9), self.denoisers(model), calls, chunk, tokens, per_frame, self.anchor_frames
+        )
+        plain = self.run(model, 9)
+        assert not torch.equal(expected, plain), "the reference itself hid nothing"
+        policy = HidesTokens(chunk=chunk, tokens=tokens, begun=[], once=True)
+        with self.patch(model, policy):
+            checks.assert_close(self.run(model, 9), expected, self.tolerance)
+        assert torch.equal(self.run(model, 9), plain), "unpatched, the model gives other results than before"
+
+    # ------------------------------------------------------------------------------ correct
+
+    def test_the_sampler_goes_on_with_what_a_policy_corrects(self: Any) -> None:
+        """x0 halved at one chunk's last denoising call is the denoiser's answer halved there, and nowhere else."""
+        declared(self, "correct")
+        calls = calls_of(self, self.chunk_to_prune, 9)
+        last = max([*calls["first"], *calls["refine"]])
+        expected, model = self._halved(last, 9), self.make_model()
+        plain = self.run(model, 9)
+        assert not torch.equal(expected, plain), "the sampler does not go on with the x0 that the denoiser returns"
+        with self.patch(model, Halves(chunk=self.chunk_to_prune)) as handle:
+            checks.assert_close(self.run(model, 9), expected, self.tolerance)
+        assert any(act["hook"] == "correct" for record in handle.report for act in record.acts), "nothing was corrected"
+        assert torch.equal(self.run(model, 9), plain), "unpatched, the model gives other results than before"
+
+    def _halved(self: Any, call: int, seed: int) -> Tensor:
+        """Run unpatched, x0 halved in the output of one denoiser call; override where x0 is not the last output."""
+        model, count = self.make_model(), checks.Counter()
+
+        def halve(_module: Any, _args: Any, output: Any) -> Any:
+            count.up()
+            if count.count - 1 != call:
+                return None
+            return output / 2 if isinstance(output, Tensor) else type(output)([*output[:-1], output[-1] / 2])
+
+        denoiser = self.denoisers(model)[0]
+        if not isinstance(denoiser, nn.Module):
+            raise checks.not_checked("the denoiser is a method: override _halved()")
+        hook = denoiser.register_forward_hook(halve)
+        latents = self.run(model, seed)
+        hook.remove()
+        return latents
+
+    # ------------------------------------------------------------------------------ settle
+
+    def test_rows_that_a_policy_settles_are_those_of_the_commit(self: Any) -> None:
+        """K and V of one committed chunk halved in the cache are the same rows halved in every kernel behind it."""
+        declared(self, "settle")
+        chunk, model = self.chunk_to_prune - 1, self.make_model()
+        plain = self.run(model, 9)
+        with halved_rows(self.denoisers(model), chunk) as log:
+            expected = self.run(model, 9)
+        if not log.rows:
+            raise checks.not_checked("the keys of earlier chunks cannot be followed by value")
+        assert not torch.equal(expected, plain), "the reference itself changed nothing"
+        with self.patch(model, HalvesRows(chunk=chunk)) as handle:
+            checks.assert_close(self.run(model, 9), expected, self.tolerance)
+        assert any(act["hook"] == "settle" for record in handle.report for act in record.acts), "nothing was rewritten"
+        assert torch.equal(self.run(model, 9), plain), "unpatched, the model gives other results than before"
+
+    # ------------------------------------------------------------------------------ no answer
+
+    def test_policies_without_an_answer_change_no_bit(self: Any) -> None:
+        """Asked by every hook that the adapter takes, and answering None, they change neither latents nor the stream
+        of random numbers, and nothing is recorded.
+        """
+        plain = self.run(self.make_model(), 3)
+        state, model = torch.get_rng_state(), self.make_model()
+        policies = [policy for policy in (HidesNothing(), CorrectsNothing(), SettlesNothing()) if takes(self, policy)]
+        with self.patch(model, policies) as handle:
+            assert torch.equal(plain, self.run(model, 3)), "policies without an answer change the output"
+        assert torch.equal(state, torch.get_rng_state()), "policies without an answer draw random numbers"
+        assert not any(record.acts for record in handle.report), "an act is recorded that was none"
+
+
+def takes(kit: Any, policy: Policy) -> bool:
+    """Whether the adapter on trial takes a policy."""
+    return policy.needs <= kit.adapter.takes
+
+
+def declared(kit: Any, hook: str) -> None:
+    """Skip where the adapter does not take a hook: policies that need it are refused by ``patch``."""
+    if hook not in kit.adapter.takes:
+        raise checks.not_checked(f"{WORDS} {hook!r}")
+
+
+# ------------------------------------------------------------------------------------------------- policies
+
+
+@dataclass(frozen=True, kw_only=True)
+class HidesTokens(Policy):
+    """Hides ``tokens`` of the frames before ``chunk``, sinks and anchors aside, from its calls and all later ones.
+
+    ``once``: from the first one only. ``begun`` keeps the frame at which the chunk began.
+    """
+
+    chunk: int
+    tokens: tuple[int, ...]
+    begun: list[int]
+    once: bool = False
+
+    def hide(self, chunk: Place, context: ContextView) -> Tensor | None:
+        """The tokens, of all finished frames but those that are newer than the chunk's beginning."""
+        if chunk.index < self.chunk or (self.once and (chunk.index > self.chunk or chunk.phase != "first")):
+            return None
+        if chunk.index == self.chunk:
+            self.begun[:] = [chunk.start]
+        old = [frame for frame, anchor in enumerate(context.anchors) if not anchor]
+        newer = abs(chunk.start - self.begun[0])
+        mask = torch.zeros(context.frames, context.tokens, dtype=torch.bool)
+        for frame in old[: max(len(old) - newer, 0)]:
+            mask[frame, list(self.tokens)] = True
+        return mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halves(Policy):
+    """Halves x0 of one chunk."""
+
+    chunk: int
+
+    def correct(self, chunk: Denoised) -> Tensor | None:
+        """Half of it, or no answer."""
+        return chunk.prediction / 2 if chunk.index == self.chunk else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalvesRows(Policy):
+    """Halves the rows that the commit of one chunk wrote."""
+
+    chunk: int
+
+    def settle(self, chunk: Place, rows: Rows) -> Rows | None:
+        """Half of K and V, or no answer."""
+        if chunk.index != self.chunk or rows.keys is None:
+            return None
+        return replace(rows, values=rows.values / 2, keys=rows.keys / 2)
+
+
+@dataclass(frozen=True)
+class HidesNothing(Policy):
+    """Asked at every call, hides nothing."""
+
+    def hide(self, chunk: Place, context: ContextView) -> Tensor | None:
+        """No answer at first steps; nowhere a token at others, which is the same."""
+        return None if chunk.phase == "first" else torch.zeros(context.frames, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class CorrectsNothing(Policy):
+    """Asked at every chunk, corrects nothing."""
+
+    def correct(self, chunk: Denoised) -> Tensor | None:
+        """No answer."""
+        return None
+
+
+@dataclass(frozen=True)
+class SettlesNothing(Policy):
+    """Asked at every commit, rewrites nothing."""
+
+    def settle(self, chunk: Place, rows: Rows) -> Rows | None:
+        """No answer."""
+        return None
+
+
+# ------------------------------------------------------------------------------------------------- references
+
+
+def calls_of(kit: Any, chunk: int, seed: int) -> dict[str, list[int]]:
+    """Ordinals of the denoiser calls of a chunk, by phase, branches of guidance included."""
+    model, count = kit.make_model(), checks.Counter()
+    with kit.patch(model, ObservePolicy()) as handle, around_calls(kit.denoisers(model), count.up):
+        kit.run(model, seed)
+    records = [record for record in handle.report if record.sample == 0]
+    counts = [sum(record.phases.values()) for record in records]
+    branches, extra = divmod(count.count, max(sum(counts), 1))
+    if extra:
+        raise checks.not_checked("not every denoiser call belongs to a phase of a chunk")
+    place = branches * sum(counts[:chunk])
+    found: dict[str, list[int]] = {}
+    for phase in ("first", "refine", "commit"):
+        stop = place + branches * records[chunk].phases.get(phase, 0)
+        found[phase], place = list(range(place, stop)), stop
+    return found
+
+
+def run_hiding_in(
+    run: Callable[[], Tensor],
+    denoisers: Sequence[Denoiser],
+    calls: Collection[int],
+    chunk: int,
+    tokens: Sequence[int],
+    per_frame: int,
+    anchors: int,
+) -> Tensor:
+    """Run with -inf in some calls only, at the keys that ``tokens`` of the chunks before ``chunk`` wrote.
+
+    Raises SkipTest where keys cannot be followed by value.
+    """
+    trackers: dict[int, KeyTracker] = {}
+    hidden: set[int] = set()
+
+    def edit(one: Attention) -> list[int]:
+        tracker = trackers.setdefault(one.layer, KeyTracker())
+        tracker.see(one.rows)
+        if one.call not in calls or len(tracker.chunks) != chunk:
+            return []
+        dead = tracker.written_by(chunk, tokens, per_frame, anchors)
+        hidden.add(one.layer)
+        return [place for place, row in enumerate(one.rows) if row in dead]
+
+    with watch_attention(denoisers, edit) as seen:
+        result = run()
+    checks.require_followed(trackers, hidden, seen, per_frame)
+    return result
