@@ -85,7 +85,7 @@ class HooksConformance:
         if not isinstance(denoiser, nn.Module):
             raise checks.not_checked("the denoiser is a method: override _halved()")
         hook = denoiser.register_forward_hook(halve)
-        latents = self.run(model, seed)
+        latents: Tensor = self.run(model, seed)
         hook.remove()
         return latents
 
@@ -123,7 +123,7 @@ class HooksConformance:
 
 def takes(kit: Any, policy: Policy) -> bool:
     """Whether the adapter on trial takes a policy."""
-    return policy.needs <= kit.adapter.takes
+    return policy.needs <= frozenset(kit.adapter.takes)
 
 
 def declared(kit: Any, hook: str) -> None:
