@@ -25,6 +25,7 @@ class FramePackOriginal(FramePack):
     """The packed transformer of the original repository; one video at a time."""
 
     name = "framepack-original"
+    takes = frozenset({"judge"})
     models = ("FramePack and FramePack-F1 (original repository)",)
     constructors = ("diffusers_helper.models.hunyuan_video_packed:HunyuanVideoTransformer3DModelPacked",)
 

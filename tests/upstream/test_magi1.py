@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -227,3 +228,39 @@ class Poisoner(ForcedPolicy):
                 memory[rows] = self.poison
             vars(self).update(poison=None)
         return super().judge(chunk, history)
+
+
+# ------------------------------------------------------------------------------------------ hiding
+
+
+@dataclass(frozen=True)
+class HidesOld(tokentrim.Policy):
+    """Hides tokens of all finished frames from the calls of chunk 2 and later ones."""
+
+    def hide(self, chunk: Any, context: Any) -> Any:
+        mask = torch.zeros(context.frames, context.tokens, dtype=torch.bool)
+        mask[:, list(DEAD)] = True
+        return mask if chunk.index >= 2 else None
+
+
+class HidingReference(MagiReference):
+    """Dead are finished chunks' tokens in calls whose newest chunk is 2 or later, but to their own queries."""
+
+    def _is_dead(self, asker: int, chunk: int, token: int) -> bool:
+        return max(self._chunks) >= 2 and chunk < asker and token in DEAD
+
+
+def test_hiding_equals_masked_attention(repository: Repository, unpatched: Any, record_property: Record) -> None:
+    dit, latents = unpatched(SINGLE)
+    with HidingReference(repository, dit, ()) as masking:
+        expected = repository.sample(dit, SINGLE)
+    assert masking.masked
+    with tokentrim.patch(dit, HidesOld()) as handle:
+        ours = repository.sample(dit, SINGLE)
+    # Relative to the largest value (about 15), as in the kit.
+    largest = float(expected.abs().max())
+    effect, error = difference(expected, latents) / largest, difference(ours, expected) / largest
+    record_property("exact", ("MAGI-1, hidden, one chunk after the other", effect, error))
+    assert effect > VISIBLE and error <= TOLERANCE
+    assert any(act["hook"] == "hide" for record in handle.report for act in record.acts)
+    assert torch.equal(repository.sample(dit, SINGLE), latents)
