@@ -34,6 +34,7 @@ KINDS = {
     "fading": Kind("shapes melt, sprites vanish one by one, contrast falls"),
     "burning": Kind("colours over-saturate, edges over-sharpen, blocks appear", guidance=2.2, weights=BASE),
     "sink": Kind("as fading, held back by the first chunk, which is never evicted", sink_size=3),
+    "framewise": Kind("as fading, in chunks of one frame", num_frame_per_block=1),
 }
 
 

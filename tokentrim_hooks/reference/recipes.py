@@ -49,4 +49,7 @@ class Recipe:
 RECIPES = {
     BASE: Recipe(steps=450, rate=1.5e-3, phases=(Phase(0.65, 12, 6), Phase(0.35, 24, 3))),
     "sink": Recipe(steps=200, rate=1.5e-3, phases=(Phase(1.0, 24, 3),), warmup=20, rank=16, jump=180),
+    "framewise": Recipe(
+        steps=150, rate=1.5e-3, phases=(Phase(0.6, 12, 6), Phase(0.4, 24, 3)), warmup=20, rank=16
+    ),
 }
