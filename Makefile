@@ -3,12 +3,13 @@
 # make test-models   adapters against foreign packages, each in a folder of its own (their pins never resolved)
 # make test-observers   the example observers with their libraries: TensorBoard, W&B, rerun (260 MB to download)
 # make check  ruff, mypy, and the contracts on who may import whom
+# make mutants   plants mistakes in a copy of the core: the tests must kill each (minutes; not in CI)
 # make docs   the documentation as a site, in site/; a broken link fails
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-models test-observers check docs clean
+.PHONY: demo test test-models test-observers check mutants docs clean
 
 # Two stamps, so that the demo installs no test tools. torch comes first: with it in place nothing pulls a CUDA build.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -46,6 +47,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tools/mutants.py
 
 $(VENV)/.docs: $(VENV)/.demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
