@@ -292,10 +292,9 @@ def _refuse_compiled(denoiser: nn.Module | Method) -> None:
     for name, module in owner.named_modules():
         optimised = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         if optimised:
-            raise CompiledModelError(
-                f"{type(module).__name__} {name or '(the denoiser)'} was compiled before it was patched, and compiled "
-                "code ignores new hooks; call tokentrim.patch first, then compile"
-            )
+            where = f"{type(module).__name__} {name or '(the denoiser)'}"
+            words = "was compiled before it was patched, and compiled code ignores new hooks"
+            raise CompiledModelError(f"{where} {words}; call tokentrim.patch first, then compile")
 
 
 __all__ = ["Detection", "TokenTrimError", "adapters", "detect", "is_patched", "patch", "patched", "unpatch"]

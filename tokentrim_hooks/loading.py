@@ -282,8 +282,7 @@ def asked(adapter: type[Adapter[Any]], model: Any) -> Match | NoMatch:
     try:
         answer: Any = adapter.probe(model)
         if isinstance(answer, Match):
-            wrong = _wrong_in(answer)
-            return NoMatch(f"its probe returned a Match whose {wrong}") if wrong else answer
+            return NoMatch(f"its probe returned a Match whose {wrong}") if (wrong := _wrong_in(answer)) else answer
         if isinstance(answer, NoMatch):
             return NoMatch(str(answer.reason))
         return NoMatch(f"its probe returned {textwrap.shorten(repr(answer), 80)}, which is neither Match nor NoMatch")
@@ -294,8 +293,7 @@ def asked(adapter: type[Adapter[Any]], model: Any) -> Match | NoMatch:
 def _wrong_in(match: Match) -> str:
     """What is wrong with a match, in words; nothing if it can be used."""
     size: Any = match.patch_size
-    denoisers: Any = (match.denoiser, *match.also)
-    if not all(isinstance(part, (nn.Module, Method)) for part in denoisers):
+    if not all(isinstance(part, (nn.Module, Method)) for part in (match.denoiser, *match.also)):
         return "denoiser is no module"
     if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
         return f"patch_size is {size!r}, not (height, width)"

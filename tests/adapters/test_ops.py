@@ -55,4 +55,5 @@ def test_one_synchronisation_per_chunk(target):
     with tokentrim.patched(pipeline, tokentrim.ObservePolicy()) as handle, count_syncs() as log:
         target.run(pipeline)
     chunks = len({record.chunk for record in handle.report})
-    assert sum(event.ours for event in log.events) <= chunks, str(log)
+    # Those of the rollout: what an adapter reads of indices that live on the host stalls no device.
+    assert sum(event.ours and "rollout/" in event.place for event in log.events) <= chunks, str(log)

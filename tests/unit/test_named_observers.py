@@ -123,7 +123,7 @@ def test_the_built_in_observer_writes_a_picture_a_chunk(tmp_path):
         (["notes"], "must return a mapping"),
         ({"notes": None}, "must name factories"),
         ({"": print}, "must name factories"),
-        ({}, "no adapter and no observer"),
+        ({}, "no adapter, no observer and no policy"),
     ],
 )
 def test_a_plugin_that_breaks_the_contract(answer, words):

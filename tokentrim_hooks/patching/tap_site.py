@@ -46,7 +46,10 @@ OUTSIDE = (
 """Why the compiler found code of ours, which it says where somebody has compiled more than we can stay outside of."""
 
 
-@functools.cache
+def _sweep(*_: object) -> None:
+    BUSY.sweep()
+
+
 def _look_before_compiling() -> None:
     """Have torch's compiler drop calls that have ended unseen before it starts.
 
@@ -55,7 +58,9 @@ def _look_before_compiling() -> None:
     """
     from torch._dynamo import callback
 
-    callback.callback_handler.register_start_callback(lambda *_: BUSY.sweep())
+    # Asked at every patch: torch._dynamo.reset() forgets it.
+    if _sweep not in getattr(callback.callback_handler, "start_callbacks", ()):
+        callback.callback_handler.register_start_callback(_sweep)
 
 
 def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:

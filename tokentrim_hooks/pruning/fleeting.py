@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.pruning.context import CacheRows, require_floating
+from tokentrim_hooks.pruning.tombstones import marked_element
 
 
 @dataclass(frozen=True)
 class _Hidden:
-    """Marks in one layer: V, (sample, row) of each as a pair of index tensors on its device, and what they replaced."""
+    """Marks in one layer: V, the index of the marked elements, and what they replaced."""
 
     values: Tensor
-    index: tuple[Tensor, Tensor]
+    index: tuple[Any, ...]
     old: Tensor
 
 
@@ -65,11 +67,11 @@ class FleetingMarks:
         on_device = {device: pairs.to(device) for device in {values.device for values in context.values}}
         with torch.no_grad():
             for values in context.values:
-                index = on_device[values.device][0], on_device[values.device][1]
+                index = marked_element(values, on_device[values.device], context.rows_per_frame)
                 # Remembered before it is marked: whatever interrupts the marking, the marks come off.
-                old = values[index[0], index[1], 0, 0]
+                old = values[index]
                 self._layers.append(_Hidden(values, index, old))
-                values[index[0], index[1], 0, 0] = torch.where(torch.isfinite(old), float("-inf"), old)
+                values[index] = torch.where(torch.isfinite(old), float("-inf"), old)
         return self.rows
 
     def take_off(self, now: CacheRows | None = None) -> None:
@@ -113,23 +115,24 @@ def _place(values: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
 
 def _put_back(layer: _Hidden, values: Tensor) -> None:
     """Rows are where they were; one that was overwritten carries no mark and stays as it is."""
-    sample, row = layer.index
-    current = values[sample, row, 0, 0]
-    values[sample, row, 0, 0] = torch.where(torch.isneginf(current), layer.old, current)
+    current = values[layer.index]
+    values[layer.index] = torch.where(torch.isneginf(current), layer.old, current)
 
 
 def _put_back_moved(old: Tensor, places: Sequence[tuple[int, int]], values: Tensor, anchors: range) -> None:
     """Rows have rolled: those that follow the anchors were evicted first, and the order of the others is kept."""
     for sample in {sample for sample, _ in places}:
-        marked = torch.isneginf(values[sample, :, 0, 0]).nonzero().squeeze(1)
+        elements = values[sample][..., 0, 0]  # by row, or by frame and token
+        marked = torch.isneginf(elements).nonzero(as_tuple=True)
+        count = len(marked[0])
         mine = [n for n, (owner, _) in enumerate(places) if owner == sample]
         kept = [n for n in mine if places[n][1] in anchors]
         rolling = [n for n in mine if places[n][1] not in anchors]
-        left = len(marked) - len(kept)
-        source = kept + rolling[len(rolling) - left :] if left > 0 else kept[: len(marked)]
-        if len(source) != len(marked):
+        left = count - len(kept)
+        source = kept + rolling[len(rolling) - left :] if left > 0 else kept[:count]
+        if len(source) != count:
             raise UnsupportedContextError(
-                f"{len(marked)} rows of the KV cache are hidden where {len(mine)} were: this model copies rows during "
+                f"{count} rows of the KV cache are hidden where {len(mine)} were: this model copies rows during "
                 "a call, so nothing can be hidden from it"
             )
-        values[sample, marked, 0, 0] = old[torch.tensor(source, dtype=torch.long, device=old.device)]
+        elements[marked] = old[torch.tensor(source, dtype=torch.long, device=old.device)]

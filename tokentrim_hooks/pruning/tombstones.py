@@ -44,7 +44,7 @@ class Tombstones:
         places = torch.tensor([sample, row])
         on_device = {device: places.to(device) for device in {values.device for values in rows.values}}
         for values in rows.values:
-            index = _index(values, on_device[values.device], rows.rows_per_frame)
+            index = marked_element(values, on_device[values.device], rows.rows_per_frame)
             self.replaced.append((values, index, values[index].clone()))
             values[index] = mark_of(values.dtype)
         return len(sample)
@@ -61,7 +61,7 @@ class Tombstones:
         self.replaced.clear()
 
 
-def _index(values: Tensor, places: Tensor, per_frame: int) -> tuple[Any, ...]:
+def marked_element(values: Tensor, places: Tensor, per_frame: int) -> tuple[Any, ...]:
     """Index of the marked element of rows of V: by (sample, row), or by (sample, frame, token) in a view by frames."""
     sample, row = places
     if values.ndim == 4:

@@ -50,7 +50,8 @@ class Replayer:
             if call is not steps[-1].call:
                 # The sampler goes on from its own latents, not from those of the replay's last call.
                 x0 = prediction_of(self._adapter, call, output)
-                output = self._adapter.with_prediction(steps[-1].call, output, x0)
+                if prediction_of(self._adapter, steps[-1].call, output) is not x0:
+                    output = self._adapter.with_prediction(steps[-1].call, output, x0)
         return output
 
     def _in_step(self, module: nn.Module, step: Step, latents: Callable[[], Tensor | None]) -> tuple[Any, Call]:
