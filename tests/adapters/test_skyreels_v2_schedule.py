@@ -68,7 +68,7 @@ def test_a_finished_block_of_the_same_window_is_accepted_as_it_stands():
     pipe, accepted, flying = tiny.pipeline(), [], []
     with tokentrim.patch(pipe, ObservePolicy()) as handle:
         watched(handle, "accepted", accepted)
-        watched(handle, "reference", flying)
+        watched(handle, "in_flight", flying)
         video = tiny.run(pipe, **settings)
     assert [start for start, _ in accepted] == [0, 2] and accepted[0][1] is None
     assert torch.equal(accepted[1][1], video[:, :, :2].transpose(1, 2))
@@ -97,7 +97,7 @@ def test_x0_is_what_the_scheduler_computes(monkeypatch, settings):
 
     with tokentrim.patch(pipe, ObservePolicy()) as handle:
         watched(handle, "prediction", predictions)
-        watched(handle, "reference", flying)
+        watched(handle, "in_flight", flying)
         tiny.run(pipe, **settings, callback_on_step_end=after_step)
     assert any(chunk is not None for _, chunk in flying) == (settings is not SYNC)
     for count, frames in rows:
