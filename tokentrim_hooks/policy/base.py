@@ -144,12 +144,12 @@ class Policy:
 
     def overrides(self, hook: str) -> bool:
         """Whether the policy has a ``hook`` of its own."""
-        return getattr(type(self), hook) is not getattr(Policy, hook)
+        return hook in hooks_of(type(self))
 
     @property
     def needs(self) -> frozenset[str]:
         """What it asks of a model: the hooks that it overrides, and what they need beside."""
-        return self.requires | {hook for hook in HOOKS if self.overrides(hook)}
+        return self.requires | set(hooks_of(type(self)))
 
 
 def hooks_of(policy: type[Policy]) -> tuple[str, ...]:

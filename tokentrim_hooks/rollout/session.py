@@ -1,7 +1,7 @@
 """One session: the calls of one sampler over one context, video after video, and all that is remembered of them.
 
-Each hook of a policy has one place: ``guide`` in :meth:`Timeline._begin_chunk`, ``hide`` in :meth:`Session.before`,
-``judge`` in :meth:`Regenerator.judge`, ``correct`` and ``settle`` in :meth:`Session.after`.
+Each hook of a policy has one place: ``hide`` in :meth:`Session.before`, ``judge`` in :meth:`Regenerator.judge`,
+``correct`` and ``settle`` in :meth:`Session.after`.
 """
 
 from __future__ import annotations

@@ -185,10 +185,12 @@ def run_with_dead_keys(
     tokens: Sequence[int],
     per_frame: int,
     anchors: int,
+    calls: Collection[int] | None = None,
 ) -> Tensor:
     """Run with -inf at the keys that ``tokens`` of the chunks before ``chunk`` wrote, from that chunk's first call on.
 
-    Keys are followed by value, layer by layer; see :class:`KeyTracker`. Raises SkipTest where that is impossible.
+    With ``calls``, ordinals of denoiser calls, only in those of them that are the chunk's. Keys are followed by
+    value, layer by layer; see :class:`KeyTracker`. Raises SkipTest where that is impossible.
     """
     trackers: dict[int, KeyTracker] = {}
     hidden: set[int] = set()
@@ -196,7 +198,8 @@ def run_with_dead_keys(
     def edit(one: Attention) -> list[int]:
         tracker = trackers.setdefault(one.layer, KeyTracker())
         tracker.see(one.rows)
-        if len(tracker.chunks) < chunk:
+        chunks = len(tracker.chunks)
+        if chunks < chunk or (calls is not None and (chunks > chunk or one.call not in calls)):
             return []
         dead = tracker.written_by(chunk, tokens, per_frame, anchors)
         hidden.add(one.layer)

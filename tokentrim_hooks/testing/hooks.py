@@ -7,7 +7,6 @@ kernel, at keys that are followed by their values, and in the denoiser's output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import ObservePolicy
 from tokentrim_hooks.policy.views import ContextView, Denoised, Place, Rows
 from tokentrim_hooks.testing import checks
-from tokentrim_hooks.testing.attention import Attention, Denoiser, KeyTracker, around_calls, watch_attention
+from tokentrim_hooks.testing.attention import around_calls
 from tokentrim_hooks.testing.kernels import halved_rows
 
 WORDS = "this adapter declares no"
@@ -46,8 +45,8 @@ class HooksConformance:
         chunk, tokens, per_frame = self.chunk_to_prune, tuple(self.tokens), self._per_frame()
         calls = calls_of(self, chunk, 9)["first"]
         model = self.make_model()
-        expected = run_hiding_in(
-            lambda: self.run(model, 9), self.denoisers(model), calls, chunk, tokens, per_frame, self.anchor_frames
+        expected = checks.run_with_dead_keys(
+            lambda: self.run(model, 9), self.denoisers(model), chunk, tokens, per_frame, self.anchor_frames, calls
         )
         plain = self.run(model, 9)
         assert not torch.equal(expected, plain), "the reference itself hid nothing"
@@ -231,34 +230,3 @@ def calls_of(kit: Any, chunk: int, seed: int) -> dict[str, list[int]]:
         stop = place + branches * records[chunk].phases.get(phase, 0)
         found[phase], place = list(range(place, stop)), stop
     return found
-
-
-def run_hiding_in(
-    run: Callable[[], Tensor],
-    denoisers: Sequence[Denoiser],
-    calls: Collection[int],
-    chunk: int,
-    tokens: Sequence[int],
-    per_frame: int,
-    anchors: int,
-) -> Tensor:
-    """Run with -inf in some calls only, at the keys that ``tokens`` of the chunks before ``chunk`` wrote.
-
-    Raises SkipTest where keys cannot be followed by value.
-    """
-    trackers: dict[int, KeyTracker] = {}
-    hidden: set[int] = set()
-
-    def edit(one: Attention) -> list[int]:
-        tracker = trackers.setdefault(one.layer, KeyTracker())
-        tracker.see(one.rows)
-        if one.call not in calls or len(tracker.chunks) != chunk:
-            return []
-        dead = tracker.written_by(chunk, tokens, per_frame, anchors)
-        hidden.add(one.layer)
-        return [place for place, row in enumerate(one.rows) if row in dead]
-
-    with watch_attention(denoisers, edit) as seen:
-        result = run()
-    checks.require_followed(trackers, hidden, seen, per_frame)
-    return result
