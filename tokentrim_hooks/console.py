@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO, TypeVar
 
 from tabulate import tabulate
 
 Advance = Callable[[], None]
 """Call once for every step done."""
+
+Thing = TypeVar("Thing")
 
 WIDTH = 110
 """Columns of a table in a terminal; its last column is wrapped to fit."""
@@ -63,3 +68,30 @@ def progress(label: str, total: int) -> Iterator[Advance]:
 
     with tqdm(total=total, desc=label) as bar:
         yield bar.update
+
+
+def counted(things: Iterable[Thing], label: str, total: int = 0, stream: TextIO | None = None) -> Iterator[Thing]:
+    """Things as they come, with a line on stderr that says how far that is: four times a second in a terminal, which
+    is the same line again, and every half minute elsewhere. ``total`` is a guess; 0 for none.
+    """
+    out = stream or sys.stderr
+    pause, begin, end = (0.25, "\r", "") if out.isatty() else (30.0, "", "\n")
+    began = said = time.monotonic()
+    number, width = 0, 0
+    for number, thing in enumerate(things, 1):
+        yield thing
+        del thing  # a frame of a video: not to be held while the next one is made
+        now = time.monotonic()
+        if now - said >= pause:
+            line, said = _how_far(label, number, total, now - began), now
+            print(f"{begin}{line:<{width}}", end=end, file=out, flush=True)
+            width = len(line)
+    if width and end == "":
+        print(f"\r{'':<{width}}\r", end="", file=out, flush=True)
+
+
+def _how_far(label: str, number: int, total: int, seconds: float) -> str:
+    if total < number:
+        return printable(f"{label} {number}")
+    left = round(seconds / number * (total - number))
+    return printable(f"{label} {number} of {total}, {left // 60}:{left % 60:02d} left")

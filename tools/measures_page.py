@@ -19,6 +19,8 @@ from torch import Tensor
 
 from tokentrim_hooks.console import markdown_table
 from tokentrim_hooks.metrics import metrics
+from tokentrim_hooks.metrics.frames import as_frames
+from tokentrim_hooks.metrics.trends import start_end
 from tokentrim_hooks.reference.injection import INJECTIONS, STRENGTHS
 from tokentrim_hooks.reference.quality import METRICS, MORE, window
 from tokentrim_hooks.reference.scenes import Scene, scenes
@@ -148,8 +150,8 @@ def _real(video: Tensor) -> dict[str, float]:
 
 def _figures(frames: Tensor) -> dict[str, float]:
     """The figures of ``tokentrim metrics``, without those that take long and are not needed here."""
-    array = metrics.as_frames(frames)
-    drift = {f"{name}_drift": metrics.start_end(series(array)).signed for name, series in metrics.SERIES.items()}
+    array = as_frames(frames)
+    drift = {f"{name}_drift": start_end(series(array)).signed for name, series in metrics.SERIES.items()}
     motion = float(metrics.motion(array).mean())
     return {**drift, "colour_shift": metrics.colour_shift(array), "flicker": metrics.flicker(array), "motion": motion}
 

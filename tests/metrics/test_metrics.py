@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from tokentrim_hooks.errors import VideoError
 from tokentrim_hooks.metrics import metrics as m
+from tokentrim_hooks.metrics.meter import measure
+from tokentrim_hooks.metrics.trends import Contrast, start_end, windows
 
 
 def flat(colour, frames=4, size=8):
@@ -74,25 +76,25 @@ def test_boundary_spike_by_hand():
     steps = np.array([1, 1, 3, 1, 1, 3, 1, 1.0])
     assert m.boundary_spike(steps, 3) == pytest.approx(3.0)
     assert m.boundary_spike(np.ones(8), 3) == pytest.approx(1.0)
-    assert np.isnan(m.boundary_spike(np.ones(1), 3))
+    assert np.isnan(m.boundary_spike(np.ones(1), 3)) and np.isnan(m.boundary_spike(np.ones(9), 0))
     # Self-Forcing: the first latent frame decodes to one frame, so its first chunk has fewer
     assert m.boundary_spike(np.array([1, 3, 1, 1, 3, 1.0]), 3, first=2) == pytest.approx(3.0)
 
 
 def test_start_end_is_framepacks_share():
     series = np.arange(100, dtype=float)
-    found = m.start_end(series)
+    found = start_end(series)
     assert (found.start, found.end) == (pytest.approx(7.0), pytest.approx(92.0))
     assert found.signed == pytest.approx(85.0)
-    assert m.start_end(series[::-1]).signed == pytest.approx(-85.0)
-    assert m.start_end(series[::-1]).absolute == pytest.approx(85.0)
-    assert m.start_end(series, frames=1) == m.Contrast(0.0, 99.0)
+    assert start_end(series[::-1]).signed == pytest.approx(-85.0)
+    assert start_end(series[::-1]).absolute == pytest.approx(85.0)
+    assert start_end(series, frames=1) == Contrast(0.0, 99.0)
 
 
 @given(st.integers(1, 30), st.integers(1, 12))
 def test_windows_keep_the_mean_of_equal_parts(length, count):
     series = np.arange(length, dtype=float)
-    found = m.windows(series, count)
+    found = windows(series, count)
     assert len(found) == min(length, count)
     assert found[0] >= series[0] and found[-1] <= series[-1]
 
@@ -107,7 +109,7 @@ def test_colour_shift_is_zero_for_a_steady_video_and_a_distance_else():
 @pytest.mark.parametrize("frames", [1, 2, 200])
 @pytest.mark.parametrize("size", [1, 16])
 def test_measure_takes_any_video(frames, size):
-    found = m.measure(flat((0.5, 0.5, 0.5), frames, size), fps=16, period=12)
+    found = measure(flat((0.5, 0.5, 0.5), frames, size), fps=16, period=12)
     values = {k: v for k, v in found.items() if isinstance(v, float) and k != "boundary_spike"}
     assert all(np.isfinite(value) for value in values.values())
     assert ("luma_drift_5s" in found) == (frames >= 160)
@@ -116,7 +118,7 @@ def test_measure_takes_any_video(frames, size):
 
 
 def test_consistency_never_stands_without_motion():
-    assert {"lag_similarity", "motion"} <= m.measure(noise(0)).keys()
+    assert {"lag_similarity", "motion"} <= measure(noise(0)).keys()
 
 
 @pytest.mark.parametrize(
@@ -129,10 +131,10 @@ def test_consistency_never_stands_without_motion():
 )
 def test_what_is_no_video_is_refused(video, words):
     with pytest.raises(VideoError, match=words):
-        m.measure(video)
+        measure(video)
 
 
 def test_uint8_and_tensors_are_the_same_video():
     frames = (noise(3) * 255).astype(np.uint8)
     tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
-    assert m.measure(frames)["luma"] == pytest.approx(m.measure(tensor)["luma"])
+    assert measure(frames)["luma"] == pytest.approx(measure(tensor)["luma"])

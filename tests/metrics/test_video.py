@@ -8,7 +8,7 @@ import pytest
 
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import VideoError
-from tokentrim_hooks.metrics.video import read_video
+from tokentrim_hooks.metrics.video import VideoFile, read_video
 
 
 @pytest.fixture
@@ -33,7 +33,32 @@ def test_command_measures_a_grey_video(grey, tmp_path, capsys):
     found = json.loads(out.read_text())[str(grey)]
     assert found["saturation"] == pytest.approx(0, abs=0.02)
     assert found["motion"] == pytest.approx(0, abs=1e-3)
-    assert "colour_shift" in capsys.readouterr().out
+    assert "colour shift" in capsys.readouterr().out
+
+
+def test_the_command_shows_twelve_rows_or_all_and_what_differs(grey, capsys):
+    def rows():
+        lines = capsys.readouterr().out.splitlines()
+        rule = next(i for i, line in enumerate(lines) if line.startswith("---"))
+        return lines[rule - 1], lines[rule + 1 : lines.index("", rule)]
+
+    assert main(["metrics", str(grey)]) == 0
+    heads, short = rows()
+    assert not heads.endswith("difference") and 4 <= len(short) <= 12
+    copy = grey.with_name("copy.mp4")
+    copy.write_bytes(grey.read_bytes())
+    assert main(["metrics", str(grey), str(copy), "--all"]) == 0
+    heads, whole = rows()
+    assert heads.split()[-1] == "difference" and len(whole) > 20 and all(row.endswith("+0") for row in whole)
+
+
+def test_a_file_is_read_frame_by_frame(grey):
+    file = VideoFile.of(grey)
+    assert (file.fps, file.expected, file.count()) == (pytest.approx(8), 12, 12)
+    frames, _ = read_video(grey)
+    picked = file.pick([3, 11, 40])
+    assert picked.keys() == {3, 11} and (picked[3] / np.float32(255) == frames[3]).all()
+    assert file.pick([]) == {}
 
 
 def test_unreadable_files_have_a_clear_message(tmp_path, capsys):
@@ -46,3 +71,5 @@ def test_unreadable_files_have_a_clear_message(tmp_path, capsys):
     assert main(["metrics", str(bad)]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert main(["metrics"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["metrics", str(bad), "--period", "0"])

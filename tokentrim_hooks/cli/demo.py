@@ -99,7 +99,7 @@ def write(acts: Sequence[Act], folder: Path, made: dict[str, Any]) -> None:
 
 def save_report(act: Act, folder: Path) -> Path:
     """The patched run's log and its page, with drift maps over the first video and the unpatched one beside it."""
-    from tokentrim_hooks.metrics.metrics import as_frames
+    from tokentrim_hooks.metrics.frames import as_frames
     from tokentrim_hooks.report.page import write_page
 
     assert act.paper.report is not None, "it is the patched run"

@@ -14,7 +14,7 @@ import numpy as np
 
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.extras import require
-from tokentrim_hooks.metrics.metrics import Frames
+from tokentrim_hooks.metrics.frames import Frames
 from tokentrim_hooks.report import names
 from tokentrim_hooks.report.charts import cache_map, control_chart, drift_map, figure_bytes
 from tokentrim_hooks.report.files import write
