@@ -1,5 +1,6 @@
 """The pages as people see them: opened from a file in headless Chromium, desktop and phone, without a network."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,14 +15,14 @@ from chromium import NOT_CHECKED, chromium, missing
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
-from tokentrim_hooks.report.page import write_page
+from tokentrim_hooks.report.page import Section, write_page
 from tokentrim_hooks.report.thumbnails import Thumbnails
 from tokentrim_hooks.testing import ForcedPolicy
 
 WIDTHS = {"desktop": 1280, "phone": 390}
 RED = np.array([0xD6, 0x28, 0x39])
 """Colour of what was pruned, in control chart and cache map."""
-PARTS = [".chart img", ".cache img", ".maps img", ".strip img", "#summary", "#settings", "figcaption"]
+PARTS = [".chart img", ".cache img", ".maps img", ".strip img", "#verdict", "#figures", "#settings", "figcaption"]
 COMPARE = Path(__file__).parents[1] / "compare"
 
 
@@ -117,7 +118,7 @@ def test_a_run_without_a_prune_has_no_mark(browser, tmp_path):
     browser.open(write_page(run(tmp_path, tokentrim.ObservePolicy())), WIDTHS["desktop"])
     picture = browser.picture()
     boxes = browser.boxes(".chart img, .cache img")
-    assert len(boxes) == 2 and not any(has(part(picture, box), RED, 12) for box in boxes)
+    assert len(boxes) == 1 and not any(has(part(picture, box), RED, 12) for box in boxes)
 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
@@ -151,6 +152,59 @@ def test_the_comparison_draws_every_interval(browser, comparison, dark):
     assert all(part(picture, box).std() > 3 for box in boxes)
     background = picture[2, 2].mean()
     assert background < 60 if dark else background > 200
+
+
+CONTRAST = """
+const light = colour => { const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(v => {
+    v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const paper = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+    if (!/, 0\\)$/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
+document.querySelectorAll('details').forEach(d => d.open = true);
+return [...document.querySelectorAll('body *')].filter(e => e.checkVisibility() &&
+    [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
+    const [a, b] = [light(getComputedStyle(e).color), light(paper(e))].sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), e.tagName + ': ' + e.textContent.trim().slice(0, 40)]; });
+"""
+"""WCAG 2's contrast of every element that has text of its own, with its words."""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_word_stands_out_from_its_paper(browser, report, dark):
+    browser.open(report, WIDTHS["desktop"], dark=dark)
+    found = browser.ask(CONTRAST)
+    assert len(found) > 100 and not [words for ratio, words in found if ratio < 4.5]
+
+
+def test_the_page_can_be_read_without_seeing_it(browser, report):
+    browser.open(report, WIDTHS["desktop"])
+    alts = browser.ask("return [...document.images].map(i => i.alt)")
+    assert all(len(alt) > 15 for alt in alts) and len(set(alts)) >= len(alts) - 2
+    chart = next(alt for alt in alts if alt.startswith("control chart"))
+    assert "2 of 9 judged chunks regenerated: 4, 7" in chart
+    unnamed = "return [...document.querySelectorAll('[tabindex]')].filter(e => !e.getAttribute('aria-label')).length"
+    assert browser.ask(unnamed) == 0
+    order = browser.ask("return [...document.querySelectorAll('h1, h2')].map(e => e.tagName)")
+    assert order[0] == "H1" and set(order[1:]) == {"H2"}
+    links = "return [...document.querySelectorAll('a')].every(a => document.getElementById(a.hash.slice(1)))"
+    assert browser.ask(links), "every link has its target"
+
+
+def test_a_hostile_log_runs_nothing(browser, tmp_path):
+    folder = run(tmp_path, ForcedPolicy({4: (1, 8)}))
+    evil = "\"'><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+    lines = [json.loads(line) for line in (folder / "chunks.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["notes"], line["phases"] = [evil], {evil: 1}
+        line["acts"] = [{"policy": evil, "hook": evil, "calls": 1, "rows": 2}]
+    (folder / "chunks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "settings.json").write_text(json.dumps({"policy": evil, "adapter": evil, evil: evil}))
+    section = Section("s", evil, evil, [evil], [[evil]])
+    page = write_page(folder, sections=[section])
+    browser.open(page, WIDTHS["desktop"])
+    assert browser.ask("return document.title") != "owned"
+    assert browser.ask("return document.querySelectorAll('script, img[src=x], [onerror]').length") == 0
+    assert not browser.console and browser.ask("return document.documentElement.scrollWidth") <= WIDTHS["desktop"]
 
 
 def test_a_broken_picture_would_be_noticed(browser, report, tmp_path):

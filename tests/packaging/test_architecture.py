@@ -33,7 +33,7 @@ PLANTED = [
     ("acyclic", "pruning/context.py", "import tokentrim_hooks.pruning.tap"),
     ("policy", "policy/drift.py", "import tokentrim_hooks.pruning.context"),
     ("pruning", "pruning/context.py", "import tokentrim_hooks.policy.base"),
-    ("report", "report/page.py", "import tokentrim_hooks.patching.patches"),
+    ("report", "report/page/writing.py", "import tokentrim_hooks.patching.patches"),
     ("patching", "patching/patches.py", "import tokentrim_hooks.policy.base"),
     ("metrics", "metrics/metrics.py", "import tokentrim_hooks.report.record"),
     ("core", "rollout/state.py", "import tokentrim_hooks.reference.model"),

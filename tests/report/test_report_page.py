@@ -3,6 +3,7 @@
 import base64
 import re
 import warnings
+from itertools import pairwise
 
 import imageio.v2 as imageio
 import numpy as np
@@ -14,9 +15,12 @@ from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import ReportError, VideoError
 from tokentrim_hooks.policy.controls import ChooseTokens
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
-from tokentrim_hooks.report.charts import border, cache_cells
 from tokentrim_hooks.report.filmstrip import CUT, KEPT, unpatched_and_patched
-from tokentrim_hooks.report.page import MAPS, render, verdict, worth_a_map, write_page
+from tokentrim_hooks.report.page import render, write_page
+from tokentrim_hooks.report.page.charts import border, cache_cells, control_chart, severity_limits
+from tokentrim_hooks.report.page.gathering import MAPS, Tally, gather
+from tokentrim_hooks.report.page.words import chosen
+from tokentrim_hooks.report.page.words import verdict as verdict_of
 from tokentrim_hooks.report.record import ChunkRecord, Report, read_report
 from tokentrim_hooks.report.thumbnails import Thumbnails
 from tokentrim_hooks.testing import ForcedPolicy
@@ -74,6 +78,7 @@ def test_page_is_self_contained_and_complete(tmp_path):
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", html), "nothing may be loaded from elsewhere"
     assert "http" not in re.sub(r"data:[^\"']*", "", html)
     assert html.count('class="chart"') == html.count('class="cache"') == 2
+    assert html.index('id="verdict"') < html.index("<nav") < html.index('class="chart"'), "the verdict comes first"
     assert "viewport" in html and '"torch"' in html.replace("&#34;", '"')
     assert len(list((tmp_path / "thumbs").glob("*.png"))) == 12
     assert html.count("<tr class=\"pruned\">") == 2
@@ -82,16 +87,56 @@ def test_page_is_self_contained_and_complete(tmp_path):
 def test_a_page_of_many_samples_opens_on_the_first_and_lists_them_all(tmp_path):
     generate(tmp_path, batch=3)
     html = write_page(tmp_path).read_text()
-    assert re.findall(r'<li><a href="#([^"]+)">', html) == ["v0-s0", "v0-s1", "v0-s2", "settings"]
-    assert re.findall(r' id="(v0-s.|settings)"', html) == ["v0-s0", "v0-s1", "v0-s2", "settings"]
+    assert re.findall(r'<li><a href="#([^"]+)">', html) == ["v0-s0", "v0-s1", "v0-s2", "figures", "settings"]
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(set(ids)) == len(ids) and {"v0-s0", "v0-s1", "v0-s2", "figures", "settings", "verdict"} <= set(ids)
     folded = re.findall(r'<details class="run">.*?<p class="verdict" id="([^"]+)"', html, re.DOTALL)
     assert folded == ["v0-s1", "v0-s2"] and "1 of 5 judged chunks regenerated: 3" in html.split("</nav>")[0]
 
 
-def test_a_page_of_one_sample_needs_no_contents(tmp_path):
+def test_a_page_of_one_sample_has_nothing_folded_but_its_table(tmp_path):
     generate(tmp_path)
     html = write_page(tmp_path).read_text()
-    assert "<nav>" not in html and '<details class="run">' not in html
+    assert html.count("<details>") == 1 and '<details class="run">' not in html
+
+
+def test_the_verdict_says_what_happened_and_what_it_does_not_prove(tmp_path):
+    generate(tmp_path, batch=2)
+    words = write_page(tmp_path).read_text().split('id="verdict">')[1].split("</p>")[0]
+    assert words.startswith("2 of 10 judged chunks were regenerated without their drifting tokens, in 2 of 2 samples.")
+    assert "no log can say" in words
+    generate(tmp_path, policy=tokentrim.ObservePolicy())
+    html = write_page(tmp_path).read_text()
+    assert "Nothing was pruned: none of 5 judged chunks was regenerated. ObservePolicy only measures." in html
+    assert 'class="cache"' not in html, "a cache map only where something was pruned"
+
+
+def test_charts_of_all_samples_have_one_scale(tmp_path):
+    generate(tmp_path, batch=2)
+    runs = gather(enumerate(read_report(tmp_path))).runs
+    records = [record for run in runs for record in run.records]
+    limits = severity_limits(records)
+    charts = [control_chart(run.records, limits=limits) for run in runs]
+    assert charts[0].axes[0].get_ylim() == charts[1].axes[0].get_ylim() == limits
+    values = [r.severity for r in records if r.severity is not None]
+    assert limits[0] < min(values) and limits[1] > max(values)
+    assert severity_limits([]) is None
+
+
+def test_the_same_log_gives_the_same_page(tmp_path):
+    generate(tmp_path)
+    pages = {write_page(tmp_path).read_bytes() for _ in range(2)}
+    assert len(pages) == 1
+    for svg in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", pages.pop().decode()):
+        drawn = base64.b64decode(svg).decode()
+        used = set(re.findall(r"url\(#([^)]+)\)", drawn)) | set(re.findall(r'href="#([^"]+)"', drawn))
+        defined = re.findall(r' id="([^"]+)"', drawn)
+        assert used and used <= set(defined) and len(defined) == len(set(defined)), "renamed without losing one"
+
+
+def test_an_act_of_another_policy_stands_in_the_figures(tmp_path):
+    generate(tmp_path, policy=[ForcedPolicy(at={3: [1]}), tokentrim.CommitWindow(frames=3)])
+    assert re.search(r"CommitWindow, hide</th><td>[\d,]+ rows in [\d,]+ calls", write_page(tmp_path).read_text())
 
 
 def test_the_warm_up_is_shaded(tmp_path):
@@ -147,7 +192,7 @@ def test_small_runs_make_a_sensible_page(tmp_path, grid, chunks):
     generate(tmp_path, chunks=chunks, grid=grid, policy=tokentrim.DriftPolicy(fraction=1.0))
     html = write_page(tmp_path).read_text()
     assert ("No control chart: the first chunk has no predecessor" in html) == (chunks == 1)
-    assert html.count("<img") == (1 if chunks == 1 else 3)
+    assert html.count("<img") == (0 if chunks == 1 else 2)
 
 
 def test_empty_and_missing_runs_have_a_clear_message(tmp_path, capsys):
@@ -176,6 +221,13 @@ def judged(chunk, severity, **more):
     return ChunkRecord(0, chunk, 0, 3 * chunk, 3, {}, severity=severity, threshold=2.0, grid=(1, 2), **more)
 
 
+def verdict(records):
+    tally = Tally()
+    for record in records:
+        tally.add(record)
+    return verdict_of(tally)
+
+
 def test_verdict_says_which_chunks_and_whether_it_helped():
     calm = [judged(1, 1.0), judged(2, 1.5)]
     assert verdict(calm) == "None of 2 judged chunks was regenerated."
@@ -186,10 +238,22 @@ def test_verdict_says_which_chunks_and_whether_it_helped():
 
 
 def test_maps_are_of_the_most_severe_chunks_in_order():
-    calm = [judged(i, 1.0 + i / 10) for i in range(5)]
-    assert [r.chunk for r in worth_a_map(calm)] == [2, 3, 4]
-    pruned = [judged(i, 50.0 - i, pruned=True) for i in range(5, 35)]
-    assert [r.chunk for r in worth_a_map(calm + pruned)] == list(range(5, 5 + MAPS))
+    def mapped(records):
+        (run,) = gather(enumerate(records)).runs
+        return run.places()
+
+    calm = [judged(i, 1.0 + i / 10, drift=(1.0, 2.0)) for i in range(5)]
+    assert mapped(calm) == [2, 3, 4]
+    pruned = [judged(i, 50.0 - i, pruned=True, drift=(1.0, 2.0)) for i in range(5, 35)]
+    assert mapped(calm + pruned) == list(range(5, 5 + MAPS))
+
+
+def test_of_too_many_chunks_the_pruned_ones_are_shown_and_others_spread():
+    records = [judged(i, 1.0, pruned=i % 100 == 7) for i in range(5000)]
+    few = chosen(records, 200)
+    assert len(few) <= 200 and sum(r.pruned for r in few) == 50
+    gaps = [b.chunk - a.chunk for a, b in pairwise(few)]
+    assert min(gaps) > 0 and max(gaps) < 60 and chosen(records[:30], 200) == records[:30]
 
 
 def test_border_of_a_set_by_hand():

@@ -43,9 +43,9 @@ def page_of(folder: Path, video: Path | None = None, unpatched: Path | None = No
     Raises:
         ReportError: no such folder, or no log in it that can be read. VideoError: a video cannot be read.
     """
-    from tokentrim_hooks.metrics.video import read_video
+    from tokentrim_hooks.metrics.video import VideoFile
     from tokentrim_hooks.report.page import write_page
 
     if not folder.exists():
         raise ReportError(f"no such folder: {folder}")
-    return write_page(folder, *(None if path is None else read_video(path)[0] for path in (video, unpatched)))
+    return write_page(folder, *(None if path is None else VideoFile.of(path) for path in (video, unpatched)))

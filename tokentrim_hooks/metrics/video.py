@@ -68,7 +68,7 @@ class VideoFile:
         with _opened(self.path) as (container, stream):
             return sum(1 for _ in container.decode(stream))
 
-    def pick(self, numbers: Iterable[int]) -> dict[int, Pixels]:
+    def pick(self, numbers: Iterable[int], /) -> dict[int, Pixels]:
         """These frames, by number; numbers beyond the video are left out.
 
         Raises:

@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tokentrim_hooks.errors import VideoError
+from tokentrim_hooks.metrics.clips import Clip, clip_of
+from tokentrim_hooks.metrics.frames import Frames
 from tokentrim_hooks.report.files import write_picture
 from tokentrim_hooks.report.record import ChunkRecord
 
@@ -132,34 +134,37 @@ def strip(label: str, tiles: Sequence[Image.Image], colours: Sequence[Colour] = 
 
 
 def unpatched_and_patched(
-    unpatched: NDArray[Any], patched: NDArray[Any], colours: Sequence[Colour], columns: int = 7
+    unpatched: Frames | Clip, patched: Frames | Clip, colours: Sequence[Colour], columns: int = 7
 ) -> Image.Image:
     """Two videos of the same noise, the same moments above one another, and the verdicts of the chunks.
 
     Args:
-        unpatched, patched: frames ``[F, H, W, 3]``, float in 0..1, of one size and number.
+        unpatched, patched: frames ``[F, H, W, 3]``, float in 0..1, or clips, of one size and number.
         colours: one per chunk, see :func:`verdicts`.
         columns: moments shown at most.
 
     Raises:
-        VideoError: the videos differ in size or length.
+        VideoError: the videos differ in size or length, or cannot be read.
     """
-    if unpatched.shape != patched.shape:
-        sizes = " against ".join(f"{v.shape[2]}x{v.shape[1]}, {v.shape[0]} frames" for v in (unpatched, patched))
-        raise VideoError(f"the unpatched and the patched video differ: {sizes}; give two videos of the same noise")
+    clips = [clip_of(video) for video in (unpatched, patched)]
+    counts = [clip.count() for clip in clips]
     # The middles of equal parts, so that a chunk's cell of the bar lies under what was shown then.
-    moments = sorted({int(len(patched) * (i + 0.5) / columns) for i in range(columns)})
+    moments = sorted({int(min(counts) * (i + 0.5) / columns) for i in range(columns)})
+    shown = [clip.pick(moments) for clip in clips]
+    shapes = [next(iter(frames.values())).shape for frames in shown]
+    if counts[0] != counts[1] or shapes[0] != shapes[1]:
+        sizes = " against ".join(f"{s[1]}x{s[0]}, {count} frames" for s, count in zip(shapes, counts, strict=True))
+        raise VideoError(f"the unpatched and the patched video differ: {sizes}; give two videos of the same noise")
     rows = [
-        strip(name, [_small(video[m]) for m in moments], shown)
-        for name, video, shown in (("unpatched", unpatched, ()), ("patched", patched, colours))
+        strip(name, [_small(frames[m]) for m in moments], bars)
+        for name, frames, bars in (("unpatched", shown[0], ()), ("patched", shown[1], colours))
     ]
     return framed(above([words(f"frames {', '.join(map(str, moments))}", 12, FAINT), *rows]))
 
 
-def _small(frame: NDArray[Any], width: int = 160) -> Image.Image:
-    """A frame, float in 0..1, enlarged to at least 96 pixels, or shrunk to ``width`` at most."""
-    pixels = (255 * frame).round().clip(0, 255).astype(np.uint8)
-    image = enlarged(Tile(pixels), max(1, 96 // pixels.shape[1]))
+def _small(frame: Frame, width: int = 160) -> Image.Image:
+    """A frame enlarged to at least 96 pixels, or shrunk to ``width`` at most."""
+    image = enlarged(Tile(frame), max(1, 96 // frame.shape[1]))
     image.thumbnail((width, 10 * width))
     return image
 

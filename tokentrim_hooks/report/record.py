@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -157,8 +157,8 @@ def read_report(place: str | Path) -> Report:
         ReportError: no such log, a line that is no record, settings that cannot be read.
     """
     log = log_in(Path(place))
-    settings = _settings_beside(log)
-    return Report(settings, list(_records_of(log, settings)))
+    settings = settings_beside(log)
+    return Report(settings, [record for _, record in stream(log, settings)])
 
 
 def log_in(place: Path) -> Path:
@@ -178,29 +178,64 @@ def log_in(place: Path) -> Path:
     return logs[0]
 
 
-def _settings_beside(log: Path) -> dict[str, Any]:
+def settings_beside(log: Path) -> dict[str, Any]:
+    """The settings that a log was made under; none where the file is missing.
+
+    Raises:
+        ReportError: they cannot be read.
+    """
     path = names.settings_of(log.parent, names.tag_of(log))
     if not path.is_file():
         return {}
     return read_settings(path, SETTINGS, "Move it away: the log is read without it.")
 
 
-def _records_of(log: Path, settings: Mapping[str, Any]) -> Iterator[ChunkRecord]:
+def stream(log: Path, settings: Mapping[str, Any] | None = None) -> Iterator[tuple[int, ChunkRecord]]:
+    """The records of a log one after the other, each with its place in bytes; a last line that was cut off is left out.
+
+    Args:
+        log: the file. settings: those beside it, for a hint in an error.
+
+    Raises:
+        ReportError: it cannot be read, or a line is no record.
+    """
     refuse_links_out(log)
     with told(f"cannot read {log}"), log.open("rb") as file:
+        place = 0
         for number in itertools.count(1):
             line = file.readline(LINE)
-            if not line.strip() and line.endswith(b"\n"):
-                continue
-            try:
-                fields = fields_of(line)
-            except ValueError as failure:
-                if len(line) < LINE and not line.endswith(b"\n"):
+            if line.strip() or not line.endswith(b"\n"):
+                record = _record(line, f"{log}:{number}", settings or {})
+                if record is None:
                     return  # the end, or what a crash left of it
-                words = "it has no end" if len(line) == LINE else shorten(str(failure), 120)
-                message = f"{log}:{number} is not a chunk record: {words}.\n{_hint(settings)}"
-                raise ReportError(message) from failure
-            yield ChunkRecord(**fields)
+                yield place, record
+            place += len(line)
+
+
+def records_at(log: Path, places: Iterable[int]) -> Iterator[ChunkRecord]:
+    """The records at these places, as :func:`stream` gave them; one that is there no more is left out.
+
+    Raises:
+        ReportError: as :func:`stream`.
+    """
+    refuse_links_out(log)
+    with told(f"cannot read {log}"), log.open("rb") as file:
+        for place in places:
+            file.seek(place)
+            record = _record(file.readline(LINE), f"{log}, byte {place},", {})
+            if record is not None:
+                yield record
+
+
+def _record(line: bytes, where: str, settings: Mapping[str, Any]) -> ChunkRecord | None:
+    """The record of a line; None for one that was cut off."""
+    try:
+        return ChunkRecord(**fields_of(line))
+    except ValueError as failure:
+        if len(line) < LINE and not line.endswith(b"\n"):
+            return None
+        words = "it has no end" if len(line) == LINE else shorten(str(failure), 120)
+        raise ReportError(f"{where} is not a chunk record: {words}.\n{_hint(settings)}") from failure
 
 
 def _hint(settings: Mapping[str, Any]) -> str:

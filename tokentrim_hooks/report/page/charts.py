@@ -6,13 +6,15 @@ Every function returns a matplotlib Figure; nothing touches pyplot's global stat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tokentrim_hooks.extras import require
+from tokentrim_hooks.report.page.words import chosen
 from tokentrim_hooks.report.record import ChunkRecord
 
 Array = npt.NDArray[Any]
@@ -20,18 +22,39 @@ Array = npt.NDArray[Any]
 INK, BAND, WARM, CUT = "#20242c", "#b8cbe6", "#eeeeee", "#d62839"
 CELLS = {"live": "#5b8bd0", "pruned by a later chunk": "#d62839", "anchor, never pruned": "#e0a030"}
 """Cells of the cache map, in the order of their numbers (from 1), with their colours."""
-CELLS_AT_MOST = 100_000_000
-"""Cells of a cache map, a byte each."""
+SIDE = 1000
+"""Rows and columns of a cache map at most: of more, several share a cell."""
+POINTS = 1500
+"""Chunks of a control chart at most."""
+Limits = tuple[float, float]
 
 
-def control_chart(records: Sequence[ChunkRecord], warmup: int = 0, narrow: bool = False) -> Any:
+def severity_limits(records: Iterable[ChunkRecord]) -> Limits | None:
+    """The severities that charts of several samples have in common; None where nothing was judged."""
+    found = [
+        value
+        for record in records
+        for value in (record.severity, record.accepted_severity, record.mean, record.threshold)
+        if record.severity is not None and value is not None and math.isfinite(value)
+    ]
+    if not found:
+        return None
+    margin = 0.05 * (max(found) - min(found)) or 0.05 * abs(max(found)) or 1.0
+    return min(found) - margin, max(found) + margin
+
+
+def control_chart(
+    records: Sequence[ChunkRecord], warmup: int = 0, narrow: bool = False, limits: Limits | None = None
+) -> Any:
     """Severity per chunk with running mean and threshold band; warm-up shaded, regenerated chunks red.
 
     ``records`` are those of one sample of one video. A hollow point is the severity accepted after regeneration. Chunks
     without a severity (the first one, given ones) leave a gap. ``narrow`` is for a phone: the same at half the width.
+    ``limits`` are of the severity axis, for charts that are to be compared. Of more than POINTS chunks the pruned ones
+    and evenly spread others are drawn.
     """
     figure, axes = _figure(4.4 if narrow else 7.5, 3.4)
-    judged = [r for r in records if r.severity is not None]
+    judged = chosen([r for r in records if r.severity is not None], POINTS)
     x = [r.chunk for r in judged]
     if not judged:
         _empty(axes, "no chunk was judged: a run of one chunk has no predecessor to drift from")
@@ -48,6 +71,8 @@ def control_chart(records: Sequence[ChunkRecord], warmup: int = 0, narrow: bool 
         axes.plot([r.chunk for r in pruned], [r.severity for r in pruned], "o", color=CUT, ms=7, label="regenerated")
         accepted = [_number(r.accepted_severity) for r in pruned]
         axes.plot([r.chunk for r in pruned], accepted, "o", mfc="none", mec=CUT, ms=7, label="accepted instead")
+    if limits is not None:
+        axes.set_ylim(*limits)
     axes.set_xlabel("chunk")
     axes.set_ylabel("severity (latent units)")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -55,10 +80,11 @@ def control_chart(records: Sequence[ChunkRecord], warmup: int = 0, narrow: bool 
     return figure
 
 
-def drift_map(record: ChunkRecord, picture: Array | None = None) -> Any:
+def drift_map(record: ChunkRecord, picture: Array | None = None, top: float = 0.0) -> Any:
     """Token drift of one chunk as a heat map, the unstable set outlined, over ``picture`` if there is one.
 
-    ``picture`` is ``[H, W, 3]`` uint8: a decoded frame, or a picture of the latent (:mod:`.thumbnails`).
+    ``picture`` is ``[H, W, 3]`` uint8: a decoded frame, or a picture of the latent (:mod:`.thumbnails`). ``top`` is the
+    drift that has the brightest colour, for maps that are to be compared; by default the chunk's largest.
     """
     height, width = record.grid
     columns = 1 if picture is None else 2
@@ -68,7 +94,7 @@ def drift_map(record: ChunkRecord, picture: Array | None = None) -> Any:
         _empty(heat_axes, "this chunk was not judged")
     else:
         heat = np.asarray(record.drift, dtype=float).reshape(height, width)
-        top = max([1e-12, *heat[np.isfinite(heat)].tolist()])
+        top = top or largest_drift([record])
         image = heat_axes.imshow(heat, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
         figure.colorbar(image, ax=heat_axes, shrink=0.8, label="drift")
         _outline(heat_axes, record)
@@ -82,6 +108,11 @@ def drift_map(record: ChunkRecord, picture: Array | None = None) -> Any:
     return figure
 
 
+def largest_drift(records: Iterable[ChunkRecord]) -> float:
+    """The largest drift of any token, for maps of one scale."""
+    return max([1e-12, *(value for record in records for value in record.drift if math.isfinite(value))])
+
+
 def cache_map(records: Sequence[ChunkRecord], narrow: bool = False) -> Any:
     """Which tokens of which chunks' frames were pruned from the context, up to the end of the run.
 
@@ -89,15 +120,14 @@ def cache_map(records: Sequence[ChunkRecord], narrow: bool = False) -> Any:
     for a phone.
     """
     figure, axes = _figure(4.4 if narrow else 7.5, 3.2)
-    if len(records) * max((r.grid[0] * r.grid[1] for r in records), default=0) > CELLS_AT_MOST:
-        _empty(axes, "there are too many tokens and chunks to draw them all")
-        return figure
-    grid = cache_cells(records)
+    grid = cache_cells(records, SIDE)
     if not grid.size:
         _empty(axes, "no chunk was recorded")
         return figure
     colours = require("matplotlib.colors", "report").ListedColormap(list(CELLS.values()))
-    axes.imshow(grid, cmap=colours, vmin=1, vmax=len(CELLS), aspect="auto", interpolation="nearest")
+    tokens, columns = _extent(records)
+    extent = (-0.5, columns - 0.5, tokens - 0.5, -0.5)
+    axes.imshow(grid, cmap=colours, vmin=1, vmax=len(CELLS), aspect="auto", interpolation="nearest", extent=extent)
     axes.set_xlabel("chunk in the context")
     axes.set_ylabel("spatial token (row-major)")
     for axis in (axes.xaxis, axes.yaxis):
@@ -108,21 +138,30 @@ def cache_map(records: Sequence[ChunkRecord], narrow: bool = False) -> Any:
     return figure
 
 
-def cache_cells(records: Sequence[ChunkRecord]) -> Array:
+def cache_cells(records: Sequence[ChunkRecord], side: int = SIDE) -> Array:
     """``[tokens, chunks]``: 1 = live, 2 = pruned by a later chunk, 3 = anchor. The frames that a prune reached are its
     dead rows divided by its tokens, counted back from the pruning chunk's start; anchors are the video's first frames,
-    as many as a prune has spared."""
+    as many as a prune has spared. More than ``side`` rows or columns share cells: one pruned token colours its cell."""
     records = [r for r in records if r.grid[0] * r.grid[1]]
-    tokens = max((r.grid[0] * r.grid[1] for r in records), default=0)
-    cells = np.ones((tokens, len(records)), dtype=np.int8)
+    tokens, columns = _extent(records)
+    by_row, by_column = math.ceil(tokens / side) or 1, math.ceil(columns / side) or 1
+    cells = np.ones((math.ceil(tokens / by_row), math.ceil(columns / by_column)), dtype=np.int8)
+    starts = np.array([r.start for r in records])
+    ends = starts + np.array([r.frames for r in records]) - 1
     for record in (r for r in records if r.pruned and r.tokens):
         reached = math.ceil(record.dead / len(record.tokens))
-        for column, other in enumerate(records):
-            if record.start - reached <= other.start + other.frames - 1 and other.start < record.start:
-                cells[list(record.tokens), column] = 2
+        dead = np.flatnonzero((record.start - reached <= ends) & (starts < record.start))
+        rows = np.unique(np.array(record.tokens) // by_row)
+        cells[np.ix_(rows, np.unique(dead // by_column))] = 2
     anchors = max((record.anchors for record in records), default=0)
-    cells[:, [record.start < anchors for record in records]] = 3
+    cells[:, np.unique(np.flatnonzero(starts < anchors) // by_column)] = 3
     return cells
+
+
+def _extent(records: Sequence[ChunkRecord]) -> tuple[int, int]:
+    """Tokens of a frame, and chunks that have a grid."""
+    sizes = [r.grid[0] * r.grid[1] for r in records if r.grid[0] * r.grid[1]]
+    return max(sizes, default=0), len(sizes)
 
 
 def figure_bytes(figure: Any, kind: str = "svg") -> bytes:
@@ -132,7 +171,17 @@ def figure_bytes(figure: Any, kind: str = "svg") -> bytes:
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
-    return buffer.getvalue()
+    return _named(buffer.getvalue()) if kind == "svg" else buffer.getvalue()
+
+
+def _named(svg: bytes) -> bytes:
+    """An SVG whose random names, which are hashes with a salt of the moment, are numbers in order of appearance.
+
+    The setting ``svg.hashsalt`` would do the same, but it is the whole process's, and pages are drawn in threads, too.
+    """
+    found = dict.fromkeys(re.findall(rb'id="((?:[a-zA-Z]|image)[0-9a-f]{10})"', svg))
+    numbers = {name: b"n%d" % number for number, name in enumerate(found)}
+    return re.sub(rb"\b(?:[a-zA-Z]|image)[0-9a-f]{10}\b", lambda match: numbers.get(match[0], match[0]), svg)
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
