@@ -144,9 +144,28 @@ class CausalWan(Adapter):
         moved = call.latents.double() + (1 - sigma) * (after.double() - before.double())
         return moved.to(call.latents.dtype)
 
+    def noise_level(self, call: Call) -> Tensor:
+        """Sigma of the scheduler's nearest timestep."""
+        assert call.timestep is not None
+        return nearest_sigma(self.generator.scheduler, call.timestep)
+
+    def scratch(self, call: Call) -> Mapping[str, Any]:
+        """The caches again: of K and V no more rows than the call reads and writes, with counters of their own."""
+        rows = self.context(call).stop + call.frames * self.rows_per_frame(call.latents)
+        texts = call.arguments["crossattn_cache"]
+        scratch = {"kv_cache": [_copied(layer, rows) for layer in call.arguments["kv_cache"]]}
+        return scratch if texts is None else {**scratch, "crossattn_cache": [dict(layer) for layer in texts]}
+
     def rows_per_frame(self, latents: Tensor) -> int:
         """Spatial tokens, and so cache rows, of a latent frame of ``latents`` ``[..., H, W]``."""
         return rows_per_frame(self.generator.model, latents)
+
+
+def _copied(layer: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A layer's cache with tensors of its own, the first ``rows`` rows of K and V."""
+    tensors = {name: value for name, value in layer.items() if isinstance(value, Tensor)}
+    copies = {name: (value[:, :rows] if value.ndim == 4 else value).detach().clone() for name, value in tensors.items()}
+    return {**layer, **copies}
 
 
 def rows_per_frame(transformer: Any, latents: Tensor) -> int:

@@ -62,11 +62,12 @@ from tokentrim_hooks.plugins import (
 from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.commit_window import CommitWindow
+from tokentrim_hooks.policy.flowmo import FlowMo
 from tokentrim_hooks.policy.frame_eviction import FrameEviction
 from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
 from tokentrim_hooks.policy.statistics import Moments
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
-from tokentrim_hooks.policy.views import Chunk, ContextView, Denoised, History, Place, Rows, Verdict
+from tokentrim_hooks.policy.views import Chunk, ContextView, Denoised, History, Noisy, Place, Rows, Verdict
 from tokentrim_hooks.pruning.context import CacheRows, Context, KeyLayout, Role, Segment
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.report.observers import JsonLines, Observer, ProgressLine
@@ -96,6 +97,7 @@ __all__ = [
     "Denoised",
     "Detection",
     "DriftPolicy",
+    "FlowMo",
     "FrameEviction",
     "History",
     "JsonLines",
@@ -107,6 +109,7 @@ __all__ = [
     "Method",
     "Moments",
     "NoMatch",
+    "Noisy",
     "ObservePolicy",
     "Observer",
     "ObserverInfo",

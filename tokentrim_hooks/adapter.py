@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from typing_extensions import TypeVar
 
-from tokentrim_hooks.errors import UnsupportedProbeError
+from tokentrim_hooks.errors import UnsupportedPolicyError, UnsupportedProbeError
 from tokentrim_hooks.inspection import shares_storage
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.pruning.context import Context
@@ -134,7 +134,9 @@ class Adapter(ABC, Generic[CallT]):
     takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide"})
     """Which hooks of policies the model takes, and ``"commit"`` where it writes finished chunks in calls of their own.
     ``"correct"``: the sampler goes on with the x0 that it is handed, and with nothing else. ``"settle"``: the rows that
-    a commit has written may be rewritten, and :attr:`CacheRows.keys` has K beside V. Declare what is proved."""
+    a commit has written may be rewritten, and :attr:`CacheRows.keys` has K beside V. ``"guide"``: as for ``"correct"``,
+    and a call can run with gradients on a scratch cache (:meth:`scratch`, :meth:`noise_level`). Declare what is proved.
+    """
     hides_from: ClassVar[frozenset[str]] = frozenset({"first", "refine", "commit", "recache"})
     """Phases of calls from which rows may be hidden. Not of those that make new rows *of* hidden ones (a blended sink,
     a memory): a policy that hides from them gets an UnsupportedPolicyError."""
@@ -249,6 +251,21 @@ class Adapter(ABC, Generic[CallT]):
         if isinstance(output, Tensor):
             return x0
         return type(output)([*output[:-1], x0]) if isinstance(output, list) else (*output[:-1], x0)
+
+    def scratch(self, call: CallT) -> Mapping[str, Any]:
+        """Return stand-ins for what ``call`` would write, by name of the argument: copies, for a call with gradients.
+
+        The call is made on them, to look ahead, and they are dropped: caches of K and V, their counters, what cross
+        attention keeps of the text. Copy what the call reads or writes; a model that writes nothing answers ``{}``.
+
+        Raises:
+            UnsupportedPolicyError: a call cannot be made on copies. The default always raises it.
+        """
+        raise UnsupportedPolicyError(f"adapter {self.name!r} cannot run a call on a scratch cache: leave out guide()")
+
+    def noise_level(self, call: CallT) -> Tensor:
+        """Return the noise level of ``call.latents``, 0 clean to 1 pure noise, any shape; for policies that guide."""
+        raise UnsupportedPolicyError(f"adapter {self.name!r} does not say how noisy latents are: leave out guide()")
 
     def in_flight(self, call: CallT, output: Any) -> Tensor | None:
         """Return the previous chunk's x0 from the same output, where that chunk is still being denoised."""

@@ -25,6 +25,7 @@ from tokentrim_hooks.errors import (
 from tokentrim_hooks.failures import OnError
 from tokentrim_hooks.handle.checkup import owners_of
 from tokentrim_hooks.handle.handle import PatchHandle, give_way, handle_of, judge_of
+from tokentrim_hooks.inspection import compiled_part
 from tokentrim_hooks.loading import FAILURES, asked, check_class, why
 from tokentrim_hooks.patching.patches import Method
 from tokentrim_hooks.plugins import (
@@ -47,6 +48,7 @@ NEEDS = {
     "settle": "rows of a cache that may be rewritten once they are committed",
     "hide": "rows that may be hidden from a single call",
     "judge": "chunks that can be judged",
+    "guide": "calls that can run with gradients on a scratch cache, for a sampler that goes on from x0 alone",
 }
 """What an adapter lacks, in words."""
 
@@ -286,15 +288,10 @@ def _patches_on(model: Any, match: Match, replace: bool) -> list[PatchHandle]:
 
 
 def _refuse_compiled(denoiser: nn.Module | Method) -> None:
-    owner = denoiser.owner if isinstance(denoiser, Method) else denoiser
-    if not isinstance(owner, nn.Module):
-        return
-    for name, module in owner.named_modules():
-        optimised = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        if optimised:
-            where = f"{type(module).__name__} {name or '(the denoiser)'}"
-            words = "was compiled before it was patched, and compiled code ignores new hooks"
-            raise CompiledModelError(f"{where} {words}; call tokentrim.patch first, then compile")
+    where = compiled_part(denoiser.owner if isinstance(denoiser, Method) else denoiser)
+    if where:
+        words = "was compiled before it was patched, and compiled code ignores new hooks"
+        raise CompiledModelError(f"{where} {words}; call tokentrim.patch first, then compile")
 
 
 __all__ = ["Detection", "TokenTrimError", "adapters", "detect", "is_patched", "patch", "patched", "unpatch"]

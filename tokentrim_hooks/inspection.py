@@ -83,6 +83,14 @@ def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
+def compiled_part(owner: object) -> str:
+    """Class and name of the first part of a module that was compiled with ``torch.compile``; empty if none was."""
+    for name, part in owner.named_modules() if isinstance(owner, nn.Module) else ():
+        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+            return f"{type(part).__name__} {name or '(the denoiser)'}"
+    return ""
+
+
 def weakly(thing: Any) -> Callable[[], Any]:
     """A way to ``thing`` that does not keep it alive, where it can be referred to so; None once it is gone."""
     try:

@@ -10,6 +10,7 @@ from tokentrim_hooks_adapters.self_forcing import SelfForcing
 from tokentrim_hooks.pruning import fleeting
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.rollout import steering
+from tokentrim_hooks.rollout.guidance import Guidance
 from tokentrim_hooks.rollout.session import Session
 from tokentrim_hooks.rollout.steering import Steering
 from tokentrim_hooks.testing import failures
@@ -18,7 +19,9 @@ HIDE, ONCE = "test_what_a_policy_hides_no_kernel_sees", "test_hidden_from_one_ca
 CORRECT = "test_the_sampler_goes_on_with_what_a_policy_corrects"
 SETTLE = "test_rows_that_a_policy_settles_are_those_of_the_commit"
 NEUTRAL = "test_policies_without_an_answer_change_no_bit"
-ALL = {HIDE, ONCE, CORRECT, SETTLE, NEUTRAL}
+GUIDE = "test_a_guided_call_is_made_from_the_latents_that_a_policy_moves"
+LOOK = "test_a_look_ahead_touches_nothing"
+ALL = {HIDE, ONCE, CORRECT, SETTLE, NEUTRAL, GUIDE, LOOK}
 
 
 class Rolling(Reference):
@@ -140,7 +143,66 @@ def none_is_nearly_x0(patch):
     patch.setattr(Steering, "corrected", corrected)
 
 
+def looks_at_the_cache_itself(patch):
+    patch.setattr(SelfForcing, "scratch", lambda self, call: {})
+
+
+def copies_the_list_and_not_the_rows(patch):
+    patch.setattr(SelfForcing, "scratch", lambda self, call: {
+        "kv_cache": [dict(layer) for layer in call.arguments["kv_cache"]]})  # fmt: skip
+
+
+def copies_all_but_the_counters(patch):
+    true = SelfForcing.scratch
+
+    def scratch(self, call):
+        own = call.arguments["kv_cache"]
+        copies = true(self, call)["kv_cache"]
+        return {"kv_cache": [{**layer, "global_end_index": kept["global_end_index"]}
+                             for layer, kept in zip(copies, own, strict=True)]}  # fmt: skip
+
+    patch.setattr(SelfForcing, "scratch", scratch)
+
+
+def looks_at_an_empty_context(patch):
+    true = SelfForcing.scratch
+
+    def scratch(self, call):
+        copies = true(self, call)["kv_cache"]
+        return {"kv_cache": [{**layer, "v": layer["v"] * 0} for layer in copies]}
+
+    patch.setattr(SelfForcing, "scratch", scratch)
+
+
+def moves_nothing(patch):
+    true = Guidance.guided
+    patch.setattr(Guidance, "guided", lambda self, given, video, chunk: (given, true(self, given, video, chunk)[1]))
+
+
+def moves_before_every_call(patch):
+    true = Guidance.guided
+    patch.setattr(Guidance, "guided", lambda self, given, video, chunk: true(
+        self, dataclasses.replace(given, place=dataclasses.replace(given.place, phase="first")), video, chunk))  # fmt: skip
+
+
+def draws_a_random_number(patch):
+    true = Guidance.guided
+
+    def guided(self, given, video, chunk):
+        torch.rand(1)
+        return true(self, given, video, chunk)
+
+    patch.setattr(Guidance, "guided", guided)
+
+
 @pytest.mark.parametrize(("break_it", "tests"), [
+    (looks_at_the_cache_itself, {LOOK}),
+    (copies_the_list_and_not_the_rows, {LOOK}),
+    (copies_all_but_the_counters, {LOOK}),
+    (looks_at_an_empty_context, {GUIDE}),
+    (moves_nothing, {GUIDE}),
+    (moves_before_every_call, {GUIDE}),
+    (draws_a_random_number, {LOOK}),
     (marks_stay, {ONCE}),
     (a_frame_too_late, {HIDE, ONCE}),
     (newest_first, {HIDE}),

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,6 +120,42 @@ def latent_moments(strength: float, steps: int) -> Any:
         return x0 if isinstance(output, Tensor) else (*output[:-1], x0)
 
     return after
+
+
+@contextmanager
+def flowmo(source: Source, step: float, adam: bool, band: float = 0.946) -> Iterator[list[int]]:
+    """FlowMo by hand: before calls of the first chunk, a deep copy of the generator and of all that it is given is run
+    with gradients, and the latents move; yields the first frames of the calls that were guided.
+    """
+    guided: list[int] = []
+
+    def move(module: Any, args: Any, kwargs: Any) -> Any:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        timestep = given["timestep"].flatten()[:1]
+        sigmas, steps = source.generator.scheduler.sigmas, source.generator.scheduler.timesteps
+        sigma = float(sigmas[(steps - timestep).abs().argmin()])
+        if source.start(given) or sigma < band:
+            return None
+        guided.append(source.start(given))
+        twin, copies = copy.deepcopy((module, dict(given)))
+        twin._forward_pre_hooks.clear()
+        latents = copies["noisy_image_or_video"].detach().clone().requires_grad_()
+        with torch.enable_grad():
+            output = twin(**{**copies, "noisy_image_or_video": latents})
+            x0 = output if isinstance(output, Tensor) else output[-1]
+            flow = (latents - x0) / sigma if isinstance(output, Tensor) else output[0]
+            motion = (flow[:, 1:] - flow[:, :-1]).abs()
+            spread = ((motion - motion.mean(1, keepdim=True)) ** 2).mean(1).mean(1)
+            spread.flatten(1).max(1).values.sum().backward()
+        slope = latents.grad
+        latents = latents.detach() - step * (slope / (slope.abs() + 1e-8) if adam else slope)
+        return (), {**given, "noisy_image_or_video": latents}
+
+    hook = source.generator.register_forward_pre_hook(move, with_kwargs=True)
+    try:
+        yield guided
+    finally:
+        hook.remove()
 
 
 def row_moments(strength: float, names: tuple[str, ...]) -> Any:

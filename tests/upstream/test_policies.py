@@ -15,7 +15,7 @@ import tiny_rolling_forcing
 import torch
 from comparison import TOLERANCE, difference
 from harness import noise_of
-from masked_calls import Calls, commit_window, following, hiding, latent_moments, row_moments
+from masked_calls import Calls, commit_window, flowmo, following, hiding, latent_moments, row_moments
 from masked_reference import Source
 from tiny_self_forcing import Setup, few_step_pipeline, self_forcing, source_of
 from torch import Tensor
@@ -239,10 +239,34 @@ def test_row_moments_equal_a_calculation_by_hand(rig: Any, of: tuple[str, ...], 
     exact(f"RowMoments(0.35, of={of})", rig, record_property, ours, expected)
 
 
+@pytest.mark.parametrize("policy", [tokentrim.FlowMo(), tokentrim.FlowMo(step=20.0, optimiser="descent")], ids=str)
+def test_flowmo_equals_a_calculation_by_hand(rig: Any, policy: Any, record_property: Record) -> None:
+    _, made, _ = rig
+    require(made, "guide")
+    with flowmo(made.source, policy.step, policy.optimiser == "adam") as guided:
+        expected = made.run()
+    assert guided == [0]
+    ours, handle = made.patched(policy)
+    acts = {(chunk.chunk, act["hook"], act["calls"]) for chunk in handle.report for act in chunk.acts}
+    assert acts == {(0, "guide", 1)}
+    exact(str(policy), rig, record_property, ours, expected)
+
+
+@dataclass(frozen=True)
+class Looks(tokentrim.Policy):
+    """Looks ahead before every call, and answers nothing."""
+
+    def guide(self, chunk: Any) -> None:
+        with torch.enable_grad():
+            latents = chunk.latents.detach().clone().requires_grad_()
+            (slope,) = torch.autograd.grad(chunk.predict(latents).sum(), latents)
+        assert bool(torch.isfinite(slope).all()) and float(slope.norm()) > 0
+
+
 def test_no_answer_changes_no_bit(rig: Any) -> None:
     _, made, plain = rig
     state = torch.get_rng_state()
-    policies = [HideSome(phases=()), tokentrim.LatentMoments(0.0), tokentrim.RowMoments(0.0)]
+    policies = [HideSome(phases=()), tokentrim.LatentMoments(0.0), tokentrim.RowMoments(0.0), Looks()]
     adapter = next(found.adapter for found in tokentrim.detect(made.model) if found.matches)
     takes = next(info.adapter.takes for info in tokentrim.adapters() if info.name == adapter)
     ours, handle = made.patched([policy for policy in policies if policy.needs <= takes])

@@ -89,7 +89,7 @@ class Entry:
             return self.call(*args, **kwargs)
         output = None
         try:
-            self._first(sys._getframe(), args, kwargs)
+            args, kwargs = self._first(sys._getframe(), args, kwargs) or (args, kwargs)
             output = self.call(*args, **kwargs)
             output = self._last(args, kwargs, output)
             return output
@@ -144,20 +144,22 @@ class Watch:
     # ------------------------------------------------------------------------------------------ a call
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Our part before a call, and what it needs where something is dead."""
-        self._before(module, args, kwargs)
+        """Our part before a call, and what it needs where something is dead; other arguments, or None."""
+        changed = self._before(module, args, kwargs)
         if BUSY.now:
             self._spare_parts()
+        return changed
 
     def takes(self) -> bool:
         """Whether an entry is to do our part."""
         return self.active
 
-    def first(self, frame: types.FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An entry, whose frame this is, makes a call: our part before it."""
-        self.before(self._module, args, kwargs)
+    def first(self, frame: types.FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An entry, whose frame this is, makes a call: our part before it; other arguments, or None."""
+        changed = self.before(self._module, args, kwargs)
         self._frames[threading.get_ident()] = frame
         self.taken = True
+        return changed
 
     def last(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Our part after the call; the output that the sampler goes on with."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.patching.tap_site import as_itself, eagerly
 
 
@@ -84,9 +85,16 @@ def outermost_hooks(
 
     def first(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _to_the_end(module._forward_hooks, handles[1:])
-        if next(iter(module._forward_pre_hooks)) != handles[0].id:
+        is_first = next(iter(module._forward_pre_hooks)) == handles[0].id
+        if not is_first:
             args, kwargs = _as_called(called, args, kwargs)
-        return before(called, args, kwargs)
+        changed = before(called, args, kwargs)
+        if changed is not None and not is_first:
+            raise UnsupportedContextError(
+                "another hook has changed this call before ours could, so its latents cannot be moved; patch once that "
+                "hook is there (FSDP2: shard the model first)"
+            )
+        return changed
 
     def last(*call: Any) -> None:
         leave(*call)

@@ -229,7 +229,7 @@ class Patches:
         def watched(wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output = None
             try:
-                before(wrapped, args, kwargs)
+                args, kwargs = before(wrapped, args, kwargs) or (args, kwargs)
                 output = wrapped(*args, **kwargs)
                 replaced = after(wrapped, args, kwargs, output)
                 return output if replaced is None else replaced

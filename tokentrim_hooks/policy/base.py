@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from tokentrim_hooks.policy.views import Chunk, ContextView, Denoised, History, Place, Rows, Verdict
+from tokentrim_hooks.policy.views import Chunk, ContextView, Denoised, History, Noisy, Place, Rows, Verdict
 
-HOOKS = ("judge", "hide", "correct", "settle")
+HOOKS = ("guide", "judge", "hide", "correct", "settle")
 """The hooks of a policy, in the order in which a chunk meets them."""
 
 
@@ -19,9 +19,9 @@ HOOKS = ("judge", "hide", "correct", "settle")
 class Policy:
     """Base of all policies: a frozen dataclass whose fields are its options, with hooks that do nothing by default.
 
-    Override one or more of :meth:`judge`, :meth:`hide`, :meth:`correct` and :meth:`settle`. Options of your own are
-    fields with defaults; check them in ``__post_init__`` and call ``super().__post_init__()`` there. The options below
-    say what follows a verdict, so they are every judge's; ``coarse`` holds for what :meth:`hide` names, too.
+    Override one or more of :meth:`guide`, :meth:`judge`, :meth:`hide`, :meth:`correct` and :meth:`settle`. Options of
+    your own are fields with defaults; check them in ``__post_init__`` and call ``super().__post_init__()`` there. The
+    options below say what follows a verdict, so they are every judge's; ``coarse`` holds for what :meth:`hide` names.
 
     Args:
         max_regenerations: R, regenerations per chunk at most; 0 prunes nothing.
@@ -61,6 +61,16 @@ class Policy:
         flag("prune_anchors", self.prune_anchors)
         if self.coarse not in ("any", "all"):
             raise ValueError(f"coarse must be 'any' or 'all', got {self.coarse!r}")
+
+    def guide(self, chunk: Noisy) -> Tensor | None:
+        """Move a chunk's noisy latents before a denoising call; asked before each of them, replays aside.
+
+        For samplers that go on from the predicted x0 alone: one that integrates its own latents would lose the move.
+
+        Returns:
+            Latents like ``chunk.latents``, which the call is made from; None for those themselves.
+        """
+        return None
 
     def judge(self, chunk: Chunk, history: History) -> Verdict | None:
         """Judge a chunk, once per attempt, after the probe's prediction; on the model's device, without reading it.

@@ -8,6 +8,7 @@ from tokentrim_hooks.markers import hookimpl
 from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.commit_window import CommitWindow
+from tokentrim_hooks.policy.flowmo import FlowMo
 from tokentrim_hooks.policy.frame_eviction import FrameEviction
 from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
@@ -21,6 +22,7 @@ def tokentrim_policies() -> Mapping[str, type[Policy]]:
         "adaptive": AdaptivePolicy,
         "observe": ObservePolicy,
         "commit-window": CommitWindow,
+        "flowmo": FlowMo,
         "frame-eviction": FrameEviction,
         "latent-moments": LatentMoments,
         "late-mean": LateMean,

@@ -6,6 +6,7 @@ Shapes: ``B`` samples, ``F`` latent frames, ``C`` channels, ``H x W`` latent pix
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,23 @@ class Chunk(Place):
     summary: _ByToken = _ByToken()
     previous: _ByToken = _ByToken()
     first: _ByToken = _ByToken()
+
+
+@dataclass(frozen=True)
+class Noisy(Place):
+    """A chunk before a denoising call, for :meth:`Policy.guide`.
+
+    Attributes:
+        latents: the noisy latents of the call, ``[B, F, C, H, W]``, in the model's dtype; not to be written into.
+        level: ``level()`` is their noise level as a number, 0 clean and 1 pure noise, the highest of all frames. It
+            waits for the device, once per call.
+        predict: ``predict(latents)`` is the x0 that the model would predict of others like ``latents``, with gradients.
+            It calls the denoiser on a copy of what the call would write, so nothing of the model is touched.
+    """
+
+    latents: Tensor
+    level: Callable[[], float]
+    predict: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,12 @@ class CallScope:
         """Whether ``frame`` is that of the call."""
         return self._frame is frame
 
+    def begin(self, tap: CallTap | None, note: object) -> None:
+        """The call itself comes now, after what was done in its scope before: with this tap, and this note."""
+        self.tap, self.note = tap, note
+        if tap is not None:
+            BUSY.add(self)
+
     def close(self) -> None:
         """The call is over: let go of its tap and of its frame, and with that of the call's arguments."""
         self.tap = self._frame = self.note = None

@@ -74,6 +74,10 @@ class FleetingMarks:
                 values[index] = torch.where(torch.isfinite(old), float("-inf"), old)
         return self.rows
 
+    def forget(self) -> None:
+        """Leave the marks where they are: in copies, which are dropped."""
+        self._layers, self._context, self.rows = [], None, 0
+
     def take_off(self, now: CacheRows | None = None) -> None:
         """Put back what the marks replaced.
 

@@ -214,6 +214,11 @@ class Pruner:
         self._last = None
         self._fleeting.take_off()
 
+    def drop_hidden(self) -> None:
+        """A call on copies is over: what was hidden from it is marked in these only."""
+        self._fleeting.forget()
+        self.let_go()
+
     def end_chunk(self) -> None:
         """Forget what has left the context for good, so that the tap is off again once nothing dead is to be seen."""
         if self._tapped:

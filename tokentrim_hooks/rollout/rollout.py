@@ -62,15 +62,17 @@ class Rollout:
 
     # ------------------------------------------------------------------------------------------ hooks
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find the call's session, which makes ready for it."""
+    def before(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Find the call's session, which makes ready for it; return other arguments where a policy moves latents."""
         ranks = self.shared.failures.ranks
         if self._replaying:
             ranks.replays += 1
-            return
+            return None
         ranks.enter()
         with profiled("tokentrim.before"):
-            found = None
+            found = changed = None
             if self._is_foreign(module):
                 self.foreign_calls += 1
             else:
@@ -80,8 +82,9 @@ class Rollout:
                 # Inside another call this one has no dead tokens of its own.
                 open_scope(None)
             else:
-                found.session.before(found, args, kwargs)
+                changed = found.session.before(module, found, args, kwargs)
         ranks.begun()
+        return changed
 
     def after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """Let the session judge what came of the call; return the output that the sampler goes on with."""

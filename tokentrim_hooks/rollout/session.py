@@ -1,7 +1,7 @@
 """One session: the calls of one sampler over one context, video after video, and all that is remembered of them.
 
-Each hook of a policy has one place: ``hide`` in :meth:`Session.before`, ``judge`` in :meth:`Regenerator.judge`,
-``correct`` and ``settle`` in :meth:`Session.after`.
+Each hook of a policy has one place: ``guide`` and ``hide`` in :meth:`Session.before`, ``judge`` in
+:meth:`Regenerator.judge`, ``correct`` and ``settle`` in :meth:`Session.after`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.policy.views import Place
 from tokentrim_hooks.pruning.call_scope import CallScope, open_scope
 from tokentrim_hooks.pruning.context import CacheRows
-from tokentrim_hooks.rollout.answers import context_of, parsed, prediction_of
+from tokentrim_hooks.rollout.answers import context_of, prediction_of
+from tokentrim_hooks.rollout.guidance import Given, Guidance
 from tokentrim_hooks.rollout.names import Key
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.regeneration import Case, Regenerator
@@ -72,6 +73,7 @@ class Session:
         self.steering = Steering(adapter, shared.policies)
         self.pruner = Pruner(adapter, shared.patch_size, shared.policy, shared.proof, shared.failures, self.steering)
         self._regenerator = Regenerator(adapter, shared.patch_size, shared.policy, self.pruner, shared.failures)
+        self._guidance = Guidance(adapter, shared.policies, self.pruner, shared.failures)
         self.timeline = Timeline(adapter, shared, self.pruner)
         self._scope: CallScope | None = None
 
@@ -98,20 +100,31 @@ class Session:
         if self._scope is not None and not self._scope.runs:
             self.fail()
 
-    def before(self, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Classify the call, accept the previous chunk if a new one begins, hand the tap its live keys."""
+    def before(
+        self, module: Any, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Classify the call, accept the previous chunk if a new one begins, hand the tap its live keys.
+
+        Returns:
+            Arguments to make the call with, where a policy moves its latents.
+        """
         call = found.call
-        phase = self.timeline.classify(call)
-        chunk = self.timeline.chunk
+        phase, chunk = self.timeline.classify(call), self.timeline.chunk
         if chunk is not None:
             chunk.hear(call, judged=phase is not None)
             if self.shared.policy.persist:
                 self._prune_branch(call, chunk)
-        place = self._place(call, phase)
-        note = Running(found, phase, args, kwargs, place)
-        self._scope = open_scope(self.pruner.tap(call, place), note=note)
+        note = Running(found, phase, args, kwargs, self._place(call, phase))
+        if self._guidance:
+            # The scope comes first: whatever ends a look ahead has ended this call.
+            self._scope = open_scope(None, note=note)
+            note = self._guide(module, note, chunk)
+            self._scope.begin(self.pruner.tap(note.found.call, note.place), note)
+        else:
+            self._scope = open_scope(self.pruner.tap(call, note.place), note=note)
         if chunk is not None:
             chunk.acts += self.pruner.acts
+        return None if note.args is args and note.kwargs is kwargs else (note.args, note.kwargs)
 
     def after(self, module: nn.Module, running: Running, output: Any) -> Any:
         """Judge the chunk where the probe says so; return the output that the sampler goes on with."""
@@ -170,8 +183,7 @@ class Session:
         """A call of the judged stream has come back."""
         chunk.count(phase)
         prediction, summary = step.prediction, None
-        steps = self._steps_to_judge(step, phase, chunk, video)
-        if steps:
+        if steps := self._steps_to_judge(step, phase, chunk, video):
             judgement = self._regenerator.judge(Case(module, steps, phase, video, chunk), output)
             self._enter(judgement, chunk, video)
             output, prediction, summary = judgement.output, judgement.prediction, judgement.summary
@@ -207,6 +219,15 @@ class Session:
             return None
         self.steering.scene = video.scene
         return place_of(call, phase, video, chunk)
+
+    def _guide(self, module: Any, running: Running, chunk: ChunkState | None) -> Running:
+        """Let policies move the latents of a denoising call."""
+        given = Given(module, running.found.call, running.args, running.kwargs, running.phase, running.place)
+        moved, acts = self._guidance.guided(given, self.timeline.video, chunk)
+        if chunk is not None:
+            chunk.acts += acts
+        found = dataclasses.replace(running.found, call=moved.call)
+        return dataclasses.replace(running, found=found, args=moved.args, kwargs=moved.kwargs)
 
     def _correct(
         self, step: Step, chunk: ChunkState, video: VideoState, output: Any, x0: Tensor, summary: Summary | None
@@ -277,10 +298,3 @@ class Session:
 def _awaits_pruning(call: Call, chunk: ChunkState) -> bool:
     """Whether a call is the first of another branch of a chunk that was pruned."""
     return bool(chunk.tokens) and call.stream not in chunk.pruned_streams and call.start == chunk.start
-
-
-def read_call(adapter: Adapter, arguments: Mapping[str, Any], shared: Shared) -> Call | None:
-    """The call in the core's words, its context by name; None for calls that are no rollout's."""
-    call = parsed(adapter, arguments)
-    name = None if call is None else shared.names.of(call.stream)
-    return call if call is None or name is call.stream else dataclasses.replace(call, stream=name)

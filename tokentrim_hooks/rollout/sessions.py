@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tokentrim_hooks.adapter import Adapter, Call
-from tokentrim_hooks.rollout.answers import identity_of
+from tokentrim_hooks.rollout.answers import identity_of, parsed
 from tokentrim_hooks.rollout.names import Key, gone
-from tokentrim_hooks.rollout.session import Found, Session, read_call
+from tokentrim_hooks.rollout.session import Found, Session
 from tokentrim_hooks.rollout.shared import Shared
 
 
@@ -94,3 +95,10 @@ class Sessions:
                 del self._by_key[key]
                 if session not in self._by_key.values():
                     session.reset()
+
+
+def read_call(adapter: Adapter, arguments: Mapping[str, Any], shared: Shared) -> Call | None:
+    """The call in the core's words, its context by name; None for calls that are no rollout's."""
+    call = parsed(adapter, arguments)
+    name = None if call is None else shared.names.of(call.stream)
+    return call if call is None or name is call.stream else dataclasses.replace(call, stream=name)

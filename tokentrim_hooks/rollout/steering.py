@@ -33,6 +33,7 @@ class Steering:
         self._adapter = adapter
         self._hiding = [policy for policy in policies if policy.overrides("hide")]
         self._correcting = [policy for policy in policies if policy.overrides("correct")]
+        self._guides = any(policy.overrides("guide") for policy in policies)
         self._settling = [policy for policy in policies if policy.overrides("settle")]
         self.compares = any(policy.compares for policy in self._hiding)
         self.scene = Scene()
@@ -41,7 +42,7 @@ class Steering:
     @property
     def active(self) -> bool:
         """Whether some policy does more than judge."""
-        return self.hides or self.corrects or self.settles
+        return self.hides or self.corrects or self.settles or self._guides
 
     @property
     def hides(self) -> bool:

@@ -208,6 +208,12 @@ def _check_hide(views: Views, answer: Any) -> None:
     assert tuple(answer.shape) in shapes, f"hide answered {tuple(answer.shape)}, not one of {shapes}"
 
 
+def _check_guide(views: Views, answer: Any) -> None:
+    latents = views.noisy.latents
+    assert answer.shape == latents.shape and answer.dtype.is_floating_point, f"guide must answer {tuple(latents.shape)}"
+    assert torch.isfinite(answer).all(), "guide answered what is not finite"
+
+
 def _check_correct(views: Views, answer: Any) -> None:
     x0 = views.denoised.prediction
     assert answer.shape == x0.shape and answer.dtype.is_floating_point, f"correct must answer latents {tuple(x0.shape)}"
@@ -222,4 +228,10 @@ def _check_settle(views: Views, answer: Any) -> None:
         assert torch.isfinite(new).all(), f"{name} are not finite"
 
 
-_CHECKS = {"judge": _check_judge, "hide": _check_hide, "correct": _check_correct, "settle": _check_settle}
+_CHECKS = {
+    "guide": _check_guide,
+    "judge": _check_judge,
+    "hide": _check_hide,
+    "correct": _check_correct,
+    "settle": _check_settle,
+}

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokentrim_hooks.policy.base import HOOKS, Policy
 from tokentrim_hooks.policy.drift import frame_summaries, latent_summary, token_drift
 from tokentrim_hooks.policy.statistics import Moments
-from tokentrim_hooks.policy.views import Chunk, ContextView, Denoised, History, Place, Rows
+from tokentrim_hooks.policy.views import Chunk, ContextView, Denoised, History, Noisy, Place, Rows
 
 
 def chunk_of(drift: Tensor, index: int = 1, frames: int = 3) -> Chunk:
@@ -47,7 +47,7 @@ class Views:
 
     Attributes:
         chunk, history: for ``judge``. place, context: for ``hide``. denoised: for ``correct``. rows: for ``settle``,
-            with ``place``.
+            with ``place``. noisy: for ``guide``.
     """
 
     chunk: Chunk
@@ -56,6 +56,7 @@ class Views:
     context: ContextView
     denoised: Denoised
     rows: Rows
+    noisy: Noisy
 
     @classmethod
     def random(
@@ -96,11 +97,14 @@ class Views:
                      opening=None if first else opening),
             Rows(0, rows, noise(*rows.shape), None if first else settled, None if first else settled,
                  None if first else noise(batch, anchors, 2, 8), None if first else noise(batch, anchors, 2, 8)),
+            Noisy("first", **where, latents=noise(*x0.shape), level=lambda: 1.0,
+                  predict=lambda latents: torch.tanh(latents + latents.roll(1, dims=1)) / 2),
         )  # fmt: skip
 
     def ask(self, policy: Policy) -> dict[str, Any]:
         """The answers of the hooks that ``policy`` overrides, by their names."""
         shown: dict[str, tuple[Any, ...]] = {
+            "guide": (self.noisy,),
             "judge": (self.chunk, self.history),
             "hide": (self.place, self.context),
             "correct": (self.denoised,),
