@@ -19,6 +19,7 @@ from tokentrim_hooks.api import adapters
 from tokentrim_hooks.console import markdown_table
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.policy.commit_window import CommitWindow
+from tokentrim_hooks.policy.flowmo import FlowMo
 from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
 
 ROOT = Path(__file__).parents[1]
@@ -27,9 +28,16 @@ NOT_CHECKED = "not checked"
 OWN = "tokentrim-hooks "
 """How the name of our own distribution begins: tables in our README list our adapters only."""
 
-HOOKS = {"judge": "Judges", "hide": "Hides", "commit": "Commits", "correct": "Corrects", "settle": "Settles"}
+HOOKS = {
+    "judge": "Judges",
+    "hide": "Hides",
+    "commit": "Commits",
+    "correct": "Corrects",
+    "settle": "Settles",
+    "guide": "Guides",
+}
 """Words of :attr:`Adapter.takes`, and how the table heads them."""
-METHODS = (CommitWindow(), LatentMoments(), LateMean(), RowMoments())
+METHODS = (CommitWindow(), LatentMoments(), LateMean(), RowMoments(), FlowMo())
 """Methods that need more of a model than that it can be judged."""
 
 Row = tuple[str, str, str, Mapping[str, Any]]

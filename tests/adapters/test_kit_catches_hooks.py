@@ -181,8 +181,12 @@ def moves_nothing(patch):
 
 def moves_before_every_call(patch):
     true = Guidance.guided
-    patch.setattr(Guidance, "guided", lambda self, given, video, chunk: true(
-        self, dataclasses.replace(given, place=dataclasses.replace(given.place, phase="first")), video, chunk))  # fmt: skip
+
+    def guided(self, given, video, chunk):
+        place = dataclasses.replace(given.place, phase="first")
+        return true(self, dataclasses.replace(given, place=place), video, chunk)
+
+    patch.setattr(Guidance, "guided", guided)
 
 
 def draws_a_random_number(patch):

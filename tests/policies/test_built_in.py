@@ -23,6 +23,13 @@ WRONG = {
     },
     "observe": {"fraction": [0, 1.5], "sensitivity": [-1.0]},
     "commit-window": {"frames": [-1, 1.5], "anchors": [1]},
+    "flowmo": {
+        "noise_band": [-0.1, 1.5],
+        "step": [-1.0, "far"],
+        "iterations": [-1, 0.5],
+        "of": ["flow"],
+        "optimiser": ["sgd"],
+    },
     "frame-eviction": {"similarity": [-1.1, 2, "much"], "keep": [-1, 0.5]},
     "latent-moments": {**STRENGTH, "channels": [(-1,)]},
     "late-mean": {"last": [0, 1.5]},
@@ -30,6 +37,7 @@ WRONG = {
 }
 NEUTRAL = {
     "observe": {},
+    "flowmo": {"step": 0.0},
     "frame-eviction": {"similarity": -1.0},
     "latent-moments": {"strength": 0.0},
     "late-mean": {"last": 1},
@@ -39,10 +47,10 @@ NEUTRAL = {
 
 class OnTheReferenceModel(PolicyConformance):
     def make_model(self):
-        return make(sink_size=2)
+        return make(sink_size=2, num_frame_per_block=3)
 
     def run(self, model, seed):
-        return run(model, seed)
+        return run(model, seed, chunks=6)
 
 
 def on_trial(name):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -32,7 +33,7 @@ def loss_of(seen):
     """Written out per sample and place: |difference| of neighbours, population variance, mean over channels, max."""
     total = 0
     for sample in seen:
-        moves = [(b - a).abs() for a, b in zip(sample[:-1], sample[1:], strict=True)]
+        moves = [(b - a).abs() for a, b in itertools.pairwise(sample)]
         mean = sum(moves) / len(moves)
         variance = sum((move - mean) ** 2 for move in moves) / len(moves)
         total = total + variance.mean(0).max()
@@ -414,9 +415,8 @@ def test_a_second_video_is_guided_at_its_first_chunk_too():
 
 def refused(pipeline, policy, words, run=video):
     plain = video(pipe())
-    with tokentrim.patched(pipeline, policy):
-        with pytest.raises(UnsupportedPolicyError, match=words) as caught:
-            run(pipeline)
+    with tokentrim.patched(pipeline, policy), pytest.raises(UnsupportedPolicyError, match=words) as caught:
+        run(pipeline)
     assert str(caught.value).count("\n") <= 2
     return plain
 
@@ -481,9 +481,9 @@ def test_a_sampler_that_integrates_is_told_at_its_second_chunk():
 
 def test_with_on_error_warn_the_video_is_the_unpatched_one():
     pipeline = make(num_frame_per_block=2)
-    with pytest.warns(tokentrim.TokenTrimWarning, match="this chunk has 2"):
-        with tokentrim.patched(pipeline, FlowMo(), on_error="warn"):
-            got = run(pipeline)
+    warned = pytest.warns(tokentrim.TokenTrimWarning, match="this chunk has 2")
+    with warned, tokentrim.patched(pipeline, FlowMo(), on_error="warn"):
+        got = run(pipeline)
     assert torch.equal(got, run(make(num_frame_per_block=2)))
 
 
@@ -497,9 +497,8 @@ def test_another_shape_is_an_error_that_names_the_policy(answer):
             return answer(chunk.latents)
 
     pipeline = pipe()
-    with tokentrim.patched(pipeline, Wrong()):
-        with pytest.raises(tokentrim.PolicyError, match=r"Wrong\.guide returned"):
-            video(pipeline)
+    with tokentrim.patched(pipeline, Wrong()), pytest.raises(tokentrim.PolicyError, match=r"Wrong\.guide returned"):
+        video(pipeline)
     assert torch.equal(video(pipeline), video(pipe()))
 
 

@@ -58,7 +58,8 @@ class GuideConformance:
 
     def _descended(self: Any, call: int, seed: int) -> Tensor:
         """Run unpatched, the latents of one denoiser call moved; override where x0 is not the last output."""
-        model, count = self.make_model(), checks.Counter()
+        kit: Any = self
+        model, count = kit.make_model(), checks.Counter()
 
         def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             count.up()
@@ -74,20 +75,22 @@ class GuideConformance:
             swap = {id(own): moved(own, slope)}
             return tuple(swap.get(id(a), a) for a in args), {k: swap.get(id(a), a) for k, a in kwargs.items()}
 
-        hook = _module_of(self, model).register_forward_pre_hook(move, with_kwargs=True)
-        latents: Tensor = self.run(model, seed)
-        return latents
+        hook = _module_of(kit, model).register_forward_pre_hook(move, with_kwargs=True)
+        video: Tensor = kit.run(model, seed)
+        return video
 
 
 def slope_of(x0: Tensor, latents: Tensor) -> Tensor:
     """Gradient of the square of x0."""
-    return torch.autograd.grad(x0.square().sum(), latents)[0]
+    slope: Tensor = torch.autograd.grad(x0.square().sum(), latents)[0]
+    return slope
 
 
 def moved(latents: Tensor, slope: Tensor) -> Tensor:
     """Latents moved against a gradient."""
-    latents = latents.detach()
-    return latents - STEP * slope * latents.norm() / slope.norm().clamp(min=1e-12)
+    own = latents.detach()
+    share: Tensor = own.norm() / slope.norm().clamp(min=1e-12)
+    return own - STEP * share * slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,7 @@ class Looks(Policy):
 
     def guide(self, chunk: Noisy) -> Tensor | None:
         """No answer."""
-        before = [(leaf, bits) for leaf, bits in _leaves(self.handed)]
+        before = list(_leaves(self.handed))
         self.looking[0] = True
         try:
             with torch.enable_grad():
