@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
-from tabulate import tabulate
-
 Advance = Callable[[], None]
 """Call once for every step done."""
 
@@ -23,6 +21,8 @@ Rows = Sequence[Sequence[str]]
 
 def plain_table(columns: Sequence[str], rows: Rows, title: str = "") -> str:
     """Rows of text under their headings, aligned with spaces; only the last column wraps, at ``WIDTH``."""
+    from tabulate import tabulate  # late: a command's help has no table
+
     columns, *rows = [[printable(cell) for cell in row] for row in (columns, *rows)]
     before = sum(4 + max(_width(row[i]) for row in [columns, *rows]) for i in range(len(columns) - 1))
     # Cells are words already: a number is not to be read and rounded once more.

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+import traceback
+from importlib.metadata import distribution
+from pathlib import Path
 from typing import Any
 
 from tokentrim_hooks.errors import MissingExtraError, TokenTrimError
+
+CHECKOUT = Path(__file__).parents[1]
+"""The folder of the source, where this package was installed from one (``pip install -e``)."""
 
 
 def require(module: str, extra: str = "") -> Any:
@@ -19,8 +26,22 @@ def require(module: str, extra: str = "") -> Any:
         return importlib.import_module(module)
     except ImportError as failure:
         package = module.partition(".")[0]
-        wanted = f"'tokentrim-hooks[{extra}]'" if extra else package
-        raise MissingExtraError(f"this needs {package}, which is not installed: pip install {wanted}") from failure
+        wanted = with_extra(extra) if extra else package
+        words = f"this needs {package}, which is not installed.\nInstall it: pip install {wanted}"
+        raise MissingExtraError(words) from failure
+
+
+def with_extra(extra: str) -> str:
+    """This package with an extra, as pip takes it: from where it was installed, a registry's name where nothing says.
+
+    Where that was is read from the checkout that this file lies in, or from ``direct_url.json`` (PEP 610).
+    """
+    if (CHECKOUT / "pyproject.toml").is_file():
+        return f"-e '{CHECKOUT}[{extra}]'"
+    origin = json.loads(distribution("tokentrim-hooks").read_text("direct_url.json") or "{}")
+    kind = origin.get("vcs_info", {}).get("vcs")
+    source = f" @ {f'{kind}+' if kind else ''}{origin['url']}" if "url" in origin else ""
+    return f"'tokentrim-hooks[{extra}]{source}'"
 
 
 def imported(target: str) -> Any:
@@ -38,6 +59,14 @@ def imported(target: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as failure:
-        raise TokenTrimError(f"cannot import {target}: {failure}") from failure
+    except Exception as failure:
+        raise TokenTrimError(f"cannot import {target}: {in_short(failure)}") from failure
     return found
+
+
+def in_short(failure: BaseException) -> str:
+    """What somebody's code raised, and in which line of it, in one line."""
+    words = " ".join(traceback.format_exception_only(failure)[-1].split())
+    frames = [f for f in traceback.extract_tb(failure.__traceback__) if "importlib" not in f.filename]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
+    return f"{words}{where}"

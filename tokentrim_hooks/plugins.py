@@ -6,6 +6,7 @@ for no order between them would be what their user meant.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -166,7 +167,13 @@ def _named(kind: str, kinds: str, name: str, infos: Sequence[Named], unknown: Ca
     known = ", ".join(sorted({info.name for info in infos if not info.error})) or "none"
     broken = [f"{i.name} ({i.distribution}): {i.error}" for i in left_out()]
     failures = f"; plugins that failed to load: {'; '.join(broken)}" if broken else ""
-    raise unknown(f"no {kind} named {name!r}; installed: {known}{failures}")
+    raise unknown(f"no {kind} named {name!r};{_meant(name, known)} installed: {known}{failures}")
+
+
+def _meant(name: str, known: str) -> str:
+    """The known name that looks most like the one given."""
+    alike = difflib.get_close_matches(name, known.split(", "), n=1)
+    return f" did you mean {alike[0]!r}?" if alike else ""
 
 
 def make_observer(name: str, folder: str | Path | None = None) -> Observer:

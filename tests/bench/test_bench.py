@@ -1,7 +1,6 @@
 """``tokentrim bench``: what it counts is counted right. No test looks at how long anything took."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,5 +137,5 @@ def test_targets_run_and_can_be_pruned():
 
 
 def test_settings_name_the_machine():
-    made = bench.settings("cpu", SimpleNamespace(target="reference", full=False, chunks=3, rounds=1))
+    made = bench.settings("cpu", {"target": "reference", "full": False, "chunks": 3, "rounds": 1})
     assert made["device"] and made["command"].startswith("tokentrim") and made["kind"] == "cpu"

@@ -5,11 +5,14 @@ from typing import get_args
 import pytest
 import torch
 
-from tokentrim_hooks.cli.main import main, parser
+from tokentrim_hooks.cli import compare
+from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.experiments.compare.rollouts import roll_out
 from tokentrim_hooks.experiments.compare.settings import BASE, Setting
 from tokentrim_hooks.experiments.compare.trials import ReferenceMaker
 from tokentrim_hooks.reference import fault as faults
+from tokentrim_hooks.reference.kinds import BASE as BASE_KIND
+from tokentrim_hooks.reference.kinds import KINDS
 
 OFF = Setting(BASE, off=True)
 FRAMES = 3
@@ -58,9 +61,9 @@ def corrupted(trial, found, last):
 
 
 def test_there_is_one_list_of_faults():
-    assert tuple(faults.FAULTS) == get_args(faults.Where) == tuple(PLANTED)
+    assert tuple(faults.FAULTS) == get_args(faults.Where) == tuple(PLANTED) == compare.FAULTS
+    assert tuple(KINDS) == compare.KINDS and compare.KINDS[0] == BASE_KIND
     for name in PLANTED:
-        assert parser().parse_args(["compare", "--reference", "--fault", name]).fault == name
         assert f'\n- ``"{name}"``: ' in faults.__doc__, "every fault is explained"
 
 

@@ -8,7 +8,7 @@ import torch
 from pages import PAGES, ROOT, blocks, python_blocks
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.cli.run import read_config
+from tokentrim_hooks.cli.script.choices import read_config
 
 TUTORIAL = ROOT / "docs" / "writing-an-adapter.md"  # runs in test_tutorial.py
 RUN = [page for page in PAGES if page != TUTORIAL and python_blocks(page)]

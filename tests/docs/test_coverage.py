@@ -1,6 +1,5 @@
 """Everything a user can name is in the docs: public names, hooks, options, errors, commands, environment variables."""
 
-import argparse
 import dataclasses
 import inspect
 import re
@@ -23,9 +22,7 @@ def public(owner):
 
 
 def options(command):
-    parser = argparse.ArgumentParser()
-    command.configure(parser)
-    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    return [option for parameter in command.params for option in parameter.opts if option.startswith("-")]
 
 
 def environment():

@@ -77,19 +77,21 @@ def test_mistakes_have_a_clear_message(project):
         ("--config", "bad.toml", "inference.py", "v"): "policy.fracton is not an option",
         ("--fraction", "-1", "inference.py", "v"): "fraction must be",
         ("none.py",): "no such script",
-        ("empty.py",): "no model was patched",
+        ("--out", "empty", "empty.py"): "no model was patched.\nThe script constructed no class that an adapter names",
     }
     for arguments, words in cases.items():
         done = tokentrim(project, *arguments)
         assert done.returncode != 0 and words in done.stderr, (arguments, done.stderr)
+        assert done.stderr.startswith("tokentrim run: "), "nothing else comes first"
+    assert not (project / "empty").exists(), "a run that patched nothing leaves no folder"
 
 
 def test_report_shows_latents_unless_they_are_not_wanted(project):
     assert tokentrim(project, "--out", "log", "--quiet", "inference.py", "v").returncode == 0
     assert len(list((project / "log" / "thumbs").glob("v0-c*-s0.png"))) == 8
-    assert tokentrim(project, "--out", "log", "--quiet", "--no-thumbnails", "inference.py", "v").returncode == 0
-    assert (project / "log" / "report.html").is_file()
-    assert not list((project / "log" / "thumbs").iterdir()), "pictures of the run before"
+    assert tokentrim(project, "--out", "bare", "--quiet", "--no-thumbnails", "inference.py", "v").returncode == 0
+    assert (project / "bare" / "report.html").is_file()
+    assert not list((project / "bare").rglob("*.png"))
 
 
 def test_processes_of_torchrun_do_not_share_a_log(project):
@@ -98,7 +100,81 @@ def test_processes_of_torchrun_do_not_share_a_log(project):
     assert len(read_report(project / "log" / "rank-1")) == 8
     assert not (project / "log" / "chunks.jsonl").exists()
     assert tokentrim(project, *options, RANK="0", WORLD_SIZE="1").returncode == 0
+    assert len(read_report(project / "log-2")) == 8
+
+
+def test_ranks_of_one_launch_share_a_folder_and_those_of_the_next_another(project):
+    launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
+    options = ("--out", "log", "--quiet", "--no-thumbnails", "inference.py", "v")
+    for rank in ("0", "1", "0"):
+        assert tokentrim(project, *options, RANK=rank, **launch).returncode == 0
+    assert sorted(path.parent.name for path in project.glob("log/*/chunks.jsonl")) == ["rank-0", "rank-1"]
+    assert [path.parent.name for path in project.glob("log-2/*/chunks.jsonl")] == ["rank-0"]
+
+
+def test_no_run_touches_an_older_log(project):
+    for number, folder in enumerate(("log", "log-2", "log-3"), 1):
+        done = tokentrim(project, "--out", "log", "--quiet", "inference.py", "v")
+        assert done.returncode == 0 and len(read_report(project / folder)) == 8
+        assert (f"log holds an earlier run, so this one goes to {folder}" in done.stderr) == (number > 1)
+    (project / "empty.py").write_text("")
+    before = {path: path.stat().st_mtime_ns for path in project.rglob("*") if path.is_file()}
+    done = tokentrim(project, "--out", "log", "empty.py")
+    assert done.returncode == 1 and "report" not in done.stderr, "an old log is not this run's"
+    assert {path: path.stat().st_mtime_ns for path in project.rglob("*") if path.is_file()} == before
+
+
+def test_a_module_runs_as_python_m_would(project):
+    (project / "package").mkdir()
+    (project / "package" / "__init__.py").write_text("")
+    (project / "package" / "make.py").write_text(SCRIPT + "\nprint(__name__, __package__, sys.argv[1:])\n")
+    done = tokentrim(project, "--out", "log", "--quiet", "-m", "package.make", "v")
+    assert done.returncode == 0 and done.stdout == "__main__ package ['v']\n", done.stderr
     assert len(read_report(project / "log")) == 8
+
+
+def test_a_seed_makes_two_runs_alike_and_unpatched_patches_nothing(project):
+    draws = "random.random(), numpy.random.rand(), torch.rand(2)"
+    (project / "draw.py").write_text(f"import random, numpy, torch; print({draws})")
+    said = [tokentrim(project, "--unpatched", "--seed", seed, "draw.py").stdout for seed in ("1", "1", "2")]
+    assert said[0] == said[1] != said[2] and not (project / "runs").exists()
+
+
+def test_the_status_is_the_script_s(project):
+    (project / "leaves.py").write_text("import sys; sys.exit(3)")
+    assert tokentrim(project, "--out", "log", "leaves.py").returncode == 3
+    (project / "raises.py").write_text("def inner():\n    open('none')\ninner()\n")
+    done = tokentrim(project, "--out", "log", "raises.py")
+    assert done.returncode == 1 and "FileNotFoundError: [Errno 2]" in done.stderr, "the script's, not ours"
+    first = next(line for line in done.stderr.splitlines() if line.startswith("  File"))
+    assert "raises.py" in first, "the traceback begins in the script"
+
+
+def test_ctrl_c_is_one_line_and_leaves_log_and_report(project):
+    interrupted = SCRIPT.replace("if len(sys.argv) > 2:", "raise KeyboardInterrupt\nif 0:")
+    (project / "interrupted.py").write_text(interrupted)
+    done = tokentrim(project, "--out", "log", "--quiet", "interrupted.py", "v")
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("tokentrim run: stopped by Ctrl-C")
+    assert len(read_report(project / "log")) == 8 and (project / "log" / "report.html").is_file()
+
+
+def test_progress_stands_beside_tqdm_s(project):
+    (project / "bar.py").write_text("import tqdm\n" + SCRIPT + "\nfor _ in tqdm.tqdm(range(3)): pass\n")
+    done = tokentrim(project, "--out", "log", "bar.py", "v")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("chunk ")]
+    assert len(lines) == 8 and lines[1].endswith("accepted, warming up"), done.stderr
+
+
+def test_a_known_class_that_is_no_known_model_is_told_at_once(project):
+    (project / "pipeline" / "causal_inference.py").write_text("class CausalInferencePipeline: pass\n")
+    (project / "other.py").write_text(
+        "import sys\nfrom pipeline.causal_inference import CausalInferencePipeline as P\n"
+        "P()\nprint('the work', file=sys.stderr)\n"
+    )
+    done = tokentrim(project, "--out", "log", "other.py")
+    assert done.stderr.startswith("tokentrim run: CausalInferencePipeline is left unpatched.\n")
+    assert done.stderr.index("left unpatched") < done.stderr.index("the work")
 
 
 def test_what_stands_behind_the_script_is_the_script_s(project):

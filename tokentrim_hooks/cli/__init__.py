@@ -1,1 +1,1 @@
-"""The command line, one file per subcommand."""
+"""The command line: one file per subcommand, none of which imports torch before it has to."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import platform
@@ -11,72 +10,76 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import click
 
-from tokentrim_hooks.cli.options import need, positive, write_json
+from tokentrim_hooks.cli.options import STANDARD_OUTPUT, device, json_option, need, ready_file, whole, write_json
 from tokentrim_hooks.console import progress, show_table
-from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.report.provenance import versions
 
 if TYPE_CHECKING:
     from tokentrim_hooks.experiments.bench.measure import Results
 
-HELP = "Measure what being patched costs, in one run."
 NAMES = ("reference", "skyreels", "fastvideo")
 GOALS = {"observing / unpatched": 1.002, "forced trigger / unpatched": 1.03}
 """What the project aims for, at full size on an H100-class GPU; shown beside the figures, never asserted."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare what ``tokentrim bench`` takes."""
-    parser.add_argument("--target", choices=NAMES, default="reference", help="random weights (default: reference)")
-    parser.add_argument("--full", action="store_true", help="the real model's size; wants a GPU")
-    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
-    parser.add_argument("--chunks", type=int, default=20, metavar="N", help="chunks of a rollout (default: 20)")
-    parser.add_argument("--rounds", type=positive, default=8, metavar="N", help="rounds of all arms (default: 8)")
-    parser.add_argument("--threads", type=positive, help="CPU threads of torch")
-    parser.add_argument("--json", type=Path, help="also write everything to this file")
+@click.command()
+@click.option("--target", type=click.Choice(NAMES), default="reference", show_default=True, help="What to measure on.")
+@click.option("--full", is_flag=True, help="The real model's size; wants a GPU.")
+@device(help="Where torch computes; by default cuda where there is one, else cpu.")
+@whole("--chunks", least=3, default=20, show_default=True,
+              help="Chunks of a rollout, at least 3: one of them is pruned.")  # fmt: skip
+@whole("--rounds", default=8, show_default=True, help="Rounds of all arms.")
+@whole("--threads", help="CPU threads of torch.")
+@json_option
+def bench(**options: Any) -> None:
+    """Measure what being patched costs, in one run.
 
-
-def run(options: argparse.Namespace) -> int:
-    """Measure, print the tables, write the JSON file.
-
-    Raises:
-        TokenTrimError: too few chunks, or a target that is not installed.
+    Weights are random: nothing is downloaded.
     """
-    if options.chunks < 3:
-        raise TokenTrimError("--chunks must be at least 3: one of them is pruned")
     need("scipy", "tqdm")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    out = ready_file(options["file"])
+    made_with, results = _measured(options)
+    if options["file"] is not None:
+        write_json(out, {"settings": made_with, **dataclasses.asdict(results)})
+    if options["file"] != STANDARD_OUTPUT:
+        show(results, made_with)
+
+
+def _measured(options: dict[str, Any]) -> tuple[dict[str, Any], Results]:
+    import torch
+
     from tokentrim_hooks.experiments.bench.measure import measure, rollouts
     from tokentrim_hooks.experiments.bench.target import Size
     from tokentrim_hooks.experiments.bench.targets import TARGETS
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = Size(device, options.chunks, options.full)
-    target = TARGETS[options.target](size)
-    made_with = {**settings(device, options), "model": {**target.words, "dtype": str(size.dtype)}}
-    with progress(f"{options.target}, {rollouts(options.rounds)} rollouts", rollouts(options.rounds)) as advance:
-        results = measure(target, options.chunks, options.rounds, device, advance)
-    show(results, made_with)
-    if options.json:
-        write_json(options.json, {"settings": made_with, **dataclasses.asdict(results)})
-    return 0
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    place = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    size = Size(place, options["chunks"], options["full"])
+    target = TARGETS[options["target"]](size)
+    made_with = {**settings(place, options), "model": {**target.words, "dtype": str(size.dtype)}}
+    count = rollouts(options["rounds"])
+    with progress(f"{options['target']}, {count} rollouts", count) as advance:
+        return made_with, measure(target, options["chunks"], options["rounds"], place, advance)
 
 
-def settings(device: str, options: argparse.Namespace) -> dict[str, Any]:
+def settings(place: str, options: dict[str, Any]) -> dict[str, Any]:
     """What the figures were measured on and with."""
-    gpu = torch.device(device).type == "cuda"
+    import torch
+
+    from tokentrim_hooks.report.provenance import versions
+
+    gpu = torch.device(place).type == "cuda"
     return {
         "command": shlex.join(["tokentrim", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name(device) if gpu else processor(),
+        "device": torch.cuda.get_device_name(place) if gpu else processor(),
         "kind": "cuda" if gpu else "cpu",
         "threads": torch.get_num_threads(),
-        "target": options.target,
-        "full": options.full,
-        "chunks": options.chunks,
-        "rounds": options.rounds,
+        "target": options["target"],
+        "full": options["full"],
+        "chunks": options["chunks"],
+        "rounds": options["rounds"],
         "versions": versions(),
     }
 

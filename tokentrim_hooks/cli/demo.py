@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import click
 
-from tokentrim_hooks.cli.options import as_json, need, positive
+from tokentrim_hooks.cli.options import FOLDER, as_json, device, need, ready_folder, whole
 from tokentrim_hooks.console import plain_table, progress
 from tokentrim_hooks.report import files
-from tokentrim_hooks.report.provenance import versions
 
 if TYPE_CHECKING:
     from tokentrim_hooks.experiments.demo.acts import Act, Size
 
-HELP = "See and measure it on a small trained model, in about two minutes."
 FILES = {
     "{act}.gif": "films: truth, unpatched and pruned beside each other",
     "{act}.png": "the same as stills",
@@ -30,47 +27,44 @@ FILES = {
 """What is written, by name: of each act, or once."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``tokentrim demo``."""
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write into (default: ./demo)")
-    parser.add_argument("--seeds", type=positive, metavar="N", help="videos, each with its own scene and noise")
-    parser.add_argument("--chunks", type=positive, metavar="N", help="chunks to generate where nothing is planted")
-    parser.add_argument("--seed", type=int, default=1, help="first seed: other scenes, other noise (default: 1)")
-    parser.add_argument("--fast", action="store_true", help="few videos, few chunks: a look, not a measurement")
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument(
-        "--untrained", action="store_true", help="tiny random weights: shows the plumbing, the video is noise"
-    )
+@click.command()
+@click.option("--out", type=FOLDER, default="demo", show_default=True, help="Folder to write into.")
+@whole("--seeds", help="Videos, each with its own scene and noise.")
+@whole("--chunks", help="Chunks to generate where nothing is planted.")
+@click.option("--seed", type=int, default=1, show_default=True, help="First seed: other scenes, other noise.")
+@click.option("--fast", is_flag=True, help="Few videos, few chunks: a look, not a measurement.")
+@device(default="cpu", show_default=True, help="Where torch computes.")
+@click.option("--untrained", is_flag=True, help="Tiny random weights: shows the plumbing, the video is noise.")
+def demo(out: Path, untrained: bool, **options: Any) -> None:
+    """See and measure it on a small trained model, in about two minutes.
 
-
-def run(options: argparse.Namespace) -> int:
-    """Roll out, say what came of it, write the files.
-
-    Raises:
-        MissingExtraError: the ``demo`` extra is not installed.
+    Says in three sentences what came of it, then shows a table, then where the films and pages are.
     """
     need("safetensors", "scipy", "PIL", "jinja2", "matplotlib", "tqdm")
+    ready_folder(out)
+    acts = _played(size_of(options), options["device"], untrained)
+    print(said(acts))
+    write(acts, out, made_with(options["device"], untrained))
+    print(f"Files in {out}:")
+    for name, words in FILES.items():
+        print(f"  {', '.join(dict.fromkeys(name.format(act=act.name) for act in acts))}: {words}")
+
+
+def _played(size: Size, place: str, untrained: bool) -> list[Act]:
     from tokentrim_hooks.experiments.compare.trials import ReferenceMaker
     from tokentrim_hooks.experiments.demo.acts import play
 
-    size = size_of(options)
-    load = functools.partial(ReferenceMaker.load, sink=None, trained=not options.untrained, device=options.device)
+    load = functools.partial(ReferenceMaker.load, sink=None, trained=not untrained, device=place)
     with progress(f"{size.scenes} videos", size.total_chunks) as advance:
-        acts = play(load, size, lambda *_: advance())
-    print(said(acts))
-    write(acts, options.out, made_with(options))
-    print(f"Files in {options.out}:")
-    for name, words in FILES.items():
-        print(f"  {', '.join(dict.fromkeys(name.format(act=act.name) for act in acts))}: {words}")
-    return 0
+        return play(load, size, lambda *_: advance())
 
 
-def size_of(options: argparse.Namespace) -> Size:
+def size_of(options: dict[str, Any]) -> Size:
     """The size that the options ask for."""
     from tokentrim_hooks.experiments.demo.acts import Size
 
-    size = Size(scenes=4, chunks=8, after=4) if options.fast else Size()
-    return Size(options.seeds or size.scenes, options.chunks or size.chunks, size.after, options.seed)
+    size = Size(scenes=4, chunks=8, after=4) if options["fast"] else Size()
+    return Size(options["seeds"] or size.scenes, options["chunks"] or size.chunks, size.after, options["seed"])
 
 
 def said(acts: Sequence[Act]) -> str:
@@ -107,11 +101,15 @@ def save_report(act: Act, folder: Path) -> Path:
     return write_page(folder, *(as_frames(take.video[0] * 0.5 + 0.5) for take in (act.paper, act.off)))
 
 
-def made_with(options: argparse.Namespace) -> dict[str, Any]:
+def made_with(place: str, untrained: bool) -> dict[str, Any]:
     """What the results were made with."""
+    import torch
+
+    from tokentrim_hooks.report.provenance import versions
+
     return {
-        "weights": "untrained" if options.untrained else "trained",
-        "device": options.device,
+        "weights": "untrained" if untrained else "trained",
+        "device": place,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

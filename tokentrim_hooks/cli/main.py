@@ -1,48 +1,73 @@
-"""The command line ``tokentrim``: finds the subcommand and hands over to its file."""
+"""The command line ``tokentrim``: its subcommands, its exit status, and failures in a sentence or two.
+
+Status 2 stands for a wrong use, a missing extra, or a file that cannot be read or written; 130 for Ctrl-C.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
 
-from tokentrim_hooks.cli import adapters, bench, compare, demo, detect, metrics, policies, report, run
+import click
+
+from tokentrim_hooks.cli.bench import bench
+from tokentrim_hooks.cli.compare import compare
+from tokentrim_hooks.cli.completion import completion
+from tokentrim_hooks.cli.demo import demo
+from tokentrim_hooks.cli.installed.adapters import adapters
+from tokentrim_hooks.cli.installed.detect import detect
+from tokentrim_hooks.cli.installed.policies import policies
+from tokentrim_hooks.cli.metrics import metrics
+from tokentrim_hooks.cli.report import report
+from tokentrim_hooks.cli.script.run import run
 from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import TokenTrimError
 
-
-class Command(Protocol):
-    """What a subcommand's file holds."""
-
-    HELP: str
-
-    def configure(self, parser: argparse.ArgumentParser, /) -> None:
-        """Declare its options."""
-
-    def run(self, options: argparse.Namespace, /) -> int:
-        """Do it; returns the exit status."""
+ALL = (demo, run, report, metrics, adapters, policies, detect, compare, bench, completion)
+COMMANDS: dict[str, click.Command] = {str(command.name): command for command in ALL}
+WRONG, INTERRUPTED = 2, 130
 
 
-MODULES = (demo, adapters, policies, detect, run, report, metrics, compare, bench)
-COMMANDS = {module.__name__.rpartition(".")[2]: cast(Command, module) for module in MODULES}
+class InOrder(click.Group):
+    """Lists its subcommands in the order in which a newcomer meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all subcommands."""
+        return list(self.commands)
+
+
+@click.group(cls=InOrder, commands=COMMANDS, invoke_without_command=True)
+@click.version_option(package_name="tokentrim-hooks")
+@click.pass_context
+def tokentrim(context: click.Context) -> None:
+    """Prune drifting tokens from a video model's context."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (2 for a wrong use or a missing extra)."""
-    options = parser().parse_args(arguments)
+    """Run the command line; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = " ".join(["tokentrim", *[word for word in given[:1] if word in COMMANDS]])
     try:
-        return COMMANDS[options.command].run(options)
+        return int(tokentrim.main(given, prog_name="tokentrim", standalone_mode=False) or 0)
+    except click.UsageError as failure:
+        path = failure.ctx.command_path if failure.ctx else name
+        return _say(f"{path}: {failure.format_message()}\nSee `{path} --help`.", WRONG)
     except TokenTrimError as failure:
-        print(printable(f"tokentrim {options.command}: {failure}"), file=sys.stderr)
-        return 2
+        return _say(f"{name}: {failure}", WRONG)
+    except OSError as failure:
+        return _say(f"{name}: {_reason(failure)}.\nSee to this file or device, or name another one.", WRONG)
+    except click.Abort:
+        return _say(f"{name}: stopped by Ctrl-C; what was finished until then is kept.", INTERRUPTED)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
-    top = argparse.ArgumentParser(prog="tokentrim", description="Prune drifting tokens from a video model's context.")
-    choices = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        # Without abbreviations: those of a script that `run` is given would be taken for ours.
-        command.configure(choices.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False))
-    return top
+def _reason(failure: OSError) -> str:
+    """The file, and what is the matter with it."""
+    where = f"{failure.filename}: " if failure.filename is not None else ""
+    return f"{where}{failure.strerror or failure}"
+
+
+def _say(words: str, status: int) -> int:
+    print(printable(words), file=sys.stderr)
+    return status

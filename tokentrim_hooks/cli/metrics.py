@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokentrim_hooks.cli.options import positive, write_json
+import click
+
+from tokentrim_hooks.cli.options import STANDARD_OUTPUT, json_option, ready_file, whole, write_json
 from tokentrim_hooks.console import counted, printable, show_table
-from tokentrim_hooks.errors import TokenTrimError
 
 if TYPE_CHECKING:
     from tokentrim_hooks.metrics.rows import Measured
 
-HELP = "Measure videos; no weights needed."
 
+@click.command()
+@click.argument("videos", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--all", "every", is_flag=True, help="All measures, not only the twelve that tell most.")
+@whole("--period", help="Frames of a chunk (Self-Forcing: 12), for spikes at its boundaries.")
+@json_option
+@click.option("--vbench", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+              help="A VBench result file: scores by VBench's own weights; repeatable.")  # fmt: skip
+def metrics(
+    videos: tuple[Path, ...], every: bool, period: int | None, file: Path | None, vbench: tuple[Path, ...]
+) -> None:
+    """Measure videos; no weights needed.
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare what ``tokentrim metrics`` takes."""
-    parser.add_argument("videos", type=Path, nargs="*", help="video files of any kind that ffmpeg reads")
-    parser.add_argument("--all", action="store_true", help="all measures, not only the twelve that tell most")
-    parser.add_argument("--period", type=positive, help="frames of a chunk (Self-Forcing: 12), for its boundaries")
-    parser.add_argument("--json", type=Path, help="also write everything to this file")
-    parser.add_argument("--vbench", type=Path, nargs="+", help="VBench result files: their scores by VBench's weights")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Measure videos without any downloaded weights; one column per video."""
-    if not options.videos and not options.vbench:
-        raise TokenTrimError("give at least one video, or --vbench with result files")
-    measured = {str(path): _measured(path, options.period) for path in options.videos}
-    if measured:
-        _show(measured, options.all)
-    if options.vbench:
-        _show_vbench(options.vbench)
-    if options.json:
-        write_json(options.json, {name: video.as_json() for name, video in measured.items()})
-    return 0
+    VIDEOS are files of any kind that ffmpeg reads.
+    """
+    if not videos and not vbench:
+        raise click.UsageError("give at least one video, or --vbench with a result file")
+    out = ready_file(file)
+    measured = {str(path): _measured(path, period) for path in videos}
+    if file != STANDARD_OUTPUT and measured:
+        _show(measured, every)
+    if file != STANDARD_OUTPUT and vbench:
+        _show_vbench(vbench)
+    if file is not None:
+        write_json(out, {name: video.as_json() for name, video in measured.items()})
 
 
 def _measured(path: Path, period: int | None) -> Measured:
@@ -58,7 +59,7 @@ def _show(measured: dict[str, Measured], whole: bool) -> None:
     print(NOTE if len(measured) != 2 else f"{NOTE}\n{ONE_PAIR}")
 
 
-def _show_vbench(paths: list[Path]) -> None:
+def _show_vbench(paths: tuple[Path, ...]) -> None:
     from tokentrim_hooks.metrics.vbench import read_results, scores
 
     found = scores(read_results(paths))

@@ -1,23 +1,85 @@
-"""What several subcommands share: kinds of options, what an extra must bring, files of results."""
+"""What several subcommands share: kinds of options, checks before any work, files of results."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import click
 
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.report.files import made, told
-from tokentrim_hooks.report.record import finite
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+"""A folder to write into; whether that can be done is seen by :func:`ready_folder`."""
+STANDARD_OUTPUT = Path("-")
 
 
-def positive(text: str) -> int:
-    """An option's whole number from 1 on."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+def whole(*names: str, least: int = 1, **more: Any) -> Callable[[Decorated], Decorated]:
+    """An option that is a whole number from ``least`` on."""
+
+    def checked(_context: click.Context, _option: click.Parameter, value: int | None) -> int | None:
+        if value is not None and value < least:
+            raise click.BadParameter(f"must be at least {least}, got {value}")
+        return value
+
+    return click.option(*names, type=int, callback=checked, **{"metavar": "N", **more})
+
+
+def device(help: str, **more: Any) -> Callable[[Decorated], Decorated]:
+    """``--device``, a device of torch's that this machine has."""
+    return click.option("--device", callback=_there, help=help, **more)
+
+
+def _there(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """See that a tensor can be made on the device."""
+    if value in (None, "cpu"):
+        return value
+    import torch
+
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError, NotImplementedError) as failure:
+        words = str(failure).partition("\n")[0]
+        raise click.BadParameter(f"there is no device {value!r} here ({words}); try cpu") from failure
+    return value
+
+
+def json_option(command: Decorated) -> Decorated:
+    """``--json FILE``; the file is checked by :func:`ready_file`."""
+    return click.option("--json", "file", type=FOLDER, metavar="FILE", help="Write it as JSON; - is standard output.")(
+        command
+    )
+
+
+def ready_folder(folder: Path) -> Path:
+    """The folder that a user named, made if absent; something can be written into it.
+
+    Raises:
+        ReportError: it cannot be made, or not be written into.
+    """
+    return ready_file(made(folder) / f".{uuid.uuid4().hex[:12]}.part").parent
+
+
+def ready_file(path: Path | None) -> Path:
+    """The file that a user named, its folder made if absent; it can be written, and what is in it stays for now.
+
+    Raises:
+        ReportError: it cannot be written.
+    """
+    if path is None or path == STANDARD_OUTPUT:
+        return STANDARD_OUTPUT
+    made(path.parent)
+    with told(f"cannot write {path}"):
+        absent = not path.exists()
+        path.open("ab").close()
+        if absent:
+            path.unlink()
+    return path
 
 
 def need(*modules: str, extra: str = "demo") -> None:
@@ -31,12 +93,14 @@ def need(*modules: str, extra: str = "demo") -> None:
 
 
 def write_json(path: Path, values: Any) -> Path:
-    """Write strict JSON to the file that a user named, its folder made if absent; returns the path.
+    """Write strict JSON to the file that a user named, or to standard output if that is ``-``; returns the path.
 
     Raises:
         ReportError: it cannot be written.
     """
-    made(path.parent)
+    if path == STANDARD_OUTPUT:
+        click.echo(as_json(values), nl=False)
+        return path
     with told(f"cannot write {path}"):
         path.write_text(as_json(values), encoding="utf-8")
     return path
@@ -44,4 +108,6 @@ def write_json(path: Path, values: Any) -> Path:
 
 def as_json(values: Any) -> str:
     """Strict JSON; what is not finite becomes null."""
+    from tokentrim_hooks.report.record import finite
+
     return json.dumps(finite(values), indent=2, allow_nan=False) + "\n"

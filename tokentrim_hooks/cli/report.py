@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from tokentrim_hooks.errors import ReportError, TokenTrimError
+import click
 
-HELP = "Render a run's log as one HTML file."
+from tokentrim_hooks.errors import ReportError
 
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare what ``tokentrim report`` takes."""
-    parser.add_argument("folder", type=Path, help="a run's folder, with chunks.jsonl in it, or one of its logs")
-    parser.add_argument("--video", type=Path, help="the decoded video of the run, to draw drift maps over")
-    parser.add_argument("--unpatched", type=Path, metavar="VIDEO", help="of the same noise: shows a filmstrip of both")
+VIDEO = click.Path(dir_okay=False, path_type=Path)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Render a run's folder as one self-contained report.html."""
-    if options.unpatched and not options.video:
-        raise TokenTrimError("--unpatched needs --video, the decoded video of the patched run")
-    print(page_of(options.folder, options.video, options.unpatched))
-    _say_what_else(options.folder)
-    return 0
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--video", type=VIDEO, help="The decoded video of the run, to draw drift maps over.")
+@click.option("--unpatched", type=VIDEO, metavar="VIDEO", help="Of the same noise: shows a filmstrip of both.")
+@click.option("--unchecked", is_flag=True, help="Take --video also where it does not look like this run's.")
+def report(folder: Path, video: Path | None, unpatched: Path | None, unchecked: bool) -> None:
+    """Render a run's log as one HTML file.
+
+    FOLDER is a run's, with chunks.jsonl in it, or one of its logs.
+    """
+    if unpatched and not video:
+        raise click.UsageError("--unpatched needs --video, the decoded video of the patched run")
+    if video and not unchecked:
+        from tokentrim_hooks.cli.belongs import require_own
+
+        require_own(video, folder)
+    click.echo(str(page_of(folder, video, unpatched)))
+    _say_what_else(folder)
 
 
 def _say_what_else(folder: Path) -> None:

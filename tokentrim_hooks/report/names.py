@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
-
-import torch
 
 LOG = re.compile(r"chunks((?:\.(?:rank\d+|pid\d+(?:-\d+)?|old-\d+))*)\.jsonl")
 
@@ -45,8 +44,10 @@ def logs_in(folder: Path) -> list[Path]:
 
 def rank() -> int:
     """This process's rank: torch.distributed's, else that of the environment (``RANK``), else 0."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
+    # Imported for nobody: where nothing has imported torch, no process group is initialised.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return int(torch.distributed.get_rank())
     given = os.environ.get("RANK", "")
     return int(given) if given.isdecimal() else 0
 

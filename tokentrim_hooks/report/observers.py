@@ -74,8 +74,12 @@ class ProgressLine:
         self._stream = stream
 
     def on_chunk(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
-        """Print the line of the chunk's most severe sample."""
-        print(progress_line(records), file=self._stream or sys.stderr, flush=True)
+        """Print the line of the chunk's most severe sample; a bar of tqdm's is drawn again below it."""
+        stream, tqdm = self._stream or sys.stderr, sys.modules.get("tqdm")
+        if tqdm is None:
+            print(progress_line(records), file=stream, flush=True)
+        else:
+            tqdm.tqdm.write(progress_line(records), file=stream)
 
 
 def progress_line(records: Sequence[ChunkRecord]) -> str:
@@ -86,7 +90,9 @@ def progress_line(records: Sequence[ChunkRecord]) -> str:
         return f"{head}  {'given' if record.given else 'not judged'}"
     threshold = "no threshold" if record.threshold is None else f"threshold={record.threshold:.3g}"
     pruned = [r for r in records if r.pruned]
-    tail = f"pruned {len(pruned[0].tokens)}/{record.grid[0] * record.grid[1]} tokens" if pruned else "accepted"
+    tail = "accepted" if record.threshold is not None else "accepted, warming up"
+    if pruned:
+        tail = f"pruned {len(pruned[0].tokens)}/{record.grid[0] * record.grid[1]} tokens"
     many = f" in {len(pruned)} of {len(records)} samples" if pruned and len(records) > 1 else ""
     return f"{head}  D={record.severity:.3g}  {threshold}  {tail}{many}"
 

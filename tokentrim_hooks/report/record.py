@@ -95,7 +95,7 @@ def thumbnail_name(record: ChunkRecord) -> str:
     return f"v{record.video:d}-c{record.chunk:04d}-s{record.sample:d}.png"
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """All chunk records of a patched model, with the settings they were made under."""
 
@@ -107,6 +107,10 @@ class Report:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __repr__(self) -> str:
+        about = ", ".join(str(self.settings[key]) for key in ("adapter", "policy") if key in self.settings)
+        return f"<Report {about + ': ' if about else ''}{self.summary().partition(chr(10))[0]}; see summary()>"
 
     @property
     def triggers(self) -> int:

@@ -7,13 +7,11 @@ recognises its structure; the names merely say where to look.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import runpy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,14 @@ from typing import Any
 import wrapt
 
 from tokentrim_hooks.api import patch
+from tokentrim_hooks.cli.script.target import Target
+from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import AlreadyPatchedError, TokenTrimError, TokenTrimWarning, UnsupportedModelError
 from tokentrim_hooks.handle.handle import PatchHandle
-from tokentrim_hooks.plugins import find_observer, make_observer, usable_adapters
+from tokentrim_hooks.plugins import make_observer, usable_adapters
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy
-from tokentrim_hooks.report.files import below, made
+from tokentrim_hooks.report.files import below
 from tokentrim_hooks.report.observers import JsonLines, Observer, ProgressLine
 from tokentrim_hooks.report.thumbnails import Thumbnails, clear
 from tokentrim_hooks.rollout.shared import Probe
@@ -54,6 +54,14 @@ class Run:
         for place in constructors:
             module, _, name = place.partition(":")
             wrapt.register_post_import_hook(functools.partial(self._wrap_class, name), module)
+
+    def over(self, target: Target) -> int:
+        """Run a script with every model patched as it is constructed; returns its status. The log is complete then."""
+        self.watch(constructors())
+        try:
+            return target.run()
+        finally:
+            self.stop()
 
     def stop(self) -> None:
         """Patch nothing more, take all patches off; the logs are complete."""
@@ -85,7 +93,7 @@ class Run:
         except AlreadyPatchedError:
             return
         except UnsupportedModelError as refusal:
-            self.refusals.append(str(refusal))
+            self._refused(instance, str(refusal))
         except TokenTrimError as failure:
             self.refusals.append(str(failure))
             warnings.warn(f"not patched: {failure}", TokenTrimWarning, stacklevel=3)
@@ -93,6 +101,21 @@ class Run:
             self.handles.append(handle)
             self.logs.append(log)
             self._clear_pictures(folder)
+
+    def _refused(self, instance: Any, words: str) -> None:
+        """Say at once that a known class is not what an adapter knows: the script may go on for an hour."""
+        self.refusals.append(words)
+        name = type(instance).__qualname__
+        print(printable(f"tokentrim run: {name} is left unpatched.\n{words}"), file=sys.stderr, flush=True)
+
+    def why_none(self) -> str:
+        """Why no model was patched, and what to do."""
+        if self.refusals:
+            return "\n".join(dict.fromkeys(self.refusals))
+        return (
+            "The script constructed no class that an adapter names (`tokentrim adapters`).\n"
+            "See what one makes of your model with `tokentrim detect`, or call tokentrim_hooks.patch in the script."
+        )
 
     def _clear_pictures(self, folder: Path) -> None:
         try:
@@ -113,42 +136,6 @@ class Run:
         return watching
 
 
-def folder_of_process(folder: Path) -> Path:
-    """``folder``; under ``torchrun`` with several processes a folder in it for each: they must not share a log."""
-    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
-    return folder if rank is None or size == "1" else folder / f"rank-{rank}"
-
-
 def constructors() -> list[str]:
     """All class names (``module:Class``) that enabled adapters ask to look at."""
     return sorted({place for info in usable_adapters() for place in info.loaded.constructors})
-
-
-def run_script(script: Path, arguments: Sequence[str], run: Run) -> None:
-    """Run ``script`` as ``python script arguments...`` would, patched; the log is complete also when it crashes.
-
-    Raises:
-        TokenTrimError: there is no such script, observer or folder. Anything that the script raises.
-    """
-    if not script.is_file():
-        raise TokenTrimError(f"no such script: {script}")
-    for name in run.observers:
-        find_observer(name)
-    made(run.folder)
-    run.watch(constructors())
-    try:
-        with _as_main(script, arguments):
-            runpy.run_path(str(script), run_name="__main__")
-    finally:
-        run.stop()
-
-
-@contextlib.contextmanager
-def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[None]:
-    argv, path = sys.argv, list(sys.path)
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.resolve().parent))
-    try:
-        yield
-    finally:
-        sys.argv, sys.path[:] = argv, path

@@ -1,0 +1,1 @@
+"""Commands that run somebody's script: patched as its model is constructed, or both patched and unpatched."""

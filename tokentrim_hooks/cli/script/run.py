@@ -1,0 +1,83 @@
+"""``tokentrim run``: what it takes, what it prints."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tokentrim_hooks.cli.options import FOLDER
+from tokentrim_hooks.cli.script.folders import claimed, ended
+from tokentrim_hooks.cli.script.options import SCRIPT, patching, script
+from tokentrim_hooks.console import printable
+from tokentrim_hooks.errors import TokenTrimError
+
+if TYPE_CHECKING:
+    from tokentrim_hooks.cli.script.runner import Run
+    from tokentrim_hooks.cli.script.target import Target
+
+
+@click.command(context_settings=SCRIPT)
+@click.option("--out", type=FOLDER, default="runs/tokentrim", show_default=True,
+              help="Folder of the log and the report; numbered where an earlier run has it.")  # fmt: skip
+@patching
+@click.option("--observe", is_flag=True, help="Measure only; output stays bit-identical.")
+@click.option("--observer", multiple=True, metavar="NAME", help="An installed observer, by name; repeatable.")
+@click.option("--seed", type=int, metavar="N", help="Seed Python, NumPy and torch before the script begins.")
+@click.option("--unpatched", is_flag=True, help="Patch nothing: the same run, for comparison.")
+@click.option("--quiet", is_flag=True, help="No progress line per chunk.")
+@click.option("--no-thumbnails", is_flag=True, help="No pictures of latents.")
+@script
+def run(out: Path, script: str, is_module: bool, arguments: tuple[str, ...], **flags: Any) -> int:
+    """Run an unmodified inference script, patched.
+
+    Every known model is patched as it is constructed. What stands behind SCRIPT belongs to the script. The report is
+    written also when the script crashes or is stopped. The status is the script's, or 1 if no model was patched.
+    """
+    from tokentrim_hooks.cli.script.choices import Choices
+    from tokentrim_hooks.cli.script.runner import Run
+    from tokentrim_hooks.cli.script.target import Target, seed_all
+
+    choices, target = Choices.of(flags), Target.of(script, arguments, is_module)
+    if flags["seed"] is not None:
+        seed_all(flags["seed"])
+    if flags["unpatched"]:
+        return target.run()
+    thumbnails = not flags["no_thumbnails"] and importlib.util.find_spec("PIL") is not None
+    folder = claimed(out, shlex.join(["tokentrim", *sys.argv[1:]]))
+    this = Run(folder, choices.policies, choices.probe, flags["quiet"], choices.observers, thumbnails)
+    return _watched(target, this)
+
+
+def _watched(target: Target, this: Run) -> int:
+    """Run it, then say what became of it, whatever ended it."""
+    status = 1
+    try:
+        status = this.over(target)
+    finally:
+        _say_what_happened(this)
+        if os.getpid() == this.process:
+            ended(this.folder)
+    return status or (0 if this.handles else 1)
+
+
+def _say_what_happened(this: Run) -> None:
+    """Summaries and report pages of all models that were patched, or why none was; a fork leaves that to its parent."""
+    from tokentrim_hooks.report.page import write_page
+
+    if os.getpid() != this.process:
+        return
+    for handle in this.handles:
+        print(handle.report.summary(), file=sys.stderr)
+    if not this.handles:
+        print(printable(f"tokentrim run: no model was patched.\n{this.why_none()}"), file=sys.stderr)
+    for log in this.logs:
+        try:
+            print(f"report: {write_page(log.path)}", file=sys.stderr)
+        except TokenTrimError as failure:
+            print(printable(f"no report page for {log.path}: {failure}"), file=sys.stderr)
