@@ -10,7 +10,7 @@ from tokentrim_hooks.cli.script.folders import times_of
 from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import VideoError
 from tokentrim_hooks.extras import require
-from tokentrim_hooks.report.record import ChunkRecord, log_in, read_report
+from tokentrim_hooks.report.record import log_in, stream
 
 AFTERWARDS = 2.0
 """Seconds by which clocks of two file systems may differ."""
@@ -31,25 +31,31 @@ def require_own(video: Path, place: Path) -> None:
     began, ended = times_of(log.parent)
     if began is not None and written < began - AFTERWARDS:
         _refuse(video, "it was written before the run began")
-    first = [record for record in read_report(log).records if record.video == 0 and record.sample == 0]
-    if first:
-        _compare(video, first)
+    _compare(video, log)
     if ended is not None and written > ended + AFTERWARDS:
         words = f"{video} was written {_ago(written - ended)} after the run had ended: is it this run's?"
         print(printable(f"tokentrim report: {words}"), file=sys.stderr)
 
 
-def _compare(video: Path, records: list[ChunkRecord]) -> None:
+def _compare(video: Path, log: Path) -> None:
     """Hold frames and shape against latent frames and the token grid."""
     frames, height, width = _size(video)
-    latents = max(record.start + record.frames for record in records)
+    latents, rows, columns = _latents(log)
     if 0 < frames < latents:
         _refuse(video, f"it has {frames} frames, fewer than the {latents} latent frames of the run")
-    rows, columns = max(record.grid for record in records)
     if rows and columns:
         expected, found = columns / rows, width / height
         if abs(found / expected - 1) > 1 / min(rows, columns) + 0.05:
             _refuse(video, f"it is {width} x {height}, while the run's tokens are {columns} x {rows}")
+
+
+def _latents(log: Path) -> tuple[int, int, int]:
+    """Latent frames of the first video, rows and columns of its tokens; the log is read line by line."""
+    latents, grid = 0, (0, 0)
+    for _, record in stream(log):
+        if record.video == 0 and record.sample == 0:
+            latents, grid = max(latents, record.start + record.frames), max(grid, record.grid)
+    return latents, *grid
 
 
 def _size(video: Path) -> tuple[int, int, int]:
