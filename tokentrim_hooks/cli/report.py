@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -16,8 +17,11 @@ VIDEO = click.Path(dir_okay=False, path_type=Path)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--video", type=VIDEO, help="The decoded video of the run, to draw drift maps over.")
 @click.option("--unpatched", type=VIDEO, metavar="VIDEO", help="Of the same noise: shows a filmstrip of both.")
+@click.option("--what-if", multiple=True, metavar="SETTING", help="One more to ask the log about: 'sensitivity=1.5'.")
 @click.option("--unchecked", is_flag=True, help="Take --video also where it does not look like this run's.")
-def report(folder: Path, video: Path | None, unpatched: Path | None, unchecked: bool) -> None:
+def report(
+    folder: Path, video: Path | None, unpatched: Path | None, what_if: Sequence[str], unchecked: bool
+) -> None:
     """Render a run's log as one HTML file.
 
     FOLDER is a run's, with chunks.jsonl in it, or one of its logs.
@@ -28,7 +32,7 @@ def report(folder: Path, video: Path | None, unpatched: Path | None, unchecked: 
         from tokentrim_hooks.cli.belongs import require_own
 
         require_own(video, folder)
-    click.echo(str(page_of(folder, video, unpatched)))
+    click.echo(str(page_of(folder, video, unpatched, what_if)))
     _say_what_else(folder)
 
 
@@ -42,15 +46,23 @@ def _say_what_else(folder: Path) -> None:
         print(f"The page shows {drawn}; there are also {shown}: give one instead of the folder.", file=sys.stderr)
 
 
-def page_of(folder: Path, video: Path | None = None, unpatched: Path | None = None) -> Path:
+def page_of(
+    folder: Path, video: Path | None = None, unpatched: Path | None = None, what_if: Sequence[str] = ()
+) -> Path:
     """Write the page of a run's folder, or of one log in it; returns its path.
+
+    Args:
+        folder: the run's, or a log. video, unpatched: decoded videos. what_if: further settings to ask the log about.
 
     Raises:
         ReportError: no such folder, or no log in it that can be read. VideoError: a video cannot be read.
+        TokenTrimError: a setting that is none.
     """
+    from tokentrim_hooks.experiments.what_if.answers import section
     from tokentrim_hooks.metrics.video import VideoFile
     from tokentrim_hooks.report.page import write_page
 
     if not folder.exists():
         raise ReportError(f"no such folder: {folder}")
-    return write_page(folder, *(None if path is None else VideoFile.of(path) for path in (video, unpatched)))
+    clips = [None if path is None else VideoFile.of(path) for path in (video, unpatched)]
+    return write_page(folder, *clips, sections=[section(folder, what_if)])

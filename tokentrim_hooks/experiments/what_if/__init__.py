@@ -1,0 +1,1 @@
+"""What another setting would have pruned, answered from a log: a policy's own judge is asked again."""
