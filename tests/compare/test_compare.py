@@ -1,7 +1,10 @@
 """``tokentrim compare``: pairing, resuming, guarding, tables. Tiny random models."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,6 +91,45 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     toy_trial.MADE.clear()
     compare(toy_trial.make, [OFF, ALWAYS], [[1, 2], [3]], Store(tmp_path, {"a": 1}))
     assert toy_trial.MADE == []
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tokentrim_hooks.experiments.compare.store import Store
+store = Store(Path(sys.argv[1]), {"a": 1})
+with store.held():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such locks")
+def test_two_comparisons_at_once_in_one_folder_are_refused_and_nothing_is_cut(tmp_path):
+    store = Store(tmp_path, {"a": 1})
+    compare(toy_trial.make, [OFF], [[1]], store)
+    half = '{"setting": "off", "se'
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=-1, stdout=-1, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with (tmp_path / "results.jsonl").open("a") as file:
+            file.write(half)  # as if the other were amid a line
+        for act in (lambda: Store(tmp_path, {"a": 1}), lambda: compare(toy_trial.make, [OFF, ALWAYS], [[1]], store)):
+            with pytest.raises(TokenTrimError, match=r"another comparison is running in .*\n.*another --out"):
+                act()
+        assert (tmp_path / "results.jsonl").read_text().endswith(half)
+    finally:
+        other.communicate("")
+    compare(toy_trial.make, [OFF, ALWAYS], [[1]], Store(tmp_path, {"a": 1}))
+    assert [o.setting for o in Store(tmp_path, {"a": 1}).outcomes] == ["off", "always"], "its end, or death, frees it"
+
+
+def test_what_another_has_added_since_is_not_done_again(tmp_path):
+    early, late = Store(tmp_path, {}), Store(tmp_path, {})
+    compare(toy_trial.make, [OFF], [[1, 2]], early)
+    toy_trial.MADE.clear()
+    compare(toy_trial.make, [OFF], [[1, 2]], late)
+    assert toy_trial.MADE == [] and len(late.outcomes) == 1
 
 
 def test_results_of_different_runs_are_not_mixed(tmp_path):

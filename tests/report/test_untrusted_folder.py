@@ -346,3 +346,8 @@ def test_a_comparison_follows_no_links(folder, outside):
     (folder / "results.jsonl").symlink_to(outside / "precious")
     with pytest.raises(TokenTrimError, match="is a link"):
         Store(folder, {"target": "reference"})
+    (folder / "results.jsonl").unlink()
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(outside / "new")
+    with pytest.raises(ReportError, match=r"cannot write .*\.lock"):
+        Store(folder, {"target": "reference"})

@@ -15,7 +15,7 @@ import os
 import textwrap
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,23 @@ def is_held(log: Path) -> bool:
             return not _lock(file)
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def alone(place: Path) -> Iterator[bool]:
+    """Hold a file, made if absent and never removed, for the duration; says whether nobody else holds it.
+
+    Where there are no locks (Windows, some network file systems) everybody is alone.
+
+    Raises:
+        ReportError: it cannot be made, or is a link, which may lead anywhere.
+    """
+    with told(f"cannot write {place}"):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        file = _existing(place)
+    with file:
+        yield _lock(file)
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any], tag: str = "") -> None:

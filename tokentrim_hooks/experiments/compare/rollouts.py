@@ -32,14 +32,20 @@ def compare(
     store: Store,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill the store, batch by batch, so that an interrupted run holds whole comparisons of fewer seeds."""
-    for seeds in groups:
-        missing = [setting for setting in settings if not store.has(setting.name, seeds)]
-        trial = make(seeds) if missing else None
-        for setting in settings:
-            if trial is not None and setting in missing:
-                store.add(outcome_of(trial, setting, seeds))
-            advance()
+    """Fill the store, batch by batch, so that an interrupted run holds whole comparisons of fewer seeds.
+
+    Raises:
+        TokenTrimError: another process is filling it.
+    """
+    with store.held():
+        store.refresh()
+        for seeds in groups:
+            missing = [setting for setting in settings if not store.has(setting.name, seeds)]
+            trial = make(seeds) if missing else None
+            for setting in settings:
+                if trial is not None and setting in missing:
+                    store.add(outcome_of(trial, setting, seeds))
+                advance()
 
 
 @dataclass(frozen=True)

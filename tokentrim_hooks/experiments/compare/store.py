@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tokentrim_hooks.errors import ReportError, TokenTrimError
 from tokentrim_hooks.experiments.compare.settings import Setting
 from tokentrim_hooks.report.fields import LARGE, parsed
 from tokentrim_hooks.report.files import append, made, read, write
-from tokentrim_hooks.report.log_file import read_settings
+from tokentrim_hooks.report.log_file import alone, read_settings
 from tokentrim_hooks.report.record import finite
 
 MOST = 1 << 30
@@ -59,9 +60,11 @@ class Store:
 
     def __init__(self, folder: Path, made_with: Mapping[str, Any], settings: Sequence[Setting] = ()) -> None:
         self.folder, self.log = folder, folder / "results.jsonl"
+        self.outcomes: list[Outcome] = []
         made(folder)
-        self._guard(made_with)
-        self.outcomes = read_outcomes(self.log)
+        with self.held():  # not while somebody writes: the half of a line would be taken for what a crash left
+            self._guard(made_with)
+            self.refresh()
         for outcome in self.outcomes:
             for setting in settings:
                 if setting.name == outcome.setting and setting.as_dict() != outcome.description:
@@ -80,6 +83,29 @@ class Store:
         if changed:
             words = "; ".join(f"{key}: {_short(before.get(key))} then, {_short(now.get(key))} now" for key in changed)
             raise TokenTrimError(f"{self.folder} holds another comparison ({words}); give another --out")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the folder.
+
+        Raises:
+            TokenTrimError: one is at it.
+        """
+        with alone(self.folder / ".lock") as nobody_else:
+            if not nobody_else:
+                raise TokenTrimError(
+                    f"another comparison is running in {self.folder}, and would do the same work again.\n"
+                    "Wait for its end, or give another --out."
+                )
+            yield
+
+    def refresh(self) -> None:
+        """Read the outcomes anew: another process may have added some. To be called while the folder is :meth:`held`.
+
+        Raises:
+            ReportError: the log cannot be read, or a line is no outcome.
+        """
+        self.outcomes = read_outcomes(self.log)
 
     def has(self, setting: str, seeds: Sequence[int]) -> bool:
         """Whether this batch is done."""
