@@ -15,6 +15,9 @@ from tokentrim_hooks.errors import MissingExtraError, TokenTrimError
 CHECKOUT = Path(__file__).parents[1]
 """The folder of the source, where this package was installed from one (``pip install -e``)."""
 
+OF_ITSELF = {"cv2": "opencv-python-headless"}
+"""In no extra of ours, for a second OpenCV breaks the first: who has none installs this one."""
+
 
 def require(module: str, extra: str = "") -> Any:
     """Import ``module`` or say which extra of this package brings it; without ``extra`` it is installed by its name.
@@ -26,7 +29,7 @@ def require(module: str, extra: str = "") -> Any:
         return importlib.import_module(module)
     except ImportError as failure:
         package = module.partition(".")[0]
-        wanted = with_extra(extra) if extra else package
+        wanted = OF_ITSELF.get(package) or (with_extra(extra) if extra else package)
         words = f"this needs {package}, which is not installed.\nInstall it: pip install {wanted}"
         raise MissingExtraError(words) from failure
 

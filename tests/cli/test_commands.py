@@ -62,9 +62,10 @@ def test_completion_completes():
 
 
 WRONG = {
-    ("adapers",): "No such command 'adapers'. Did you mean 'adapters'?",
-    ("--versoin",): "No such option '--versoin'. Did you mean '--version'?",
-    ("run", "--polcy", "drift", "x.py"): "No such option '--polcy'. Did you mean '--policy'?",
+    ("adapers",): "no such command 'adapers'; did you mean 'adapters'?",
+    ("nonsense",): "no such command 'nonsense'",
+    ("--versoin",): "o such option '--versoin'. Did you mean '--version'?",
+    ("run", "--polcy", "drift", "x.py"): "o such option '--polcy'. Did you mean '--policy'?",
     ("demo", "--seeds", "0"): "'--seeds': must be at least 1, got 0",
     ("compare", "--seeds", "0"): "'--seeds': must be at least 1, got 0",
     ("metrics", "--period", "0", __file__): "'--period': must be at least 1, got 0",

@@ -2,22 +2,19 @@
 
 import json
 
-import imageio.v2 as imageio
+import av
 import numpy as np
 import pytest
 
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import VideoError
 from tokentrim_hooks.metrics.video import VideoFile, read_video
+from tokentrim_hooks.metrics.writing import write_video
 
 
 @pytest.fixture
 def grey(tmp_path):
-    path = tmp_path / "grey.mp4"
-    with imageio.get_writer(path, fps=8, codec="libx264", macro_block_size=2) as writer:
-        for _ in range(12):
-            writer.append_data(np.full((32, 48, 3), 128, np.uint8))
-    return path
+    return write_video(tmp_path / "grey.mp4", [np.full((32, 48, 3), 128, np.uint8)] * 12, fps=8)
 
 
 def test_reads_what_was_written(grey):
@@ -72,3 +69,18 @@ def test_unreadable_files_have_a_clear_message(tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
     assert main(["metrics"]) == 2
     assert main(["metrics", str(bad), "--period", "0"]) == 2
+
+
+def test_what_is_written_plays_in_a_browser_and_cannot_be_nothing(tmp_path):
+    odd = np.random.default_rng(0).random((5, 33, 47, 3))
+    file = write_video(tmp_path / "odd.mp4", odd, fps=23.976)
+    with av.open(str(file)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt, stream.width, stream.height) == ("h264", "yuv420p", 46, 32)
+        assert float(stream.average_rate) == pytest.approx(23.976, abs=0.01)
+    with pytest.raises(VideoError, match="there is no frame"):
+        write_video(tmp_path / "none.mp4", [])
+    with pytest.raises(VideoError, match="differ in size"):
+        write_video(tmp_path / "two.mp4", [odd[0], odd[0, :16]])
+    with pytest.raises(VideoError, match=r"cannot write .*No such file"):
+        write_video(tmp_path / "no" / "folder.mp4", odd)

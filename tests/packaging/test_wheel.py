@@ -5,28 +5,33 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Contents by name of a wheel built offline from a copy of the checkout, which has to be small."""
+def built(tmp_path_factory):
+    """A wheel built offline by ``python -m build``, from a source archive made of a copy of the checkout."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE", "tokentrim_hooks", "adapters"):
-        if (ROOT / name).exists():
-            subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
-    if not (copy / "README.md").exists():
-        (copy / "README.md").write_text("tokentrim-hooks\n")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "wheel", "--no-deps",
-               "--no-build-isolation", "--no-index", "--wheel-dir", str(out), str(copy)]  # fmt: skip
-    subprocess.run(command, check=True, timeout=300)
+        subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", "--outdir", str(out)]
+    subprocess.run([*command, str(copy)], check=True, timeout=300, capture_output=True)
     (path,) = out.glob("*.whl")
-    assert path.stat().st_size < 6_000_000
-    with zipfile.ZipFile(path) as archive:
+    assert path.stat().st_size < 6_000_000 and len(list(out.glob("*.tar.gz"))) == 1
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    """Its contents by name."""
+    with zipfile.ZipFile(built) as archive:
         yield {name: archive.read(name) for name in archive.namelist()}
 
 
@@ -39,7 +44,7 @@ def test_every_module_is_in_the_wheel(wheel):
     for folder, package in (("tokentrim_hooks", "tokentrim_hooks"), ("adapters", "tokentrim_hooks_adapters")):
         for file in (ROOT / folder).rglob("*.py"):
             assert f"{package}/{file.relative_to(ROOT / folder).as_posix()}" in wheel
-    for name in ("tokentrim_hooks/py.typed", "tokentrim_hooks_adapters/py.typed"):
+    for name in ("tokentrim_hooks/py.typed", "tokentrim_hooks_adapters/py.typed", "tokentrim_hooks/__init__.pyi"):
         assert name in wheel
 
 
@@ -94,3 +99,62 @@ def test_the_adapters_folder_is_no_package_of_its_own():
     done = python("import adapters", cwd=ROOT)
     assert done.returncode == 1
     assert "ImportError" in done.stderr and "tokentrim_hooks_adapters" in done.stderr
+
+
+ALONE = """
+import sys
+import torch
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.reference import ReferencePipeline
+
+pipeline = ReferencePipeline.random(grid=(2, 2))
+noise = torch.randn(1, 24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+noise[:, 12:] *= 3
+with tokentrim.patched(pipeline, tokentrim.DriftPolicy(sensitivity=0)) as handle:
+    pipeline.inference(noise)
+print(handle.report.triggers > 0, len(handle.report), len(tokentrim.adapters()) > 10)
+"""
+
+
+def needs(name):
+    """Distributions that ``name`` needs without extras, itself included."""
+    wanted, found = [name], {}
+    while wanted:
+        name = wanted.pop()
+        if canonicalize_name(name) not in found:
+            found[canonicalize_name(name)] = distribution(name)
+            lines = [Requirement(line) for line in found[canonicalize_name(name)].requires or []]
+            wanted += [line.name for line in lines if line.marker is None or line.marker.evaluate({"extra": ""})]
+    return found
+
+
+def fresh(folder, built):
+    """A folder with the wheel, torch, and the few small packages that the wheel asks for, but no more."""
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(folder)
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+    asked = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
+    core = [r.name for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
+    for dist in {k: v for name in core if name not in MODELS for k, v in needs(name).items()}.values():
+        for top in {file.parts[0] for file in dist.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(dist.locate_file(top))
+    return folder
+
+
+MODELS = {"diffusers", "transformers"}
+"""Asked for, so that models which need them have them; nothing of ours imports them."""
+
+
+def test_the_wheel_patches_with_torch_alone(built, tmp_path):
+    """Not even NumPy is there; nor diffusers and transformers, which some of the models need."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    site = fresh(tmp_path / "site", built)
+    assert not {"numpy", "diffusers", "transformers"} & {path.name for path in site.iterdir()}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-W", "ignore", "alone.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**environment, "PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "True 8 True\n", done.stderr

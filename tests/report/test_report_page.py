@@ -5,7 +5,6 @@ import re
 import warnings
 from itertools import pairwise
 
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ import torch
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import ReportError, VideoError
+from tokentrim_hooks.metrics.writing import write_video
 from tokentrim_hooks.policy.controls import ChooseTokens
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.report.filmstrip import CUT, KEPT, unpatched_and_patched
@@ -166,7 +166,7 @@ def test_page_shows_the_unpatched_video_above_the_patched_one(tmp_path, capsys):
     generate(tmp_path)
     videos = np.random.default_rng(0).random((2, 72, 16, 24, 3)).astype(np.float32)
     for name, video in zip(("patched", "unpatched"), videos, strict=True):
-        imageio.mimwrite(tmp_path / f"{name}.mp4", (255 * video).astype(np.uint8), fps=16, macro_block_size=2)
+        write_video(tmp_path / f"{name}.mp4", video)
     patched, unpatched = (str(tmp_path / f"{name}.mp4") for name in ("patched", "unpatched"))
     assert main(["report", str(tmp_path), "--video", patched, "--unpatched", unpatched]) == 0
     assert 'class="strip"' in (tmp_path / "report.html").read_text()

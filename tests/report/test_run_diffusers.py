@@ -19,7 +19,8 @@ import argparse
 import numpy
 import torch
 from diffusers import AutoencoderKLWan, SkyReelsV2DiffusionForcingPipeline, UniPCMultistepScheduler
-from diffusers.utils import export_to_video
+
+from tokentrim_hooks.metrics.writing import write_video
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model")
@@ -44,7 +45,7 @@ if __name__ == "__main__":
         guidance_scale=6.0,
         generator=torch.Generator("cpu").manual_seed(0),
     ).frames[0]
-    export_to_video(video, arguments.out + ".mp4", fps=24)
+    write_video(arguments.out + ".mp4", video, fps=24)
     numpy.save(arguments.out + ".npy", video)
 """
 CHUNKS, CHUNK_FRAMES = 4, (4, 2, 2, 2)

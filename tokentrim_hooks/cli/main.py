@@ -5,6 +5,7 @@ Status 2 stands for a wrong use, a missing extra, or a file that cannot be read 
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,16 @@ class InOrder(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all subcommands."""
         return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is asked for; an unknown one is told with those that look like it, as options are."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            alike = difflib.get_close_matches(args[0], self.commands, n=1)
+            meant = f"; did you mean {alike[0]!r}?" if alike else ""
+            raise click.UsageError(f"no such command {args[0]!r}{meant}", ctx)
+        return super().resolve_command(ctx, args)
 
 
 @click.group(cls=InOrder, commands=COMMANDS, invoke_without_command=True)

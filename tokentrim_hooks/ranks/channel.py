@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 SLOT = 1024
 """Bytes of a rank's own word."""
@@ -29,7 +28,7 @@ class Post:
     """A word on its way; ``buffer`` becomes everybody's. ``body`` is the sender's, in full."""
 
     work: Any
-    buffer: Tensor
+    buffer: bytearray
     body: bytes
 
     def done(self, patience: float = 0.0) -> bool:
@@ -70,12 +69,12 @@ class Channel:
             buffer[end : end + len(said)] = said
         # All other ranks have zeros there, so that the sum is everybody's word, bit for bit.
         words = torch.frombuffer(buffer, dtype=torch.int64)
-        return Post(dist.all_reduce(words, group=self._group, async_op=True), words, said)
+        return Post(dist.all_reduce(words, group=self._group, async_op=True), buffer, said)
 
     def hear(self, post: Post) -> tuple[list[Slot], Any]:
         """Wait for what all ranks have said: their slots, and the first rank's body (None if a rank has failed)."""
         post.work.wait()
-        heard = post.buffer.numpy().tobytes()
+        heard = bytes(post.buffer)
         slots = [json.loads(heard[i * SLOT : (i + 1) * SLOT].rstrip(b"\0")) for i in range(self.size)]
         if any(slot["failed"] for slot in slots):
             return slots, None
@@ -85,9 +84,9 @@ class Channel:
 
     def _long(self, body: bytes, length: int) -> bytes:
         """The first rank's body where it does not fit; everybody knows that from its slot."""
-        buffer = torch.frombuffer(bytearray(body or bytes(length)), dtype=torch.uint8)
-        dist.broadcast(buffer, self.names[0], group=self._group)
-        return buffer.numpy().tobytes()
+        buffer = bytearray(body or bytes(length))
+        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), self.names[0], group=self._group)
+        return bytes(buffer)
 
 
 _channels: dict[dist.ProcessGroup, Channel] = {}

@@ -19,7 +19,7 @@ class Floats(Sequence[float]):
         self._values = array.array("f", values)
 
     @classmethod
-    def packed(cls, memory: bytes) -> Floats:
+    def packed(cls, memory: bytes | bytearray) -> Floats:
         """From the memory of float32 numbers in this machine's byte order."""
         made = cls()
         made._values.frombytes(memory)

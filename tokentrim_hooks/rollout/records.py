@@ -9,6 +9,9 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tokentrim_hooks.report.floats import Floats
 from tokentrim_hooks.report.observers import Observer, progress_line, tell
 from tokentrim_hooks.report.record import ChunkRecord, Report
@@ -105,6 +108,13 @@ def _acts(chunk: ChunkState, batch: int) -> tuple[dict[str, Any], ...]:
     return tuple(found.values())
 
 
+def _memory(values: Tensor) -> bytearray:
+    """Numbers as float32 in this machine's byte order; not by way of NumPy, which torch does without."""
+    memory = bytearray(4 * values.numel())
+    torch.frombuffer(memory, dtype=torch.float32).copy_(values.flatten())
+    return memory
+
+
 def _verdict(judgement: Judgement, reading: Reading, sample: int) -> dict[str, Any]:
     """What a record says of the judgement of a sample."""
     pruned = reading.prune[sample] and judgement.regenerations > 0
@@ -117,7 +127,7 @@ def _verdict(judgement: Judgement, reading: Reading, sample: int) -> dict[str, A
         "accepted_severity": severity if judgement.accepted is None else judgement.accepted[sample],
         "pruned": pruned,
         "tokens": tuple(reading.tokens[sample]),
-        "drift": Floats.packed(reading.drift[sample].float().numpy().tobytes()),
+        "drift": Floats.packed(_memory(reading.drift[sample])),
         "dead": judgement.dead // sum(reading.prune) if pruned else 0,
         "anchors": judgement.anchors if pruned else 0,
         "regenerations": judgement.regenerations if pruned else 0,
