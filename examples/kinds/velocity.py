@@ -7,6 +7,7 @@ frames before the chunk are encoded anew every time. The sampler takes Euler ste
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tokentrim_hooks import Adapter, Call, KeyLayout, Match, NoMatch, Patches, Phase, Role, Seen, Segment, lacks
 
 LEVELS = (1.0, 0.75, 0.5, 0.25, 0.0)
-CHUNK, TILE, CHANNELS = 2, 2, 4
+CHUNK, TILE, CHANNELS = 2, (1, 2), 4
 
 
 def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -48,13 +49,13 @@ class StreamNet(nn.Module):
         super().__init__()
         self.tile = TILE
         self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
-        self.embed, self.place = nn.Linear(CHANNELS * TILE**2, dim), nn.Linear(4, dim)
-        self.unembed = nn.Linear(dim, CHANNELS * TILE**2)
+        self.embed, self.place = nn.Linear(CHANNELS * math.prod(TILE), dim), nn.Linear(4, dim)
+        self.unembed = nn.Linear(dim, CHANNELS * math.prod(TILE))
 
     def forward(self, noisy: Tensor, history: Tensor, sigma: Tensor, frame: int) -> Tensor:
         """``noisy`` and ``history`` are ``[B, F, C, H, W]``; history ends before latent frame ``frame``."""
         video = torch.cat([history, noisy], dim=1)
-        tiles = video.unflatten(4, (-1, TILE)).unflatten(3, (-1, TILE)).permute(0, 1, 3, 5, 4, 6, 2)
+        tiles = video.unflatten(4, (-1, TILE[1])).unflatten(3, (-1, TILE[0])).permute(0, 1, 3, 5, 4, 6, 2)
         axes = [torch.arange(n).float() for n in tiles.shape[1:4]]
         where = torch.stack(torch.meshgrid(axes[0] + frame - history.shape[1], *axes[1:], indexing="ij"), -1).sin()
         level = torch.where(torch.arange(len(axes[0])) >= history.shape[1], sigma, 0.0)
@@ -100,7 +101,7 @@ class StreamAdapter(Adapter):
         if not isinstance(net, nn.Module):
             return NoMatch("no pipeline with a .net module")
         reason = lacks(net, ("noisy", "history", "sigma", "frame"), "the network's forward")
-        return NoMatch(reason) if reason else Match(net, (net.tile, net.tile))
+        return NoMatch(reason) if reason else Match(net, net.tile)
 
     def attach(self, model: Any, patches: Patches) -> None:
         """All layers attend through the function ``mix`` of this module."""
@@ -123,7 +124,7 @@ class StreamAdapter(Adapter):
 
     def context(self, call: Call) -> KeyLayout:
         """Frames of history and of the chunk, in order."""
-        height, width = (size // self.tile for size in call.latents.shape[-2:])
+        height, width = (n // tile for n, tile in zip(call.latents.shape[-2:], self.tile, strict=True))
         history = range(call.start - call.arguments["history"].shape[1], call.start)
         parts = [(Role.CONTEXT, history), (Role.CURRENT, range(call.start, call.end))]
         return KeyLayout(tuple(Segment(role, frames, height, width) for role, frames in parts))

@@ -80,8 +80,8 @@ class Velocity(Kind):
         return velocity.Stream()
 
     def history(self, value):
-        return value.shape[2] // 8 - 2
+        return value.shape[2] // 16 - 2
 
     def mask(self, value, gone):
-        line = [dead and token in self.tokens for dead in gone for token in range(8)] + [False] * 16
+        line = [dead and token in self.tokens for dead in gone for token in range(16)] + [False] * 32
         return torch.tensor(line).expand(len(value), -1)

@@ -23,7 +23,7 @@ EXACT = "test_pruning_equals_minus_infinity"
 class CacheKit(Reference):
     """The reference model with a window that rolls at every chunk behind the third."""
 
-    adapter, window, chunks, chunk_to_prune = SelfForcing, 9, 7, 2
+    adapter, window, chunk_to_prune = SelfForcing, 9, 2
 
 
 KITS = {"cache": CacheKit, "keys": Velocity, "sites": PerSite}
@@ -100,6 +100,21 @@ def carry(change):
     return method("carry_step")(wrong)
 
 
+def turned(adapter):
+    """Latents and x0 with height and width exchanged."""
+
+    def parse(self, arguments):
+        call = super(mutant, self).parse(arguments)
+        return dataclasses.replace(call, latents=call.latents.transpose(3, 4))
+
+    def prediction(self, call, output):
+        call = dataclasses.replace(call, latents=call.latents.transpose(3, 4))
+        return super(mutant, self).prediction(call, output).transpose(3, 4)
+
+    mutant = type("Mutant", (adapter,), {"parse": parse, "prediction": prediction})
+    return mutant
+
+
 X0S = {
     "the noisy input": x0(lambda call, output, right: call.latents),
     "the wrong sign": x0(lambda call, output, right: -right),
@@ -112,7 +127,8 @@ SIZES = {
     "patch size (1, 1)": patch_size(lambda size: (1, 1)),
     "patch size (4, 1)": patch_size(lambda size: (4, 1)),
 }
-EXCHANGED = {"height and width exchanged": patch_size(lambda size: size[::-1])}
+EXCHANGED = {"height and width of a token exchanged": patch_size(lambda size: size[::-1])}
+TURNED = {"height and width of latents exchanged": turned}
 ROLLED = {"oldest frame lost after eviction": late(newest=False), "newest frame lost after eviction": late(newest=True)}
 CARRIES = {
     "carry without its factor": carry(lambda right, call, before, after: call.latents + 2 * (after - before)),
@@ -124,11 +140,10 @@ RAW = {"the velocity itself": x0(lambda call, output, right: output)}
 UNSAID = {"x0 not said as a velocity": method("with_prediction")(lambda self, right, call, output, new: output)}
 
 PLANTED = [
-    *((kit, X0, name, mutate) for kit in KITS for name, mutate in {**X0S, **STARTS}.items()),
-    *((kit, PIXEL, name, mutate) for kit in KITS for name, mutate in SIZES.items()),
+    *((kit, X0, name, mutate) for kit in KITS for name, mutate in {**X0S, **STARTS, **TURNED}.items()),
+    *((kit, PIXEL, name, mutate) for kit in KITS for name, mutate in {**SIZES, **EXCHANGED}.items()),
     *((kit, LATE, name, mutate) for kit in KITS for name, mutate in ROLLED.items()),
     *((kit, CANDIDATE, name, mutate) for kit in KITS for name, mutate in CARRIES.items()),
-    *(("sites", PIXEL, name, mutate) for name, mutate in EXCHANGED.items()),
     *(("keys", X0, name, mutate) for name, mutate in RAW.items()),
     *(("keys", CANDIDATE, name, mutate) for name, mutate in UNSAID.items()),
 ]

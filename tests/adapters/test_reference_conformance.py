@@ -8,13 +8,18 @@ from tokentrim_hooks.testing import AdapterConformance
 
 
 class Reference(AdapterConformance):
+    """Seven chunks on a grid of 2 x 8 tokens of 8 x 2 pixels, so that height and width cannot be taken for another."""
+
     adapter = SelfForcing
-    chunks = 5
+    chunks = 7
     window = 21
     batch = 1
 
     def make_model(self):
-        return ReferencePipeline.random(seed=0, local_attn_size=self.window, sink_size=self.anchor_frames)
+        options = {"local_attn_size": self.window, "sink_size": self.anchor_frames}
+        pipeline = ReferencePipeline.random(seed=0, grid=(2, 8), **options)
+        pipeline.generator.model.patch_size = (1, 8, 2)
+        return pipeline
 
     def run(self, model, seed):
         torch.manual_seed(seed)

@@ -1,5 +1,6 @@
 """What an author gets wrong is told at once, with the names of the adapter and of the method."""
 
+import dataclasses
 import types
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from tokentrim_hooks_adapters.self_forcing import SelfForcing
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import CacheRows, Patches
+from tokentrim_hooks import CacheRows, KeyLayout, Patches
 from tokentrim_hooks.pruning.key_selection import QueryGroup
 from tokentrim_hooks.pruning.tap import attend_live, live_keys
 from tokentrim_hooks.pruning.tombstones import Tombstones, alive_rows
@@ -41,12 +42,58 @@ def test_a_wrong_answer_names_adapter_and_method(method, answer, words):
         tiny.run(pipeline)
 
 
-def test_a_grid_that_is_not_the_rows_is_refused_with_both():
-    def context(self, call):
-        rows = SelfForcing.context(self, call)
-        return CacheRows(rows.values, rows.start, rows.stop, rows.rows_per_frame // 2)
+def context(**changes):
+    """A ``context`` of which some attributes are other ones, given the right answer."""
+    return "context", lambda self, call: dataclasses.replace(
+        rows := SelfForcing.context(self, call), **{name: change(rows) for name, change in changes.items()}
+    )
 
-    wrong = type("Wrong", (SelfForcing,), {"context": context})
+
+def parse(**changes):
+    return "parse", lambda self, arguments: dataclasses.replace(SelfForcing.parse(self, arguments), **changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "words"),
+    [
+        (*context(values=lambda rows: []), r"values=\[\] with history in rows 0 to \d+(.|\n)*of every layer"),
+        (*context(values=lambda rows: [], stop=lambda rows: 0), "2 keys beside 0 values"),
+        (*context(keys=lambda rows: rows.keys[:1]), "1 keys beside 2 values"),
+        (*context(values=lambda rows: None), "values of type NoneType"),
+        (*context(values=lambda rows: rows.values[0]), "values of type Tensor(.|\n)*one per layer"),
+        (*context(values=lambda rows: [{"v": v} for v in rows.values]), "hold a dict(.|\n)*V tensors themselves"),
+        (*context(values=lambda rows: [v.flatten(2) for v in rows.values]), r"\(1, 24, 16\)(.|\n)*\[B, rows, heads"),
+        (*context(stop=lambda rows: rows.stop + 99), r"stop=\d+ for values of 24 rows"),
+        (*context(stop=lambda rows: torch.tensor(rows.stop)), "stop=tensor(.|\n)*ints counted on the host"),
+        (*context(start=lambda rows: rows.stop + 1), "0 <= start <= stop"),
+        (*context(anchors=lambda rows: -1), "no negative anchors"),
+        ("context", lambda self, call: KeyLayout(()), "KeyLayout of no segments"),
+        ("context", lambda self, call: KeyLayout(("history",)), "a tuple of Segment"),
+        (*parse(latents=torch.zeros(1, 0, 3, 8, 8)), r"\[B, F, C, H, W\]"),
+        (*parse(start=None), "start=None(.|\n)*start as an int"),
+        (*parse(start=torch.tensor(0)), "start as an int, counted on the host"),
+        (*parse(timestep=0.5), "timestep as a tensor"),
+        (*parse(commits=torch.tensor(False)), "True, False or None"),
+        (*parse(stream={}), "stream of type dict(.|\n)*a tensor of the cache"),
+        ("identity", lambda self, arguments: ([],), "a list or dict(.|\n)*a tensor of the cache"),
+        ("in_flight", lambda self, call, output: "x0", "a chunk like call.latents"),
+        ("accepted", lambda self, call: torch.zeros(1, 2), r"\(1, 2\)(.|\n)*a chunk like call.latents"),
+        ("carry", lambda self, *_: None, "None(.|\n)*latents of shape"),
+        ("carry_step", lambda self, *_: torch.zeros(2), r"\(2,\)(.|\n)*latents of shape"),
+        ("with_latents", lambda self, call, args, kwargs, latents: kwargs, "a pair: the positional arguments"),
+    ],
+)
+def test_empty_lists_and_wrong_lengths_are_told_in_words(method, wrong, words):
+    adapter, pipeline = type("Wrong", (SelfForcing,), {"name": "wrong", method: wrong}), tiny.make()
+    with (
+        pytest.raises(tokentrim.PluginError, match=rf"adapter 'wrong': {method}\(\) returned(.|\n)*{words}"),
+        tokentrim.patched(pipeline, ForcedPolicy({2: (0,)}), adapter=adapter, probe="candidate"),
+    ):
+        tiny.run(pipeline)
+
+
+def test_a_grid_that_is_not_the_rows_is_refused_with_both():
+    wrong = type("Wrong", (SelfForcing,), dict([context(rows_per_frame=lambda rows: rows.rows_per_frame // 2)]))
     pipeline = tiny.make()
     with (
         pytest.raises(tokentrim.UnsupportedContextError, match=r"grid is \d+ x \d+ tokens(.|\n)*rows_per_frame="),

@@ -21,19 +21,24 @@ FULL_SIZE = 1560
 def rescaled(function: types.FunctionType, scales: tuple[int, ...] = (1,)) -> Iterator[None]:
     """Bring the literal numbers of tokens (times ``scales``) in ``function`` down to the tiny model's, for a while."""
     small = {sign * FULL_SIZE * times: sign * TOKENS * times for times in scales for sign in (1, -1)}
-    before = function.__code__
+    before, defaults = function.__code__, function.__defaults__
     function.__code__ = _with_constants(before, small)
+    function.__defaults__ = defaults and tuple(_swapped(value, small) for value in defaults)
     try:
         yield
     finally:
-        function.__code__ = before
+        function.__code__, function.__defaults__ = before, defaults
+
+
+def _swapped(value: Any, swap: Mapping[int, int]) -> Any:
+    return swap.get(value, value) if isinstance(value, int) else value
 
 
 def _with_constants(code: types.CodeType, swap: Mapping[int, int]) -> types.CodeType:
     def one(value: Any) -> Any:
         if isinstance(value, types.CodeType):
             return _with_constants(value, swap)
-        return swap.get(value, value) if isinstance(value, int) else value
+        return _swapped(value, swap)
 
     return code.replace(co_consts=tuple(one(value) for value in code.co_consts))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,10 @@ from tiny_self_forcing import LAYERS, TEXT, TOKENS, Repository, Setup, new_cache
 class Options(dict):
     """A configuration section whose keys are attributes, as OmegaConf's are."""
 
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
 
 
 @contextmanager
@@ -55,13 +59,15 @@ def longlive_pipeline(
     pipeline = constructor(options, "cpu", text_encoder=TinyTextEncoder(*TEXT), vae=vae)
     pipeline.num_transformer_blocks, pipeline.frame_seq_length = LAYERS, TOKENS
 
-    def caches(*_: Any, **__: Any) -> None:
-        pipeline.kv_cache1 = new_cache(setup)
+    def caches(self: Any, *_: Any, **__: Any) -> None:
+        self.kv_cache1 = new_cache(setup)
 
-    def text_caches(*_: Any, **__: Any) -> None:
-        pipeline.crossattn_cache = new_text_cache(setup)
+    def text_caches(self: Any, *_: Any, **__: Any) -> None:
+        self.crossattn_cache = new_text_cache(setup)
 
-    pipeline._initialize_kv_cache, pipeline._initialize_crossattn_cache = caches, text_caches
+    # Bound, so that a deep copy fills its own.
+    pipeline._initialize_kv_cache = MethodType(caches, pipeline)
+    pipeline._initialize_crossattn_cache = MethodType(text_caches, pipeline)
     return pipeline
 
 

@@ -6,15 +6,18 @@ Its attention has 1560 tokens per frame and 3 frames per chunk as literals, so o
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 from unittest import mock
 
 import torch
 from harness import NoVae, TinyTextEncoder, checkout, in_float32, plain_attention, randomise
 from masked_reference import MaskedReference, Source
+from tiny_forks import rescaled
 from tiny_longlive import Options
 from tiny_rolling_forcing import STUBS
 from tiny_self_forcing import TEXT, Repository, Setup
@@ -22,6 +25,8 @@ from torch import Tensor
 
 GRID, TOKENS, LAYERS, WIDTH = (60, 104), 1560, 2, 32
 SETUP = Setup(window=8, sink=1)
+SMALL = 80
+"""Tokens of a frame of 16 x 20 latent pixels."""
 
 
 @contextmanager
@@ -47,8 +52,22 @@ def _tiny(cls: Any, _folder: str, **options: Any) -> Any:
     return randomise(model)
 
 
-def memflow_pipeline(repository: Repository, interactive: bool = False) -> Any:
-    """The real pipeline; only what upstream allocates as caches of 12 heads is allocated tiny."""
+@contextmanager
+def small_frames() -> Iterator[Repository]:
+    """The checkout with frames of SMALL tokens: its literals are brought down in every method of the model's module."""
+    with memflow() as repository, ExitStack() as more:
+        for kind in vars(repository.attention).values():
+            if isinstance(kind, type) and kind.__module__ == repository.attention.__name__:
+                for method in filter(inspect.isfunction, vars(kind).values()):
+                    more.enter_context(rescaled(method, (1, 3, 21)))
+        yield repository
+
+
+def memflow_pipeline(repository: Repository, interactive: bool = False, tokens: int = TOKENS) -> Any:
+    """The real pipeline; only what upstream allocates as caches of 12 heads is allocated tiny.
+
+    ``tokens`` other than TOKENS need :func:`small_frames`.
+    """
     options = SETUP.options()
     options.global_sink = True
     options.model_kwargs = Options(options.model_kwargs)
@@ -59,24 +78,31 @@ def memflow_pipeline(repository: Repository, interactive: bool = False) -> Any:
     )
     pipeline = constructor(options, "cpu", text_encoder=TinyTextEncoder(*TEXT), vae=NoVae())
     pipeline.num_transformer_blocks = LAYERS
-    pipeline._initialize_kv_cache = lambda *_, **__: setattr(pipeline, "kv_cache1", _caches(SETUP.window, "k", "v"))
-    pipeline._initialize_kv_bank = lambda *_, **__: setattr(pipeline, "kv_bank1", _bank())
-    pipeline._initialize_crossattn_cache = lambda *_, **__: setattr(pipeline, "crossattn_cache", _text())
+    pipeline.frame_seq_length = tokens
+    new = {"kv_cache": ("kv_cache1", lambda: _caches(SETUP.window * tokens, "k", "v")),
+           "kv_bank": ("kv_bank1", lambda: _bank(tokens)), "crossattn_cache": ("crossattn_cache", _text)}  # fmt: skip
+    for what, (name, make) in new.items():
+        setattr(pipeline, f"_initialize_{what}", MethodType(_filling(name, make), pipeline))
     pipeline.generator.model._prepare_blockwise_causal_attn_mask = lambda **_: None
     return pipeline
 
 
-def _caches(frames: int, *names: str) -> list[dict[str, Tensor]]:
+def _filling(name: str, make: Callable[[], Any]) -> Callable[..., None]:
+    """A method that sets an attribute of its own pipeline anew, of a deep copy's too."""
+    return lambda self, *_, **__: setattr(self, name, make())
+
+
+def _caches(rows: int, *names: str) -> list[dict[str, Tensor]]:
     return [
-        {name: torch.zeros(1, frames * TOKENS, 1, WIDTH) for name in names}
+        {name: torch.zeros(1, rows, 1, WIDTH) for name in names}
         | {name: torch.tensor([0]) for name in ("global_end_index", "local_end_index")}
         for _ in range(LAYERS)
     ]
 
 
-def _bank() -> list[dict[str, Tensor]]:
-    new = _caches(1, "k_new", "v_new")
-    return [{**fresh, **old} for fresh, old in zip(new, _caches(3, "k", "v"), strict=True)]
+def _bank(tokens: int) -> list[dict[str, Tensor]]:
+    new = _caches(tokens, "k_new", "v_new")
+    return [{**fresh, **old} for fresh, old in zip(new, _caches(3 * tokens, "k", "v"), strict=True)]
 
 
 def _text() -> list[dict[str, Any]]:
@@ -93,7 +119,8 @@ class BankSpared(MaskedReference):
     def _dead(self, v: Tensor) -> Tensor:
         dead = super()._dead(v)
         local = min(SETUP.window, self._frame + SETUP.block) - SETUP.sink
-        first, stop = SETUP.sink * TOKENS, v.shape[1] - local * TOKENS
+        tokens = self.source.tokens
+        first, stop = SETUP.sink * tokens, v.shape[1] - local * tokens
         self.bank_keys += int(dead[:, first:stop].sum())
         dead[:, first:stop] = False
         return dead
@@ -104,10 +131,10 @@ class BankSpared(MaskedReference):
         return self._native(q, k, v, *args, **kwargs)
 
 
-def memflow_source(repository: Repository, pipeline: Any) -> Source:
+def memflow_source(repository: Repository, pipeline: Any, tokens: int = TOKENS) -> Source:
     """What the independent reference must know."""
     values = [block.self_attn.v for block in pipeline.generator.model.blocks]
     return Source(
-        pipeline.generator, repository.attention, values, lambda given: int(given["current_start"]) // TOKENS,
-        lambda given: bool(given.get("update_cache", False)), TOKENS,
+        pipeline.generator, repository.attention, values, lambda given: int(given["current_start"]) // tokens,
+        lambda given: bool(given.get("update_cache", False)), tokens,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.policy.views import Chunk, Verdict
-from tokentrim_hooks.rollout.answers import prediction_of
+from tokentrim_hooks.rollout.answers import in_flight_of, prediction_of
 from tokentrim_hooks.rollout.counters import Counters
 from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
@@ -155,7 +155,7 @@ class Regenerator:
     def _view(self, case: Case, found: Judgement) -> Chunk | None:
         """What the policy sees of an attempt; None where there is no previous chunk to compare with."""
         video, chunk = case.video, case.chunk
-        flying = self.adapter.in_flight(case.call, found.output)
+        flying = in_flight_of(self.adapter, case.call, found.output)
         previous = video.previous if flying is None else Summary.of(flying, self.patch_size)
         if previous is None:
             return None

@@ -19,7 +19,7 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.inspection import bind, profiled
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import scoped
-from tokentrim_hooks.rollout.answers import prediction_of
+from tokentrim_hooks.rollout.answers import carried, moved_arguments, prediction_of
 from tokentrim_hooks.rollout.counters import Counters
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.state import Step
@@ -76,13 +76,13 @@ class Replayer:
         """The call as it is made again, its arguments too: an adapter reads noisy latents from either."""
         if latents is None:
             return step.call
-        args, kwargs = self._adapter.with_latents(step.call, step.args, step.kwargs, latents)
+        args, kwargs = moved_arguments(self._adapter, step.call, step.args, step.kwargs, latents)
         return dataclasses.replace(step.call, latents=latents, arguments=bind(module, args, kwargs))
 
     def _carried(self, earlier: Step, step: Step, call: Call, output: Any) -> Tensor:
         """Latents of ``step`` after the replay of ``earlier``, which was made as ``call`` and gave ``output``."""
         changed = prediction_of(self._adapter, call, output)
-        return self._adapter.carry_step(step.call, earlier.call, call, earlier.prediction, changed)
+        return carried(self._adapter, step.call, earlier.call, call, earlier.prediction, changed)
 
     def _redrawn(self, step: Step) -> Tensor | None:
         return self._policy.redraw(step.call.latents, step.call.start)
@@ -91,7 +91,7 @@ class Replayer:
         """Call the denoiser as in ``step``, with other ``latents`` unless None, and its tap on."""
         args, kwargs = step.args, step.kwargs
         if latents is not None:
-            args, kwargs = self._adapter.with_latents(step.call, args, kwargs, latents)
+            args, kwargs = moved_arguments(self._adapter, step.call, args, kwargs, latents)
         with scoped(self._pruner.tap(step.call, step.place), replayer=self._pruner.proof):
             output = self._adapter.replay(module, args, kwargs)
         self._pruner.unhide(step.call)

@@ -9,7 +9,7 @@ from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import LatentsError
 from tokentrim_hooks.inspection import shares_storage
 from tokentrim_hooks.policy.drift import RunningStatistics, Summary, grid_of
-from tokentrim_hooks.rollout.answers import phase_of
+from tokentrim_hooks.rollout.answers import accepted_of, phase_of
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
@@ -68,7 +68,7 @@ class Timeline:
             )
         if self.adapter.changes_prompt(call):
             video.begin_scene()
-        accepted = self.adapter.accepted(call)
+        accepted = accepted_of(self.adapter, call)
         video.told = accepted is not None
         if accepted is not None:
             video.previous = Summary.of(accepted, self.shared.patch_size)

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -80,16 +81,18 @@ def _around_method(method: Method, enter: Callable[[], None], leave: Callable[[]
     else:
         undo.callback(delattr, owner, name)
     original = getattr(owner, name)
+    bound = type(original) is MethodType  # a wrapper in its place says that it were one
+    function: Callable[..., Any] = original.__func__ if bound else original
 
-    @functools.wraps(original)
+    @functools.wraps(function)
     def watched(*args: Any, **kwargs: Any) -> Any:
         enter()
         try:
-            return original(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             leave()
 
-    setattr(owner, name, watched)
+    setattr(owner, name, MethodType(watched, original.__self__) if bound else watched)
 
 
 class _Watch(TorchFunctionMode):

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import SkipTest
 
 import torch
@@ -84,31 +84,41 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error <= tolerance, f"the pruned run is {error:.2e} away from its -inf reference (allowed {tolerance:.0e})"
 
 
-def check_records(report: Report, chunks: int, calls: int) -> None:
-    """Assert that the first sample's records tell of ``chunks`` chunks of one video, in order, in ``calls`` calls."""
+def check_records(report: Report, chunks: int, overlap: int = 0, backwards: bool = False) -> None:
+    """Assert that the first sample's records tell of ``chunks`` chunks of one video, in order.
+
+    Each shares ``overlap`` latent frames with the one before, and lies behind it, or before it if ``backwards``.
+    """
     records = [record for record in report if record.sample == 0]
     assert len(records) == chunks >= 5, f"{len(records)} chunks were recorded, the run has {chunks} (at least 5)"
     assert {record.video for record in records} == {0}, "one run was taken for several videos"
     assert [record.chunk for record in records] == list(range(chunks))
     for before, after in itertools.pairwise(records):
-        assert after.start == before.start + before.frames, f"chunk {after.chunk} starts at frame {after.start}"
+        adjoins = before.start - after.frames if backwards else before.start + before.frames
+        expected = adjoins + (overlap if backwards else -overlap)
+        assert after.start == expected, f"chunk {after.chunk} starts at frame {after.start}, expected {expected}"
     firsts = [record.phases.get("first", 0) for record in records]
     assert firsts == [1] * chunks, f"FIRST calls per chunk: {firsts}, expected one each"
-    counts = [sum(record.phases.values()) for record in records]
-    assert sum(counts) and calls % sum(counts) == 0, f"{calls} denoiser calls, of which {sum(counts)} were classified"
     assert len({tuple(sorted(record.phases.items())) for record in records[1:-1]}) == 1, "phases vary by chunk"
     judged = [record.severity is not None for record in records]
     assert judged == [False] + [True] * (chunks - 1), f"judged chunks: {judged}"
 
 
+def check_calls(report: Report, calls: int) -> None:
+    """Assert that the first sample's records know each of the denoiser's calls, or each but for guidance's branches."""
+    known = sum(sum(record.phases.values()) for record in report if record.sample == 0)
+    assert known and calls % known == 0, f"{calls} denoiser calls, of which {known} were classified"
+
+
 # ------------------------------------------------------------------------------------------------- kernels
 
 
-def check_kernels(seen: Sequence[Attention], dead: int) -> None:
+def check_kernels(seen: Sequence[Attention], dead: int, held: int = 0) -> None:
     """Assert that the call replayed after a prune drops ``dead`` keys, of all samples, in every layer over the context.
 
     The call before the replay has the same arguments and nothing dead, so it tells how many keys there were. A layer
     may be launched once, or once for every set of samples that keep the same keys; space may be folded into its batch.
+    ``held``: rows of history in the cache, of all samples, where known: a model may read less than these.
     """
     if not seen:
         raise not_checked("the model does not call scaled_dot_product_attention")
@@ -117,16 +127,29 @@ def check_kernels(seen: Sequence[Attention], dead: int) -> None:
     for one in seen:
         calls.setdefault(one.call, []).append(one)
     folded = [layers for pair in itertools.pairwise(calls.values()) if (layers := _layers(*pair))]
-    pruned = next((layers for layers in folded if any(n > m for n, m in layers)), None)
+    # A replay never sees more: two calls of which the second does are of two chunks.
+    fewer = [layers for layers in folded if all(one.keys >= keys for one, keys in layers)]
+    pruned = next((layers for layers in fewer if any(one.keys > keys for one, keys in layers)), None)
     assert pruned, "no attention kernel ever saw fewer keys than in the call before"
-    width = max(n for n, m in pruned if n != m)
-    assert all(n - m == dead for n, m in pruned if n == width), (
-        f"keys of all samples per layer before and after the prune of {dead}: {pruned}"
+    width = max((a for a, b in pruned if a.keys != b), key=lambda layer: layer.keys)
+    over = [(a.keys, b) for a, b in pruned if (a.keys, a.samples) == (width.keys, width.samples)]
+    read = min(one.samples * (one.keys - one.queries) for one in seen if one.samples * one.keys == width.keys)
+    if len(set(over)) == 1 and width.keys - over[0][1] < dead and read < held:
+        raise not_checked(f"of {held} rows of history the model reads {read}; try an earlier chunk_to_prune")
+    assert all(n - m == dead for n, m in over), (
+        f"keys of all samples per layer before and after the prune of {dead}: {over}"
     )
 
 
-def _layers(before: Sequence[Attention], after: Sequence[Attention]) -> list[tuple[int, int]]:
-    """Keys of all samples per layer in two calls; nothing where they are not the same layers.
+class _Layer(NamedTuple):
+    """A layer in one call: its batch size, and keys of all samples together."""
+
+    samples: int
+    keys: int
+
+
+def _layers(before: Sequence[Attention], after: Sequence[Attention]) -> list[tuple[_Layer, int]]:
+    """Layers in one call, each with its keys of all samples in the next; nothing where they are not the same layers.
 
     Launches of the later call belong to one layer until they have had all samples of the earlier one.
     """
@@ -140,7 +163,7 @@ def _layers(before: Sequence[Attention], after: Sequence[Attention]) -> list[tup
             samples, keys = samples + launch.samples, keys + launch.samples * launch.keys
         if samples != one.samples:
             return []
-        found.append((one.samples * one.keys, keys))
+        found.append((_Layer(one.samples, one.samples * one.keys), keys))
     return found if next(later, None) is None else []
 
 

@@ -7,6 +7,7 @@ import torch
 from tokentrim_hooks.testing import checks
 from tokentrim_hooks.testing.attention import watch_attention
 from tokentrim_hooks.testing.policies import ForcedPolicy
+from tokentrim_hooks.testing.probes import HeldRows
 from tokentrim_hooks.testing.trial import Trial
 
 
@@ -38,8 +39,11 @@ class PruningTests(Trial):
         chosen = [[(token + sample) % grid for token in self.tokens] for sample in range(samples)]
         policy = ForcedPolicy({self.chunk_to_prune: chosen})
         with watch_attention(self.denoisers(model)) as seen, self.patch(model, policy) as handle:
+            held = HeldRows(handle.adapter)
             self.run(model, 8)
-        checks.check_kernels(seen, sum(r.dead for r in handle.report if r.chunk == self.chunk_to_prune))
+        dead = sum(record.dead for record in handle.report if record.chunk == self.chunk_to_prune)
+        start = next(record.start for record in handle.report if record.chunk == self.chunk_to_prune)
+        checks.check_kernels(seen, dead, samples * held.at.get(start, 0))
 
     def test_pruning_equals_minus_infinity(self) -> None:
         """The pruned run equals an unpatched run with -inf at the dead keys, in the kernel, in every later call."""
@@ -75,10 +79,16 @@ class PruningTests(Trial):
         """Keys of the declared anchor frames stay in every self-attention call after a prune."""
         if not self.anchor_frames:
             raise checks.not_checked("this test class declares no anchor_frames")
-        model, per_frame = self.make_model(), self._per_frame()
+        model, keys = self.make_model(), self.anchor_frames * self._per_frame()
+        with watch_attention(self.denoisers(model)) as plain:
+            self.run(model, 8)
+        try:
+            checks.check_anchors(plain, keys)
+        except AssertionError as found:
+            raise checks.not_checked(f"unpatched, the model itself does not keep its first keys: {found}") from None
         with watch_attention(self.denoisers(model)) as seen, self.patch(model, self._forced()):
             self.run(model, 8)
-        checks.check_anchors(seen, self.anchor_frames * per_frame)
+        checks.check_anchors(seen, keys)
 
     def test_a_second_video_starts_from_nothing(self) -> None:
         """A second run on the patched model repeats the first: marks and statistics do not survive a video."""

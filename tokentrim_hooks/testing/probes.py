@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase, Seen
 from tokentrim_hooks.errors import UnsupportedProbeError
+from tokentrim_hooks.pruning.context import CacheRows, Context
 from tokentrim_hooks.testing.attention import Denoiser, fingerprints_of
 from tokentrim_hooks.testing.checks import Injected, not_checked
 
@@ -51,15 +52,36 @@ class Predictions:
             raise not_checked("several chunks are in flight: the newest is finished after the next has begun")
 
 
+class HeldRows:
+    """Listens to a patched model's adapter: rows of history in the cache at each chunk, by its start frame."""
+
+    def __init__(self, adapter: Adapter[Any]) -> None:
+        self.at: dict[int, int] = {}
+        self._asked = adapter.context
+        listened: Any = adapter
+        listened.context = self._hear
+
+    def _hear(self, call: Call) -> Context:
+        context = self._asked(call)
+        if isinstance(context, CacheRows):
+            own = context.current[1] - context.current[0]
+            self.at[call.start] = max(context.stop - context.start - own, 0)
+        return context
+
+
 def check_delivered(predictions: dict[int, Tensor], video: Tensor) -> None:
     """Assert that every chunk's last x0 is ``video`` at its frames."""
     assert predictions, "the adapter was asked for no prediction"
     for start, x0 in predictions.items():
         turned = video if video.shape[2] == x0.shape[2] else video.transpose(1, 2)
+        assert x0.shape[2:] != turned.transpose(3, 4).shape[2:] or x0.shape[3] == x0.shape[4], (
+            "x0 and latents have height and width exchanged: the core wants [batch, frames, channels, height, width]"
+        )
         if x0.shape[0] != turned.shape[0] or x0.shape[2:] != turned.shape[2:]:
             raise not_checked("run() returns no latents of the shape of x0; override delivered()")
-        there = turned[:, start : start + x0.shape[1]]
-        assert start >= 0 and there.shape == x0.shape, f"the chunk at latent frame {start} is not in the video"
+        # A video that is made from its end on counts frames from there: -3 is the third last.
+        there = turned[:, start : (start + x0.shape[1]) or None]
+        assert there.shape == x0.shape, f"the chunk at latent frame {start} is not in the video"
         off = float((there - x0).abs().max() / turned.abs().max())
         assert off <= CLOSE, (
             f"x0 of the last step of the chunk at latent frame {start} is {off:.1e} away from what the sampler "

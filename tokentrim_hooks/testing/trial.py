@@ -25,6 +25,8 @@ class Trial:
             reference itself.
         tokens: spatial tokens that are pruned then, the same for every sample.
         anchor_frames: first latent frames of a video that the model never evicts and nobody may prune.
+        overlap: latent frames that a chunk shares with the one before it, as windows with a tail in common do.
+        backwards: whether the sampler makes the end of the video first.
         tolerance: greatest difference to the -inf reference, relative to the largest value.
         own_files: more files of the adapter, whose synchronisations count as its own.
     """
@@ -35,6 +37,8 @@ class Trial:
     late_chunk: ClassVar[int] = 0
     tokens: ClassVar[Sequence[int]] = (0, 2, 3)
     anchor_frames: ClassVar[int] = 0
+    overlap: ClassVar[int] = 0
+    backwards: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-5
     own_files: ClassVar[Sequence[str]] = ()
 

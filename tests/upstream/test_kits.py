@@ -1,0 +1,195 @@
+"""The conformance kit on the real models with a KV cache, one class each; MAGI-1's is in test_magi1_kit.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ClassVar
+
+import pytest
+import tiny_causvid
+import tiny_forks
+import tiny_longlive
+import tiny_memflow
+import tiny_rolling_forcing
+import torch
+from harness import noise_of
+from masked_reference import MaskedReference, Prune
+from tiny_self_forcing import Repository, Setup, few_step_pipeline, self_forcing
+from tokentrim_hooks_adapters.causvid import CausVid
+from tokentrim_hooks_adapters.infinity_rope import InfinityRope
+from tokentrim_hooks_adapters.krea import KreaRealtime
+from tokentrim_hooks_adapters.longlive import LongLive
+from tokentrim_hooks_adapters.memflow import MemFlow
+from tokentrim_hooks_adapters.reward_forcing import RewardForcing
+from tokentrim_hooks_adapters.rolling_forcing import RollingForcing
+from tokentrim_hooks_adapters.self_forcing import SelfForcing
+from torch import Tensor
+
+from tokentrim_hooks.testing import AdapterConformance
+
+pytestmark = pytest.mark.upstream
+
+
+@pytest.fixture(scope="class", autouse=True)
+def checkout_is_open(request: Any) -> Iterator[None]:
+    """For all tests of a class."""
+    with request.cls.opened() as request.cls.repository:
+        yield
+
+
+class Kit(AdapterConformance):
+    """Seven chunks of three frames through a window of nine, behind a sink of three: the window rolls four times."""
+
+    chunks, chunk_to_prune, anchor_frames = 7, 3, 3
+    tokens = (3, 11, 17, 40)
+    prompt: ClassVar[str] = "a cat"
+    repository: ClassVar[Any]
+
+    @staticmethod
+    def opened() -> AbstractContextManager[Any]:
+        """The checkout, ready to build tiny models."""
+        raise NotImplementedError
+
+    def setup_of(self) -> Setup:
+        """Window and sink."""
+        return Setup(window=9, sink=self.anchor_frames)
+
+    def make_model(self) -> Any:
+        return few_step_pipeline(self.repository, self.setup_of())
+
+    def run(self, model: Any, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return self.generate(model, noise_of(1, 3 * self.chunks, seed=seed)).clone()
+
+    def generate(self, model: Any, noise: Tensor) -> Tensor:
+        """The sampler's own loop."""
+        latents: Tensor = model.inference(noise, [self.prompt], return_latents=True)[1]
+        return latents
+
+
+class TestSelfForcing(Kit):
+    adapter = SelfForcing
+    opened = staticmethod(self_forcing)
+
+
+class TestSelfForcingWithoutSink(TestSelfForcing):
+    anchor_frames = 0
+
+
+class TestCausalForcing(Kit):
+    adapter = SelfForcing
+
+    @staticmethod
+    def opened() -> AbstractContextManager[Repository]:
+        return self_forcing("Causal-Forcing")
+
+
+class TestRewardForcing(Kit):
+    adapter = RewardForcing
+
+    @staticmethod
+    def opened() -> AbstractContextManager[Repository]:
+        return self_forcing("Reward-Forcing")
+
+    def make_model(self) -> Any:
+        return tiny_forks.rewarded_pipeline(self.repository, self.setup_of())
+
+
+class TestInfinityRope(Kit):
+    adapter = InfinityRope
+    anchor_frames = 1
+    prompt = "a cat [99s]"
+
+    @staticmethod
+    @contextmanager
+    def opened() -> Iterator[Repository]:
+        with self_forcing("infinity-rope") as repository, ExitStack() as more:
+            more.enter_context(tiny_forks.small_scenes(repository))
+            yield repository
+
+    def make_model(self) -> Any:
+        return tiny_forks.scenes_pipeline(self.repository, self.setup_of())
+
+
+class TestKrea(Kit):
+    adapter = KreaRealtime
+    opened = staticmethod(tiny_forks.krea)
+
+    def make_model(self) -> Any:
+        return tiny_forks.krea_pipeline(self.repository, self.setup_of())
+
+
+class TestLongLive(Kit):
+    adapter = LongLive
+    infinite: ClassVar[bool] = False
+    opened = staticmethod(tiny_longlive.longlive)
+
+    def make_model(self) -> Any:
+        return tiny_longlive.longlive_pipeline(self.repository, self.setup_of(), self.infinite)
+
+
+class TestLongLiveInfinite(TestLongLive):
+    infinite = True
+
+    @staticmethod
+    def opened() -> AbstractContextManager[Repository]:
+        return tiny_longlive.longlive(True)
+
+
+class TestCausVid(Kit):
+    """Its cache never rolls: it holds twelve chunks."""
+
+    adapter = CausVid
+    anchor_frames = 0
+    opened = staticmethod(tiny_causvid.causvid)
+
+    def make_model(self) -> Any:
+        return tiny_causvid.pipeline_of(self.repository, tiny_causvid.Setup())
+
+
+class TestMemFlow(Kit):
+    """Copies of old frames in its bank are keys that were written once and stand twice: they are spared by place."""
+
+    adapter = MemFlow
+    anchor_frames, late_chunk = 1, 6
+    opened = staticmethod(tiny_memflow.small_frames)
+
+    def make_model(self) -> Any:
+        return tiny_memflow.memflow_pipeline(self.repository, tokens=tiny_memflow.SMALL)
+
+    def reference(self, model: Any, seed: int) -> Tensor:
+        source = tiny_memflow.memflow_source(self.repository, model, tiny_memflow.SMALL)
+        prunes = [Prune(3 * self.chunk_to_prune, [self.tokens])]
+        with tiny_memflow.BankSpared(source, prunes, range(self.anchor_frames)) as reference:
+            latents = self.run(model, seed)
+        assert any(any(counts) for counts in reference.masked)
+        return latents
+
+
+class TestRollingForcing(Kit):
+    """A window of five blocks in flight; the first to have anything to prune is block 6.
+
+    Keys of blocks in flight are others in every call: they are followed from their projection on.
+    """
+
+    adapter = RollingForcing
+    chunks, chunk_to_prune, late_chunk = 11, 6, 10
+    opened = staticmethod(tiny_rolling_forcing.rolling_forcing)
+
+    def reference(self, model: Any, seed: int) -> Tensor:
+        block, window = tiny_rolling_forcing.BLOCK, tiny_rolling_forcing.WINDOW
+        prune = Prune(block * (self.chunk_to_prune - window + 1), [self.tokens])
+        source = tiny_rolling_forcing.source_of(self.repository, model)
+        with MaskedReference(source, [prune], spared=range(block)) as reference:
+            latents = self.run(model, seed)
+        assert any(any(counts) for counts in reference.masked)
+        return latents
+
+    def make_model(self) -> Any:
+        return tiny_rolling_forcing.rolling_pipeline(self.repository)
+
+    def generate(self, model: Any, noise: Tensor) -> Tensor:
+        latents: Tensor = model.inference_rolling_forcing(noise, [self.prompt], return_latents=True)[1]
+        return latents
