@@ -10,7 +10,7 @@ from pages import PAGES, ROOT
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import errors, plugins, testing
 from tokentrim_hooks.cli import main as cli
-from tokentrim_hooks.testing.trial import Trial
+from tokentrim_hooks.testing.laws.trial import Trial
 
 DOCS = "\n".join(page.read_text() for page in PAGES if page.parent == ROOT / "docs")
 CODE = set(re.findall(r"\w+(?:-\w+)*", " ".join(re.findall(r"```.*?```|`[^`\n]+`", DOCS, re.DOTALL))))

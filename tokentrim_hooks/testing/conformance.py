@@ -16,19 +16,19 @@ from torch import nn
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.testing import checks
-from tokentrim_hooks.testing.exactness import PruningTests
+from tokentrim_hooks.testing.checks.probes import Predictions
 from tokentrim_hooks.testing.fingerprint import assert_same, fingerprint
-from tokentrim_hooks.testing.guided import GuideConformance
-from tokentrim_hooks.testing.hooks import HooksConformance
-from tokentrim_hooks.testing.probes import Predictions
-from tokentrim_hooks.testing.statements import StatementTests
+from tokentrim_hooks.testing.laws.exactness import PruningTests
+from tokentrim_hooks.testing.laws.guided import GuideConformance
+from tokentrim_hooks.testing.laws.hooks import HooksConformance
+from tokentrim_hooks.testing.laws.statements import StatementTests
 from tokentrim_hooks.testing.syncs import count_syncs
 
 
 class AdapterConformance(StatementTests, PruningTests, HooksConformance, GuideConformance):
     """What every adapter must pass. Subclasses set ``adapter`` and write :meth:`make_model` and :meth:`run`.
 
-    All settings, and what else can be overridden, are those of :class:`tokentrim_hooks.testing.trial.Trial`.
+    All settings, and what else can be overridden, are those of :class:`tokentrim_hooks.testing.laws.trial.Trial`.
     """
 
     # ------------------------------------------------------------------------------ recognition

@@ -18,7 +18,7 @@ from tokentrim_hooks.policy.token_trim import ObservePolicy
 from tokentrim_hooks.policy.views import ContextView, Denoised, Place, Rows
 from tokentrim_hooks.testing import checks
 from tokentrim_hooks.testing.attention import around_calls
-from tokentrim_hooks.testing.kernels import halved_rows
+from tokentrim_hooks.testing.checks.kernels import halved_rows
 
 WORDS = "this adapter declares no"
 

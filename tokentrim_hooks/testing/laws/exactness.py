@@ -6,9 +6,9 @@ import torch
 
 from tokentrim_hooks.testing import checks
 from tokentrim_hooks.testing.attention import watch_attention
+from tokentrim_hooks.testing.checks.probes import HeldRows
+from tokentrim_hooks.testing.laws.trial import Trial
 from tokentrim_hooks.testing.policies import ForcedPolicy
-from tokentrim_hooks.testing.probes import HeldRows
-from tokentrim_hooks.testing.trial import Trial
 
 
 class PruningTests(Trial):

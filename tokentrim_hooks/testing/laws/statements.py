@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.testing import checks
-from tokentrim_hooks.testing.probes import Predictions, check_delivered, check_tokens, rows_of_pixels
-from tokentrim_hooks.testing.trial import Trial
+from tokentrim_hooks.testing.checks.probes import Predictions, check_delivered, check_tokens, rows_of_pixels
+from tokentrim_hooks.testing.laws.trial import Trial
 
 
 class StatementTests(Trial):

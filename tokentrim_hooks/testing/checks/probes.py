@@ -12,7 +12,7 @@ from tokentrim_hooks.adapter import Adapter, Call, Phase, Seen
 from tokentrim_hooks.errors import UnsupportedProbeError
 from tokentrim_hooks.pruning.context import CacheRows, Context
 from tokentrim_hooks.testing.attention import Denoiser, fingerprints_of
-from tokentrim_hooks.testing.checks import Injected, not_checked
+from tokentrim_hooks.testing.checks.basics import Injected, not_checked
 
 CLOSE = 1e-3
 """Greatest difference between x0 and what is delivered, relative to the largest value: samplers round."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.views import Noisy
 from tokentrim_hooks.testing import checks
-from tokentrim_hooks.testing.hooks import calls_of, declared
+from tokentrim_hooks.testing.laws.hooks import calls_of, declared
 
 STEP = 0.1
 """How far latents move, as a share of their own length."""
