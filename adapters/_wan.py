@@ -55,6 +55,8 @@ class CausalWan(Adapter):
     """Those of RELATIVES that this adapter knows; its generator's forward must take them all."""
     layer_attributes: ClassVar[tuple[str, ...]] = ("sink_size", "local_attn_size")
     """Attributes that every self-attention module must have."""
+    pipeline: Any
+    generator: Any
     hands_back = False
     """Whether this sampler was seen to commit the very x0 that it was given: only then does it go on with nothing else.
     """
@@ -90,7 +92,7 @@ class CausalWan(Adapter):
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Tap the module-global ``attention``, which only self attention calls."""
-        self.generator: Any = getattr(model, "generator", model)
+        self.pipeline, self.generator = model, getattr(model, "generator", model)
         self.layers = self_attentions(self.generator)
         for home in dict.fromkeys(map(home_of, self.layers)):
             patches.tap(home, "attention", refuse=("q_lens", "k_lens"))

@@ -55,6 +55,8 @@ class SelfForcing(CausalWan):
     """The one of STRUCTURES that this adapter knows; its model must have it."""
     entries: ClassVar[tuple[str, ...]] = ("k", "v", "global_end_index", "local_end_index")
     """Entries of a layer's cache."""
+    opens = True
+    """Whether the latest call is of a video's first generated block."""
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:
@@ -87,7 +89,16 @@ class SelfForcing(CausalWan):
     def phase(self, call: Call, seen: Seen) -> Phase:
         """Trust the number of steps only until a commit was recognised by its tensor: it may differ by chunk."""
         phase = super().phase(call, seen)
+        # The first block that is generated: at the beginning, or behind frames handed in, which nobody commits.
+        self.opens = call.start == 0 or not seen.committed
         return Phase.REFINE if phase is Phase.COMMIT and not self._commits(call, seen) else phase
+
+    def steps(self, call: Call) -> int | None:
+        """Causal-Forcing's first block may have a schedule of its own; then both are read from the pipeline."""
+        first = getattr(self.pipeline, "denoising_step_list_first_chunk", None)
+        if first is None:
+            return None
+        return len(first if self.opens else self.pipeline.denoising_step_list)
 
     def _commits(self, call: Call, seen: Seen) -> bool:
         return bool(call.commits) or not self.hands_back or shares_storage(call.latents, seen.returned)

@@ -221,6 +221,13 @@ class Adapter(ABC, Generic[CallT]):
         """Whether ``call`` (of phase FIRST) begins a new video. Default: it starts before the latest chunk."""
         return seen.start is not None and call.start <= seen.start
 
+    def steps(self, call: CallT) -> int | None:
+        """How many denoising calls the chunk takes that ``call`` (of phase FIRST) begins, where the sampler says so.
+
+        Default: None, as many as the chunk before. Needed where chunks differ, for policies that correct the last one.
+        """
+        return None
+
     def changes_prompt(self, call: CallT) -> bool:
         """Whether ``call`` (of phase FIRST) begins a new scene or prompt: statistics start anew, marks stay.
 

@@ -233,8 +233,15 @@ def test_a_prune_is_not_proved_while_a_layer_is_not_tapped():
     for tapped in (1, 2):
         pruner = Pruner(SelfForcing(), (2, 2), ForcedPolicy({}), Proof(expected=2))
         pruner._last = CallTap(None, DeadTokens())
-        pruner._last.calls, pruner._last.dropped = tapped, 4
+        pruner._last.calls, pruner._last.dead_keys = tapped, 4
         assert pruner.check(finite=True) is (tapped == 2)
+
+
+def test_what_is_only_hidden_proves_nothing_of_a_prune():
+    pruner = Pruner(SelfForcing(), (2, 2), ForcedPolicy({}), Proof(expected=1))
+    pruner._last = CallTap(None, DeadTokens())
+    pruner._last.calls, pruner._last.dropped = 1, 4
+    assert pruner.check(finite=True) is False and "0 dead keys" in pruner.proof.finding
 
 
 # ---------------------------------------------------------------------------------------------- marks, keys

@@ -59,7 +59,7 @@ def whatever_the_phase(patch):
 
 def put_back_in_disorder(patch):
     true = fleeting._put_back_moved
-    patch.setattr(fleeting, "_put_back_moved", lambda old, *rest: true(old.flip(0), *rest))
+    patch.setattr(fleeting, "_put_back_moved", lambda old, tags, *rest: true(old.flip(0), tags, *rest))
 
 
 def one_layer_too_few(patch):

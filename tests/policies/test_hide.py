@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.policy.controls import AlwaysPolicy
+from tokentrim_hooks.testing import ForcedPolicy
 
 SINKS = pytest.mark.parametrize("sink", [0, 2])
 
@@ -109,6 +110,19 @@ def test_hiding_and_pruning_together_leave_the_pruned_dead_and_the_hidden_alive(
     assert is_whole(pipeline)
 
 
+@pytest.mark.parametrize("policy", [tokentrim.CommitWindow(0), HideSome()], ids=str)
+def test_marks_that_have_left_the_window_are_forgotten_also_where_a_policy_always_hides(policy):
+    pipeline = make()
+    with tokentrim.patched(pipeline, [ForcedPolicy({2: (0, 1)}), policy]) as handle:
+        marked = []
+        pipeline.generator.register_forward_pre_hook(
+            lambda *_: marked.append([bool(session.pruner._marked) for session in handle._rollout._sessions])
+        )
+        run(pipeline, chunks=8)
+    # The prune is made at the first call of the third chunk; three chunks later its rows have been evicted.
+    assert [True] in marked and all(seen == [False] for seen in marked[-10:])
+
+
 def test_a_regenerated_call_hides_what_the_first_attempt_hid():
     once, both = make(), make()
     with tokentrim.patched(once, HideSome(phases=("first",))):
@@ -142,6 +156,51 @@ def test_whatever_ends_a_call_the_hidden_rows_are_seen_again(kind, call, monkeyp
         assert torch.equal(run(pipeline), fresh)
     assert is_whole(pipeline)
     assert torch.equal(run(pipeline), plain)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("chunk", [3, 4, 5])
+@pytest.mark.parametrize("sink", [0, 2])
+def test_a_call_that_ends_between_a_roll_and_a_write_leaves_the_rows_as_they_would_be_unpatched(kind, chunk, sink):
+    """The rows behind the history are then copies of hidden ones: their order says nothing, and there are more."""
+    pipeline, plain, rows = make(sink_size=sink), run(make(sink_size=sink)), []
+    for patched in (False, True):
+        pipeline.kv_cache1 = None
+        torch.manual_seed(0)
+        attention = pipeline.generator.model.blocks[1].self_attn
+        native, count = attention._make_room, {"calls": 0}
+
+        def raising(*arguments, native=native, count=count):
+            room = native(*arguments)
+            count["calls"] += 1
+            if count["calls"] == 5 * chunk + 1:
+                raise kind
+            return room
+
+        attention._make_room = raising
+        handle = tokentrim.patch(pipeline, HidesOnce(chunk)) if patched else None
+        with pytest.raises(kind):
+            run(pipeline)
+        del attention._make_room
+        if handle:
+            handle.unpatch()
+        rows.append([layer["v"].clone() for layer in pipeline.kv_cache1])
+    assert all(torch.equal(*pair) for pair in zip(*rows, strict=True))
+    assert torch.equal(run(pipeline), plain)
+
+
+@dataclass(frozen=True)
+class HidesOnce(tokentrim.Policy):
+    """Hides a token of each frame, and all of the newest one, from a chunk's first call."""
+
+    chunk: int = 3
+
+    def hide(self, chunk, context):
+        if chunk.index != self.chunk or chunk.phase != "first":
+            return None
+        mask = torch.zeros(context.frames, context.tokens, dtype=torch.bool)
+        mask[:, 1], mask[-1:] = True, True
+        return mask
 
 
 def _raising(pipeline, kind, call):

@@ -1,7 +1,9 @@
 """Rows of a KV cache that one call may not read: marks in V that come off when the call has ended, whatever ends it.
 
 They are -inf where tombstones are +inf, so the tap leaves both out and only these come off. A call may roll its cache:
-then the marks have moved with their rows, and each original goes back to the row that it came from.
+then the marks have moved with their rows, and each original goes back to the row that it came from. Which one that is
+the order of rows says; where it cannot be told from that, as when a call was interrupted between a roll and a write,
+other elements of the row do, which no mark has changed.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from tokentrim_hooks.pruning.tombstones import marked_element
 
 @dataclass(frozen=True)
 class _Hidden:
-    """Marks in one layer: V, the index of the marked elements, and what they replaced."""
+    """Marks in one layer: V, the index of the marked elements, what they replaced, and by what rows are known."""
 
     values: Tensor
     index: tuple[Any, ...]
     old: Tensor
+    tags: Tensor
 
 
 class FleetingMarks:
@@ -70,7 +73,7 @@ class FleetingMarks:
                 index = marked_element(values, on_device[values.device], context.rows_per_frame)
                 # Remembered before it is marked: whatever interrupts the marking, the marks come off.
                 old = values[index]
-                self._layers.append(_Hidden(values, index, old))
+                self._layers.append(_Hidden(values, index, old, _tags(values)[index[:-2]]))
                 values[index] = torch.where(torch.isfinite(old), float("-inf"), old)
         return self.rows
 
@@ -95,7 +98,7 @@ class FleetingMarks:
         for layer, values in zip(layers, tensors, strict=True):
             with torch.inference_mode(values.is_inference()), torch.no_grad():
                 if moved:
-                    _put_back_moved(layer.old, self._places, values, anchors)
+                    _put_back_moved(layer.old, layer.tags, self._places, values, anchors)
                 else:
                     _put_back(layer, values)
 
@@ -123,20 +126,42 @@ def _put_back(layer: _Hidden, values: Tensor) -> None:
     values[layer.index] = torch.where(torch.isneginf(current), layer.old, current)
 
 
-def _put_back_moved(old: Tensor, places: Sequence[tuple[int, int]], values: Tensor, anchors: range) -> None:
-    """Rows have rolled: those that follow the anchors were evicted first, and the order of the others is kept."""
+def _tags(values: Tensor) -> Tensor:
+    """What rows are known by, whatever is marked: up to four elements of each, ``[B, rows..., 4]``."""
+    return values[..., -1, 1:][..., -4:]
+
+
+def _put_back_moved(
+    old: Tensor, tags: Tensor, places: Sequence[tuple[int, int]], values: Tensor, anchors: range
+) -> None:
+    """Rows have rolled: by their order, or where that cannot be by their tags, each gets its original back."""
     for sample in {sample for sample, _ in places}:
         elements = values[sample][..., 0, 0]  # by row, or by frame and token
         marked = torch.isneginf(elements).nonzero(as_tuple=True)
-        count = len(marked[0])
+        found = _tags(values[sample])[marked]
         mine = [n for n, (owner, _) in enumerate(places) if owner == sample]
-        kept = [n for n in mine if places[n][1] in anchors]
-        rolling = [n for n in mine if places[n][1] not in anchors]
-        left = count - len(kept)
-        source = kept + rolling[len(rolling) - left :] if left > 0 else kept[:count]
-        if len(source) != count:
+        source = _by_order(mine, places, len(found), anchors)
+        if source is None or not torch.equal(tags[torch.tensor(source, dtype=torch.long, device=tags.device)], found):
+            source = _by_tags(mine, tags, found)
+        if source is None:
+            elements[marked] = 0
             raise UnsupportedContextError(
-                f"{count} rows of the KV cache are hidden where {len(mine)} were: this model copies rows during "
-                "a call, so nothing can be hidden from it"
+                f"{len(found)} rows of the KV cache are hidden where {len(mine)} were: this model makes rows of others "
+                "during a call, so nothing can be hidden from it"
             )
         elements[marked] = old[torch.tensor(source, dtype=torch.long, device=old.device)]
+
+
+def _by_order(mine: list[int], places: Sequence[tuple[int, int]], count: int, anchors: range) -> list[int] | None:
+    """Which places ``count`` marked rows had: those that follow the anchors were evicted first, the others in order."""
+    kept = [n for n in mine if places[n][1] in anchors]
+    rolling = [n for n in mine if places[n][1] not in anchors]
+    left = count - len(kept)
+    return [*kept, *rolling[len(rolling) - left :]] if 0 <= left <= len(rolling) else None
+
+
+def _by_tags(mine: list[int], tags: Tensor, found: Tensor) -> list[int] | None:
+    """Which places marked rows had, one by one: rows that were copied are known as well; None if one is unknown."""
+    known = {tuple(tag): n for tag, n in zip(tags[mine].tolist(), mine, strict=True)}
+    source = [known.get(tuple(tag)) for tag in found.tolist()]
+    return None if None in source else source  # type: ignore[return-value]  # mypy does not see that none is in it

@@ -19,7 +19,7 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.pruning.block_mask import is_block_mask, without_dead
 from tokentrim_hooks.pruning.context import KeyLayout
 from tokentrim_hooks.pruning.key_selection import NEWEST, DeadTokens, QueryGroup
-from tokentrim_hooks.pruning.tombstones import alive_rows
+from tokentrim_hooks.pruning.tombstones import alive_rows, hidden_rows
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,12 @@ class CallTap:
         failures: what follows a failure of ours in the middle of the model's own call.
         hidden: tokens of a context in the sequence that this one call may not read, by whoever hides them; in a cache
             they carry marks.
+        veiled: whether rows of a cache are hidden from this call.
 
     Attributes:
         off: True once we have stepped aside: the original attention answers alone.
-        calls: attention calls that were tapped. dropped: keys left out, at most in one of them.
+        calls: attention calls that were tapped. dropped: keys left out, at most in one of them. dead_keys: those of
+            them that are dead, and not only hidden from this call.
     """
 
     def __init__(
@@ -133,7 +135,10 @@ class CallTap:
         gated: bool = False,
         failures: FailurePolicy | None = None,
         hidden: Sequence[DeadTokens] = (),
+        veiled: bool = False,
     ) -> None:
+        self.veiled = veiled
+        self.dead_keys = 0
         self.layout = layout
         self.hidden = hidden
         self.dead = dead
@@ -206,6 +211,7 @@ class CallTap:
 
     def _live_range(self, layout: KeyLayout, start: int, first: int, stop: int, device: torch.device) -> Tensor | None:
         alive = self.dead.live_for(layout, 1, start)[0, first:stop]
+        self._count_dead(alive)
         for hidden in self.hidden:
             alive = alive & hidden.live_for(layout, 1, start)[0, first:stop]
         if bool(alive.all()):
@@ -216,13 +222,28 @@ class CallTap:
 
     def _groups(self, k: Tensor, v: Tensor) -> list[QueryGroup]:
         if self.layout is None:
-            return [QueryGroup(0, None, alive_rows(v).cpu())]
+            return [QueryGroup(0, None, self._rows_seen(v))]
         layout = self._layout_of(k.shape[1])
         groups = self.dead.live(layout, k.shape[0])
+        for group in groups:
+            self._count_dead(group.alive)
         for hidden in self.hidden:
             visible = hidden.live_for(layout, k.shape[0], NEWEST)
             groups = [QueryGroup(group.start, group.stop, group.alive & visible) for group in groups]
         return groups
+
+    def _rows_seen(self, v: Tensor) -> Tensor:
+        """Rows of a cache that this call may read, on the CPU: neither dead nor hidden."""
+        seen = alive_rows(v)
+        if not self.veiled:
+            alive = seen = seen.cpu()
+        else:
+            seen, alive = torch.stack([seen, seen | hidden_rows(v)]).cpu()
+        self._count_dead(alive)
+        return seen
+
+    def _count_dead(self, alive: Tensor) -> None:
+        self.dead_keys = max(self.dead_keys, int((~alive).sum(-1).max()) if alive.numel() else 0)
 
     def _layout_of(self, keys: int) -> KeyLayout:
         """The key layout; raises unless it describes as many keys as self attention sees."""

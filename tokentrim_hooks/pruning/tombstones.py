@@ -28,6 +28,11 @@ def alive_rows(values: Tensor) -> Tensor:
     return torch.isfinite(values[..., 0, 0].float())
 
 
+def hidden_rows(values: Tensor) -> Tensor:
+    """Rows of V that are hidden from one call (see fleeting.py): BoolTensor ``[B, rows...]`` on the device."""
+    return torch.isneginf(values[..., 0, 0].float())
+
+
 @dataclass
 class Tombstones:
     """Marks in the V rows of one or more KV caches, and what they replaced, for as long as rows have not moved."""

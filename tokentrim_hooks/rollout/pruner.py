@@ -79,7 +79,7 @@ class Pruner:
         self._hid = False
         self._steering, self._fleeting = steering, FleetingMarks()
         self.acts: list[Act] = []
-        # Of the chunk in progress: frames that had a key, calls with a tap, and whether any of them dropped a key.
+        # Of the chunk in progress: frames that had a key, calls with a tap, and whether any of them dropped a dead key.
         self._frames: set[int] = set()
         self._tapped, self._dropped = 0, False
 
@@ -108,7 +108,7 @@ class Pruner:
         if layout is not None:
             self._frames |= layout.frames
         self._tapped += self.dead
-        self._last = CallTap(layout, self._dead_tokens, self.proof.layers > 0, self._failures, hidden)
+        self._last = CallTap(layout, self._dead_tokens, self.proof.layers > 0, self._failures, hidden, self._hid)
         return self._last
 
     def _hide(self, call: Call, place: Place | None) -> tuple[KeyLayout | None, tuple[DeadTokens, ...]]:
@@ -198,9 +198,11 @@ class Pruner:
             finite: whether the output is; looked at for the first prune only, for it costs a synchronisation.
         """
         tap, proof = self._last, self.proof
-        calls, dropped, expected = (tap.calls, tap.dropped, max(proof.expected, 1)) if tap else (0, 0, 1)
-        proof.finding = f"{calls} of {expected} attention calls tapped, {dropped} keys dropped, output finite: {finite}"
-        holds = finite and dropped > 0 and calls >= expected
+        # What a policy hides is dropped as well, and proves nothing of a prune.
+        calls, dead, expected = (tap.calls, tap.dead_keys, max(proof.expected, 1)) if tap else (0, 0, 1)
+        tapped = f"{calls} of {expected} attention calls tapped"
+        proof.finding = f"{tapped}, {dead} dead keys dropped, output finite: {finite}"
+        holds = finite and dead > 0 and calls >= expected
         if not holds:
             self.give_up()
         elif not proof.proven:
@@ -210,7 +212,7 @@ class Pruner:
 
     def let_go(self) -> None:
         """A call is over: its tap may hold masks, and with them the cache."""
-        self._dropped = self._dropped or (self._last is not None and self._last.dropped > 0)
+        self._dropped = self._dropped or (self._last is not None and self._last.dead_keys > 0)
         self._last = None
         self._fleeting.take_off()
 

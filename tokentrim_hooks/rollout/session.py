@@ -233,7 +233,7 @@ class Session:
         self, step: Step, chunk: ChunkState, video: VideoState, output: Any, x0: Tensor, summary: Summary | None
     ) -> tuple[Any, Tensor, Summary | None]:
         """Let policies correct the x0 of a chunk's last denoising call; keep that of earlier calls for them."""
-        if step.place is None or chunk.steps != video.usual_steps:
+        if step.place is None or not chunk.is_last(video.usual_steps):
             chunk.earlier = [*chunk.earlier, x0][-self.steering.remembers :] if self.steering.remembers else []
             return output, x0, summary
         corrected, acts = self.steering.corrected(step.place, x0, chunk.earlier, video.scene)
@@ -292,7 +292,7 @@ class Session:
             # Where commits are not seen as such, nothing else ever reads how many steps a chunk has.
             video.learn_steps([bool(flag) for flag in video.waiting])
         chunk.history.append(step)
-        return chunk.history if chunk.steps == video.usual_steps else []
+        return chunk.history if chunk.is_last(video.usual_steps) else []
 
 
 def _awaits_pruning(call: Call, chunk: ChunkState) -> bool:

@@ -69,7 +69,8 @@ class ChunkState:
 
     Attributes:
         start, frames: its latent frames. grid: (height, width) of its tokens.
-        phases: the sampler's calls by phase. steps: denoising calls among them.
+        phases: the sampler's calls by phase. steps: denoising calls among them. said: how many of these the adapter
+            says that there will be; 0 where it leaves that to the chunks before.
         committed: a commit call was seen. given: it was handed in as clean context.
         summary: latent summary of the chunk as last seen; becomes the next chunk's ``previous``.
         put_off: the chunk was seen again since its summary was made.
@@ -89,6 +90,7 @@ class ChunkState:
     start: int
     frames: int
     grid: tuple[int, int]
+    said: int = 0
     phases: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     committed: bool = False
@@ -137,6 +139,16 @@ class ChunkState:
         self.steps += phase in (Phase.FIRST, Phase.REFINE)
         self.committed = self.committed or phase is Phase.COMMIT
         self.ended = time.perf_counter()
+
+    def is_last(self, usual_steps: int) -> bool:
+        """Whether the latest denoising call is the chunk's last one; not known, so False, before one is complete."""
+        return usual_steps > 0 and self.steps == (self.said or usual_steps)
+
+    def copied(self, latents: Tensor) -> Tensor:
+        """The chunk as last seen, a copy, for the sampler may write over it; of one that was handed in, that itself."""
+        if self.steps == 1 and self.clean and self.noisy is not None:
+            return torch.where(self.clean[-1], self.noisy.to(latents.dtype), latents)
+        return latents.clone()
 
     def summary_at_end(self, patch_size: tuple[int, int]) -> Summary | None:
         """Summary of the chunk as last seen, where that was put off until the end."""
@@ -211,6 +223,7 @@ class VideoState:
         previous: latent summary of the previous chunk as accepted.
         first: the same of the scene's first chunk. scene: more of it, for policies that ask.
         usual_steps: denoising calls of an earlier complete chunk; 0 while unknown.
+        cut: a re-cache was seen since the latest chunk began.
         told: whether the chunk before this one was handed over as it was accepted, by the call itself.
         returned: the latest prediction that the sampler was handed.
         waiting: flags of the previous chunk's calls, on the device, until something is read anyway.
@@ -227,6 +240,7 @@ class VideoState:
     scene: Scene = field(default_factory=Scene)
     index: int = 0
     usual_steps: int = 0
+    cut: bool = False
     told: bool = False
     returned: Tensor | None = None
     waiting: list[Tensor] = field(default_factory=list)
@@ -235,7 +249,7 @@ class VideoState:
         """A prompt switch, a cut or a re-cache: what came before is no measure for what follows."""
         mean = self.statistics.mean
         self.statistics = RunningStatistics.empty(self.batch, mean.device, self.statistics.keep)
-        self.first, self.scene = None, Scene()
+        self.first, self.scene, self.cut = None, Scene(), False
 
     def accept(self, summary: Summary | None) -> None:
         """The chunk in progress is accepted: it is the next one's predecessor."""

@@ -51,7 +51,9 @@ class Timeline:
         elif phase is Phase.COMMIT and chunk is not None:
             self._close(chunk)
         elif phase is Phase.RECACHE and video is not None:
+            # Once more when the next chunk begins: the one in progress, which is of the scene before, comes in between.
             video.begin_scene()
+            video.cut = True
         return phase
 
     def _begin_chunk(self, call: Call, new_video: bool) -> None:
@@ -66,13 +68,14 @@ class Timeline:
                 f"the batch size changed from {video.batch} to {call.latents.shape[0]} in the middle of a rollout; "
                 "call handle.reset() before a new video"
             )
-        if self.adapter.changes_prompt(call):
+        if self.adapter.changes_prompt(call) or video.cut:
             video.begin_scene()
         accepted = accepted_of(self.adapter, call)
         video.told = accepted is not None
         if accepted is not None:
             video.previous = Summary.of(accepted, self.shared.patch_size)
-        self.chunk = ChunkState(call.start, call.frames, grid_of(call.latents, self.shared.patch_size))
+        grid = grid_of(call.latents, self.shared.patch_size)
+        self.chunk = ChunkState(call.start, call.frames, grid, self.adapter.steps(call) or 0)
 
     def _new_video(self, call: Call) -> VideoState:
         batch = int(call.latents.shape[0])
@@ -98,8 +101,7 @@ class Timeline:
         if self.compares and chunk.latents is not None:
             video.scene.frames.add(chunk.start, chunk.latents)
         if self.keeps_opening and video.scene.opening is None and chunk.latents is not None:
-            # A copy: the sampler may write the next chunk over it.
-            video.scene.opening = chunk.latents.clone()
+            video.scene.opening = chunk.copied(chunk.latents)
         video.accept(chunk.summary_at_end(self.shared.patch_size))
         self.chunk = None
 

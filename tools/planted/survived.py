@@ -97,7 +97,7 @@ SURVIVED = (
     planted(
         "rollout",
         "session",
-        "chunk.history if chunk.steps == video.usual_steps",
+        "chunk.history if chunk.is_last(video.usual_steps)",
         "chunk.history if chunk.steps >= video.usual_steps",
         "a candidate is judged again at every later step",
         OURS + "a_chunk_of_more_steps_than_usual_is_judged_once",
@@ -105,8 +105,8 @@ SURVIVED = (
     planted(
         "rollout",
         "pruner",
-        "dropped > 0 and calls >= expected",
-        "dropped > 0 and calls > 0",
+        "dead > 0 and calls >= expected",
+        "dead > 0 and calls > 0",
         "the self-check is content with one tapped layer",
         OURS + "a_prune_is_not_proved_while_a_layer_is_not_tapped",
     ),
