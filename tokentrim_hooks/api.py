@@ -96,9 +96,9 @@ def patch(
         A handle with ``report``, ``reset()`` and ``unpatch()``; also a context manager.
 
     Raises:
-        UnsupportedModelError, AmbiguousModelError, UnknownAdapterError, AlreadyPatchedError, CompiledModelError,
-        AttachError, UnsupportedProbeError, UnsupportedPolicyError, UnknownObserverError, PluginError; TypeError or
-        ValueError for a bad option.
+        TokenTrimError: nothing is patched; its subclass says why (docs/errors.md): no adapter or several recognise the
+            model, there is a patch already, the model was compiled first, a policy or probe does not suit it ...
+        TypeError, ValueError: for a bad option.
     """
     policies = _policies(policy)
     _check_options(probe, on_error)

@@ -37,6 +37,8 @@ HOOKS = {
     "guide": "Guides",
 }
 """Words of :attr:`Adapter.takes`, and how the table heads them."""
+SHORT = {"judge": "Prune", "hide": "Hide", "correct": "Correct", "settle": "Settle", "guide": "Guide"}
+"""The same for the README's table."""
 METHODS = (CommitWindow(), LatentMoments(), LateMean(), RowMoments(), FlowMo())
 """Methods that need more of a model than that it can be judged."""
 
@@ -78,13 +80,19 @@ def rows(checks: Mapping[str, Any]) -> list[Row]:
 
 
 def support_table(checks: Mapping[str, Any] | None = None) -> str:
-    """The short table, in Markdown: model, adapter, where the context lies, what it was checked on."""
+    """The short table, in Markdown: per adapter its models, the policies' hooks that they take, what was checked."""
     checks = checks or read_checks()
-    lines = [
-        [model, f"`{adapter}`" if "(" not in adapter else adapter, kind, record.get("version", NOT_CHECKED)]
-        for model, adapter, kind, record in rows(checks)
-    ]
-    table = markdown_table(["Model", "Adapter", "Where its context lies", "Checked on"], lines)
+    takes = {info.name: info.adapter.takes for info in adapters() if info.adapter is not None}
+    lines: dict[str, list[str]] = {}
+    for model, adapter, _, record in rows(checks):
+        version = record.get("version", NOT_CHECKED)
+        if adapter in lines:
+            lines[adapter][0] += f", {model}" + (f" ({version})" if version != lines[adapter][-1] else "")
+        else:
+            taken = takes.get(adapter, {"judge"})  # a base class declares what every adapter does at least
+            name = f"`{adapter}`" if "(" not in adapter else adapter
+            lines[adapter] = [model, name, *("yes" if hook in taken else "" for hook in SHORT), version]
+    table = markdown_table(["Models", "Adapter", *SHORT.values(), "Checked on"], list(lines.values()))
     note = f"Checked with the real code on {checks['device']}: see [docs/models.md](docs/models.md)."
     return f"{table}\n\n{note}"
 

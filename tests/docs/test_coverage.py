@@ -12,7 +12,7 @@ from tokentrim_hooks import errors, plugins, testing
 from tokentrim_hooks.cli import main as cli
 from tokentrim_hooks.testing.laws.trial import Trial
 
-DOCS = "\n".join(page.read_text() for page in PAGES if page.parent == ROOT / "docs")
+DOCS = "\n".join(page.read_text() for page in PAGES if ROOT / "docs" in page.parents)
 CODE = set(re.findall(r"\w+(?:-\w+)*", " ".join(re.findall(r"```.*?```|`[^`\n]+`", DOCS, re.DOTALL))))
 """Words that stand in code in docs/."""
 

@@ -37,9 +37,9 @@ def members(kind):
 
 
 TABLES = [
-    ("index.md", "Field of `ChunkRecord`", fields(tokentrim.ChunkRecord)),
-    ("index.md", "Option", set(inspect.signature(tokentrim.patch).parameters)),
-    ("index.md", "Error", public(errors) - {"annotations", "TokenTrimError", "TokenTrimWarning"}),
+    ("patch.md", "Field of `ChunkRecord`", fields(tokentrim.ChunkRecord)),
+    ("patch.md", "Option", set(inspect.signature(tokentrim.patch).parameters)),
+    ("errors.md", "Error", public(errors) - {"annotations", "TokenTrimError", "TokenTrimWarning"}),
     ("policies.md", "Option", fields(tokentrim.DriftPolicy)),
     ("policies.md", "`chunk`, a `Chunk`", fields(tokentrim.Chunk)),
     ("cli.md", "Fault", set(FAULTS)),
