@@ -133,8 +133,36 @@ def nothing_is_open() -> None:
     assert not BUSY.now and not BUSY._scopes, "a call is thought to be busy"
 
 
+@dataclass(frozen=True)
+class Course:
+    """A patched run that nothing interrupts: its events, what the denoiser was given, its calls by what they are.
+
+    Attributes:
+        proof: number of the call that proves that a call can be made twice; 0 where that was proved before.
+        replay: number of the call on the pruned context.
+    """
+
+    events: list[Event]
+    given: list[Tensor]
+    proof: int
+    replay: int
+
+    @property
+    def before_prune(self) -> int:
+        """Number of the first event behind which something is dead."""
+        return self.first_of(self.replay)
+
+    def first_of(self, call: int) -> int:
+        """Number of the first event of a call."""
+        return next(event.number for event in self.events if event.call == call)
+
+
 class Subject:
-    """A model, its videos as they should be, and the events of a run in which a chunk is pruned."""
+    """A model, its videos as they should be, and the events of runs in which a chunk is pruned.
+
+    A patched model's first run has one call more than later ones: before the first prune it is proved that a call can
+    be made twice.
+    """
 
     def __init__(self, target: Target, policy: Any = POLICY, **options: Any) -> None:
         self.target, self.policy, self.options = target, policy, options
@@ -142,15 +170,22 @@ class Subject:
         self.plain = self.run(self.other)
         with Events(self.denoiser) as unpatched:
             assert torch.equal(self.run(self.pipeline), self.plain)
-        with tokentrim.patched(self.pipeline, policy, **options) as handle, Events(self.denoiser) as events:
-            self.pruned = self.run(self.pipeline)
-        assert handle.report.triggers == 1 and not torch.equal(self.plain, self.pruned)
-        self.events, self.given = events.seen, events.given
-        self.replays = len(self.given) - len(unpatched.given)
-        # The first call that is not as in the unpatched run comes behind the prune.
-        same = [torch.equal(a, b) for a, b in zip(self.given, unpatched.given, strict=False)]
-        first = same.index(False) if False in same else len(same)
-        self.before_prune = next(e.number for e in self.events if e.call == first + 1)
+        self._unpatched = unpatched.given
+        with tokentrim.patched(self.pipeline, policy, **options) as handle:
+            self.pruned, self.first = self._course(proves=True)
+            again, self.later = self._course(proves=False)
+        assert handle.report.triggers == 2 and torch.equal(again, self.pruned)
+        assert not torch.equal(self.plain, self.pruned)
+
+    def _course(self, proves: bool) -> tuple[Tensor, Course]:
+        """One video of the patched pipeline, and how it was made."""
+        with Events(self.denoiser) as run:
+            video = self.run(self.pipeline)
+        # The first call that is not as in the unpatched run repeats the one before it.
+        same = [torch.equal(a, b) for a, b in zip(run.given, self._unpatched, strict=False)]
+        repeated = 1 + (same.index(False) if False in same else len(same))
+        assert len(run.given) == len(self._unpatched) + 1 + proves
+        return video, Course(run.seen, run.given, repeated if proves else 0, repeated + proves)
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -165,7 +200,7 @@ class Subject:
         """An event of every denoiser call at every depth, chosen at random among those there are."""
         choice = random.Random(seed)
         by_place: dict[tuple[int, int], list[Event]] = {}
-        for event in self.events:
+        for event in self.first.events:
             by_place.setdefault((event.call, event.depth), []).append(event)
         return [choice.choice(found) for _, found in sorted(by_place.items())]
 
@@ -174,21 +209,23 @@ class Subject:
     def interrupt(self, event: Event, *kinds: type[BaseException]) -> None:
         """Interrupt a run after another one at the same place, then look at everything that is left."""
         # A replay that fails, or a kernel on what we left of its keys, is our failure: with "warn" we step aside.
-        ours = not event.depth or event.call == self.events[self.before_prune].call
+        ours = not event.depth or event.call in (self.first.proof, self.first.replay)
         on_error = "warn" if event.number % 2 and not ours else "raise"
         handle = tokentrim.patch(self.pipeline, self.policy, on_error=on_error, **self.options)
         try:
-            for kind in kinds:
-                self._broken_off(event, kind)
+            for turn, kind in enumerate(kinds):
+                self._broken_off(event, kind, proven=turn > 0 and event.call > self.first.proof)
                 assert handle.active, "a failure of the model was taken for one of ours"
             assert torch.equal(self.run(self.other), self.plain), "another pipeline, never patched"
-            self.as_fresh(handle)
+            self.as_fresh(handle, proven=event.call > self.first.proof)
         finally:
             handle.unpatch()
         assert torch.equal(self.run(self.pipeline), self.plain), "unpatched"
 
-    def _broken_off(self, event: Event, kind: type[BaseException]) -> None:
-        with Events(self.denoiser, event.number, raising(kind)) as run:
+    def _broken_off(self, event: Event, kind: type[BaseException], proven: bool) -> None:
+        """Interrupt a run at an event of the first one, which has moved where the proof was made before."""
+        course, at = (self.later, event.number - self._events_of_proof) if proven else (self.first, event.number)
+        with Events(self.denoiser, at, raising(kind)) as run:
             try:
                 self.run(self.pipeline)
                 raise AssertionError("was not interrupted")
@@ -196,22 +233,23 @@ class Subject:
                 pass
         nothing_is_open()
         # What was broken off before left no trace in the calls of this run.
-        assert all(torch.equal(a, b) for a, b in zip(run.given, self.given, strict=False)), "not as a fresh run"
-        assert run.seen == self.events[: event.number + 1]
+        assert all(torch.equal(a, b) for a, b in zip(run.given, course.given, strict=False)), "not as a fresh run"
+        assert run.seen == course.events[: at + 1]
 
-    def as_fresh(self, handle: Any) -> None:
+    @property
+    def _events_of_proof(self) -> int:
+        return len(self.first.events) - len(self.later.events)
+
+    def as_fresh(self, handle: Any, proven: bool = False) -> None:
         """Assert that a patched pipeline's next run is that of a fresh one, its records too."""
         before = {record.video for record in handle.report}
         assert torch.equal(self.run(self.pipeline), self.pruned), "the same pipeline, again"
         records = [record for record in handle.report if record.video not in before]
         assert [r.chunk for r in records if r.pruned] == [2] and len({r.video for r in records}) == 1
-        assert sum(sum(r.phases.values()) + r.extra_calls for r in records) == self.counted
+        assert sum(r.proof_calls for r in records) == (not proven)
+        made = sum(sum(r.phases.values()) + r.extra_calls + r.proof_calls for r in records)
+        assert made == len((self.later if proven else self.first).given)
         nothing_is_open()
-
-    @property
-    def counted(self) -> int:
-        """Denoiser calls that the records of a run should tell of."""
-        return len(self.given)
 
     def unpatch_amid(self, event: Event, unpatch: Callable[[Any], None]) -> None:
         """The patch comes off in the middle of a call, which goes on."""
@@ -221,7 +259,7 @@ class Subject:
                 video = self.run(self.pipeline)
             nothing_is_open()
             assert not tokentrim.is_patched(self.pipeline) and bool(torch.isfinite(video).all())
-            assert event.number >= self.before_prune or torch.equal(video, self.plain), "nothing had been pruned"
+            assert event.number >= self.first.before_prune or torch.equal(video, self.plain), "nothing had been pruned"
         finally:
             handle.unpatch()
         assert torch.equal(self.run(self.other), self.plain), "another pipeline, never patched"

@@ -126,7 +126,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def _told_truly(self, records, made):
         assert len({record.video for record in records}) == 1 and [r.chunk for r in records] == [0, 1, 2, 3]
-        assert sum(sum(r.phases.values()) + r.extra_calls for r in records) == made
+        assert sum(sum(r.phases.values()) + r.extra_calls + r.proof_calls for r in records) == made
         pruned = sorted(getattr(self.handle.policy, "at", ()))
         assert [r.chunk for r in records if r.pruned] == pruned
         assert all(r.regenerations == r.pruned and (r.dead > 0) == r.pruned for r in records)

@@ -16,11 +16,13 @@ import tiny_reference as tiny
 import torch
 import torch.distributed as dist
 from tokentrim_hooks_adapters.self_forcing import SelfForcing
+from torch.utils._pytree import tree_map
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.ranks import channel
 from tokentrim_hooks.ranks.channel import Channel
+from tokentrim_hooks.rollout.repeat.proof import NullReplay
 from tokentrim_hooks.testing import ForcedPolicy
 
 FORCED = ForcedPolicy({2: (1, 3)})
@@ -56,7 +58,7 @@ class Undecided(tokentrim.Policy):
 def records(handle):
     """What a report says, without drift and seconds."""
     names = ("video", "chunk", "severity", "mean", "std", "threshold", "accepted_severity", "pruned", "tokens", "dead",
-             "regenerations", "extra_calls", "sample")  # fmt: skip
+             "regenerations", "extra_calls", "sample", "proof_calls")  # fmt: skip
     return [tuple(getattr(record, name) for name in names) for record in handle.report]
 
 
@@ -193,10 +195,54 @@ def model_fails(handle):
 
     def fail(*_):
         calls.append(1)
-        if len(calls) == 12:
+        if len(calls) == 13:
             raise Planted("out of memory")
 
     return handle._rollout._model().generator.register_forward_hook(fail).remove
+
+
+def remembering_fails(_handle):
+    """On rank 1 nothing can be remembered before the call that is to prove repeatability."""
+    if dist.get_rank() != 1:
+        return None
+    remember = NullReplay.remember
+
+    def fail(*_):
+        raise Planted("out of memory")
+
+    NullReplay.remember = fail
+
+    def undo():
+        NullReplay.remember = remember
+
+    return undo
+
+
+def answering(pipeline, answer):
+    """On rank 1 ``answer(generator)`` is added to what the model gives, behind all collectives."""
+    if dist.get_rank() == 1:
+        pipeline.generator.register_forward_hook(
+            lambda module, _args, output: tree_map(lambda part: part + answer(module), output)
+        )
+    return pipeline
+
+
+def rounding():
+    """The kernels of rank 1 round otherwise in each call."""
+    numbers = torch.Generator().manual_seed(1)
+    return answering(shared_model.divided(), lambda _module: 1e-6 * torch.randn((), generator=numbers))
+
+
+def remembering():
+    """Rank 1 keeps something from call to call."""
+    pipeline = shared_model.divided()
+    pipeline.generator.register_buffer("memory", torch.zeros(()), persistent=False)
+    return answering(pipeline, lambda module: module.memory.add_(0.1).clone())
+
+
+def from_the_start(pipeline):
+    pipeline.generator.memory.zero_()
+    return tiny.run(pipeline)
 
 
 def interrupted(_handle):
@@ -252,8 +298,11 @@ SABOTAGES = {
     "parse-at-judged": fails(adapter_of, "parse", 11),
     "phase": fails(adapter_of, "phase", 9),
     "prediction": fails(adapter_of, "prediction", 10),
+    "prediction-of-proof": fails(adapter_of, "prediction", 12),
     "prediction-of-replay": fails(adapter_of, "prediction", 14),
-    "replay": fails(adapter_of, "replay", 1),
+    "proof": fails(adapter_of, "replay", 1),
+    "remembering": remembering_fails,
+    "replay": fails(adapter_of, "replay", 2),
     "context-of-prune": fails(adapter_of, "context", 1),
     "tap": tap_fails,
     "model-in-replay": model_fails,
@@ -275,6 +324,9 @@ SCENARIOS = {
     "declared": declared,
     "long-words": long_words,
     "packed": lambda: rollout(own_verdict(), make=packed, run=framepack_tiny.run),
+    "rounding": lambda: rollout(FORCED, make=rounding),
+    "remembering-model": lambda: rollout(FORCED, make=remembering, run=from_the_start),
+    "remembering-model-aside": lambda: rollout(FORCED, make=remembering, run=from_the_start, on_error="warn"),
     "interrupted": lambda: rollout(FORCED, sabotage=interrupted, again=True),
     "out-of-step": out_of_step,
     "unheard": after_an_unheard_word,

@@ -21,6 +21,8 @@ HERE = Path(__file__).parent
 PATIENCE = 420
 """Seconds for all scenarios of a job on a busy machine; a hang ends here (one takes the rest of it)."""
 JUDGED = tiny.CHUNKS - 1
+PROOF = 2
+"""Words once per model: that a call can be made twice, and whether there was anything to prune."""
 NEITHER = "neither raised nor hung"
 
 
@@ -136,7 +138,7 @@ def test_the_finished_chunk_is_judged(two):
 
 def test_two_regenerations(two):
     found = agree(two["twice"])
-    assert [record[10] for record in found["records"]] == [0, 0, 2, 0, 0] and found["posts"] == JUDGED + 2
+    assert [record[10] for record in found["records"]] == [0, 0, 2, 0, 0] and found["posts"] == JUDGED + PROOF + 2
 
 
 @pytest.mark.parametrize("persist", [True, False])
@@ -146,7 +148,7 @@ def test_branches_of_guidance(two, persist):
     at = {2: scenarios.OTHER[0], 4: (0,)} if persist else {2: scenarios.OTHER[0]}
     video, records = in_one_process(ForcedPolicy(at, persist=persist), scenarios.guided)
     torch.testing.assert_close(found["video"], video, rtol=0, atol=1e-3)
-    assert found["posts"] == JUDGED + (2 if persist else 1 + 2)
+    assert found["posts"] == JUDGED + PROOF + (2 if persist else 1 + 2)
     assert [record[9] for record in found["records"]] == [record[9] for record in records]
 
 
@@ -176,13 +178,31 @@ def test_a_prune_that_one_rank_cannot_prove_is_undone_on_all(job):
         assert sum("could not be proved" in words for words in rank["warnings"]) == 1
 
 
+# ------------------------------------------------------------------------------------------ calls made twice
+
+
+def test_all_make_the_second_call_where_one_rank_rounds_otherwise(two):
+    found = two["rounding"]
+    assert pruned(agree(found, video=False)) == [(2, (1, 3))]
+    for rank in found:
+        assert rank["posts"] == JUDGED + PROOF + 1 + 1 and [record[13] for record in rank["records"]] == [0, 0, 2, 0, 0]
+
+
+def test_a_model_that_keeps_something_on_one_rank_is_refused_on_all(two):
+    first, second = two["remembering-model"]
+    assert second["error"][0] == "UnsupportedContextError" and "with nothing pruned" in second["error"][1]
+    assert first["error"][0] == "RankError" and "UnsupportedContextError" in first["error"][1]
+    for rank in two["remembering-model-aside"]:
+        assert rank["error"] is None and not rank["active"] and torch.equal(rank["video"], rank["plain"])
+
+
 # ------------------------------------------------------------------------------------------ cost
 
 
 @pytest.mark.parametrize("name", ["forced", "own-verdict", "candidate"])
 def test_one_word_a_judged_chunk_and_one_a_regeneration(two, name):
     for rank in two[name]:
-        assert rank["posts"] == JUDGED + len(pruned(rank))
+        assert rank["posts"] == JUDGED + PROOF + len(pruned(rank))
 
 
 def test_data_parallel_ranks_stay_independent_and_say_nothing(two):

@@ -120,10 +120,11 @@ def test_switch_rewrites_marks_and_resets_statistics(repository: Any) -> None:
     hook = comparison.model.generator.register_forward_pre_hook(look, with_kwargs=True)
     _, handle = comparison.patched(ForcedPolicy({3: [TOKENS]}))
     hook.remove()
-    # Chunk 3: its first call is made twice, behind the second the marks are there; the 13th is the recache call.
-    assert finite[: 9 + 1] == [True] * 10
-    assert finite[11:13] == [False] * 2
-    assert all(finite[13:])
+    # Chunk 3: its first call is made again for the proof, and pruned; behind that the marks are there. The 14th is
+    # the recache call.
+    assert finite[: 9 + 2] == [True] * 11
+    assert finite[12:14] == [False] * 2
+    assert all(finite[14:])
     records = list(handle.report)
     assert [record.mean is None for record in records] == [True, True, False, False, True, False]
 

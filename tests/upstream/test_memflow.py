@@ -119,13 +119,13 @@ def test_two_videos_observed_then_pruned(repository: Repository, record_property
 
 
 def check_replay(watch: Watch) -> None:
-    """The bank carries no mark; it was moved on once per chunk, and not again for the replay."""
+    """The bank carries no mark; it was moved on once per chunk, and not again for the proof or the replay."""
     assert all(watch.clean)
     first, again = watch.calls[3 * CHUNK], watch.calls[3 * CHUNK + 1]
     assert (first["q_bank"], again["q_bank"]) == (True, False)
     assert all(again[name] is value for name, value in first.items() if name not in ("q_bank", "shape"))
     assert sum(bool(call.get("q_bank")) for call in watch.calls) == CHUNKS
-    assert len(watch.calls) == 3 * CHUNKS + 1
+    assert len(watch.calls) == 3 * CHUNKS + 2
 
 
 def test_prompt_switch(repository: Repository, record_property: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,9 +133,11 @@ def _each(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return checked
 
 
+CALLS = ("regenerations", "extra_calls", "proof_calls")
+
 KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(
-        ("video", "chunk", "sample", "start", "frames", "dead", "anchors", "regenerations", "extra_calls"),
+        ("video", "chunk", "sample", "start", "frames", "dead", "anchors", *CALLS),
         ("a whole number", _whole),
     ),
     **dict.fromkeys(("severity", "mean", "std", "threshold", "accepted_severity"), ("a number or null", _measured)),

@@ -44,6 +44,7 @@ class ChunkRecord:
         dead: context rows pruned for this chunk (a row of a KV cache that was dead before counts once more).
         anchors: latent frames of the context that this prune spared as sinks or anchors.
         regenerations, extra_calls: second attempts and the calls that they cost.
+        proof_calls: calls with nothing pruned that showed, before a model's first prune, that a call can be repeated.
         grid: (height, width) of the token grid. seconds: wall clock from the chunk's first call to its last.
         given: the chunk was handed in as clean context (an image or video prefix). notes: anything unusual.
         acts: what policies did beside judging: ``policy``, ``hook``, ``calls`` at which it did something, ``rows`` of
@@ -68,6 +69,7 @@ class ChunkRecord:
     anchors: int = 0
     regenerations: int = 0
     extra_calls: int = 0
+    proof_calls: int = 0
     grid: tuple[int, int] = (0, 0)
     seconds: float = 0.0
     given: bool = False
@@ -125,12 +127,14 @@ class Report:
         calls = sum(sum(r.phases.values()) for r in self.records if r.sample == 0)
         extra = sum(r.extra_calls for r in self.records if r.sample == 0)
         pruned = sum(len(r.tokens) for r in self.records if r.pruned)
+        proof = sum(r.proof_calls for r in self.records if r.sample == 0)
+        proved = f", {proof} more to prove that calls can be repeated" if proof else ""
         share = f"{100 * extra / calls:.1f} %" if calls else "n/a"
         return "\n".join(
             [
                 f"tokentrim: {len(self.records)} chunk records, {len(judged)} judged, {self.triggers} pruned",
                 f"  token positions pruned {pruned}, context rows dead {sum(r.dead for r in self.records)}",
-                f"  denoiser calls {calls} + {extra} extra ({share})",
+                f"  denoiser calls {calls} + {extra} extra ({share}){proved}",
             ]
         )
 

@@ -20,9 +20,9 @@ from tokentrim_hooks.policy.views import Noisy, Place
 from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.ranks.agreement import Alone
 from tokentrim_hooks.rollout.answers import prediction_of
-from tokentrim_hooks.rollout.counters import Counters
 from tokentrim_hooks.rollout.pruner import Pruner
-from tokentrim_hooks.rollout.replays import require_repeatable
+from tokentrim_hooks.rollout.repeat.counters import Counters
+from tokentrim_hooks.rollout.repeat.proof import require_uncounted
 from tokentrim_hooks.rollout.scene import Act
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
 
@@ -133,7 +133,7 @@ class Guidance:
             raise
         finally:
             self._pruner.drop_hidden()
-        require_repeatable(counters)
+        require_uncounted(counters.put_back())
         return x0
 
     def _require_gradients(self, given: Given) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,7 @@ class Proof:
         expected: attention calls over the context in one denoiser call, as far as is known.
         enabled: False once the self-check of a prune failed. proven: True once it passed.
         finding: what the self-check found, in words.
+        repeated: denoisers (referred to weakly) whose calls were shown to give the same when they are made twice.
     """
 
     layers: int = 0
@@ -42,6 +43,11 @@ class Proof:
     enabled: bool = True
     proven: bool = False
     finding: str = ""
+    repeated: list[Callable[[], object]] = field(default_factory=list)
+
+    def repeats(self, denoiser: object) -> bool:
+        """Whether a call of it was shown to give the same when it is made twice."""
+        return any(known() is denoiser for known in self.repeated)
 
 
 class Pruner:

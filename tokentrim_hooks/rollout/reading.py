@@ -80,3 +80,8 @@ def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     parts[0] = parts[0].to(wide)
     pieces = torch.split(torch.cat(parts).cpu(), [part.numel() for part in parts])
     return {name: piece.view(tensors[name].shape) for name, piece in zip(tensors, pieces, strict=True)}
+
+
+def merged(old: list[list[int]], new: list[list[int]]) -> list[list[int]]:
+    """Per-sample union of token lists."""
+    return [sorted({*a, *b}) for a, b in zip(old, new, strict=True)] if old else [list(b) for b in new]

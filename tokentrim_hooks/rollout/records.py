@@ -86,6 +86,7 @@ def _record(video: VideoState, chunk: ChunkState, sample: int) -> ChunkRecord:
         frames=chunk.frames,
         phases=dict(chunk.phases),
         extra_calls=chunk.extra_calls,
+        proof_calls=0 if judgement is None else judgement.proof_calls,
         grid=chunk.grid,
         seconds=chunk.ended - chunk.began,
         given=chunk.given,

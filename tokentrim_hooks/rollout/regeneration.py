@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -18,11 +19,12 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.policy.views import Chunk, Verdict
 from tokentrim_hooks.rollout.answers import in_flight_of, prediction_of
-from tokentrim_hooks.rollout.counters import Counters
 from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
-from tokentrim_hooks.rollout.reading import Reading, read
-from tokentrim_hooks.rollout.replays import Replayer, require_repeatable, select
+from tokentrim_hooks.rollout.reading import Reading, merged, read
+from tokentrim_hooks.rollout.repeat.counters import Counters
+from tokentrim_hooks.rollout.repeat.proof import require_uncounted
+from tokentrim_hooks.rollout.replays import Replayer, select
 from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState, clean_flag
 
 
@@ -78,7 +80,8 @@ class Regenerator:
             # The first chunk of a video, and so the only read: was it handed in as a clean prefix?
             found.given = clean is not None and bool(clean)
             return found
-        first_look = functools.partial(self._opinion, case, found, clean, case.video.waiting)
+        proven = self.pruner.proof.repeats(case.module)
+        first_look = functools.partial(self._opinion, case, found, clean, case.video.waiting, proven)
         opinion = self._settle("verdict", case.video, chunk, first_look)
         found.given = opinion.given
         if opinion.reading is None:
@@ -87,6 +90,8 @@ class Regenerator:
         if found.given or chunk.given:
             return found
         found.reading, found.severity = opinion.reading, opinion.severity
+        if opinion.again and not proven:
+            opinion = self._prune_once_proven(case, opinion, found)
         self._regenerate_while_unstable(case, opinion, found)
         return found
 
@@ -109,6 +114,12 @@ class Regenerator:
         self._settle("replay of a branch", video, chunk, call_again)
         return select([bool(tokens) for tokens in chunk.tokens], again[0], output)
 
+    def prove_repeatable(
+        self, module: nn.Module, steps: list[Step], output: Any, video: VideoState, chunk: ChunkState
+    ) -> int:
+        """:meth:`Replayer.prove` that a call can be made twice; return the calls that it cost, none after the first."""
+        return self._replays.prove(module, steps, output, lambda turn, ask: self._settle(turn, video, chunk, ask))
+
     def agreed(self, turn: str, video: VideoState, chunk: ChunkState, decide: Callable[[], bool]) -> bool:
         """What ``decide`` says; where ranks share the model, what it says on the first of them."""
         return self._settle(turn, video, chunk, lambda: Opinion(again=decide())).again
@@ -128,10 +139,13 @@ class Regenerator:
 
     # ------------------------------------------------------------------------------------------ judgement
 
-    def _opinion(self, case: Case, found: Judgement, clean: Tensor | None, waiting: list[Tensor]) -> Opinion:
+    def _opinion(
+        self, case: Case, found: Judgement, clean: Tensor | None, waiting: list[Tensor], proven: bool = True
+    ) -> Opinion:
         """Judge an attempt and, on the rank that leads, prune for the next one where the verdict asks for it.
 
         The others prune once they have heard: whether a context holds anything to prune decides whether all call again.
+        Nothing is pruned of a model that is not ``proven`` to give the same when a call is made twice.
         """
         view = self._view(case, found)
         if view is None:
@@ -142,7 +156,16 @@ class Regenerator:
         reading = self._read(verdict, view, case.video, clean, waiting)
         given = reading.clean or case.chunk.given
         again = not given and self._wants_more(reading, found) and self._failures.ranks.leads
-        return Opinion(reading, verdict.severity, reading.clean, again and self._prune(case, reading, found))
+        again = again and (not proven or self._prune(case, reading, found))
+        return Opinion(reading, verdict.severity, reading.clean, again)
+
+    def _prune_once_proven(self, case: Case, opinion: Opinion, found: Judgement) -> Opinion:
+        """Before a model's first prune replay with nothing pruned, on all ranks; then the one that leads prunes."""
+        assert opinion.reading is not None, "only a verdict asks for more"
+        found.proof_calls += self.prove_repeatable(case.module, case.steps, found.output, case.video, case.chunk)
+        leads, prune = self._failures.ranks.leads, functools.partial(self._prune, case, opinion.reading, found)
+        again = self.agreed("first prune", case.video, case.chunk, lambda: leads and prune())
+        return dataclasses.replace(opinion, again=again)
 
     def _has_no_predecessor(self, case: Case) -> bool:
         """Whether a chunk is a video's first, where that shows without asking the model: nothing is to be agreed on."""
@@ -250,7 +273,7 @@ class Regenerator:
         if not dead:
             found.notes.append("unstable, but the context holds nothing that may be pruned")
             return False
-        found.tokens = _merged(found.tokens, tokens)
+        found.tokens = merged(found.tokens, tokens)
         found.dead += dead
         found.anchors = self.pruner.anchors
         return True
@@ -259,7 +282,7 @@ class Regenerator:
         """Run the steps again on the pruned context; None where the prune cannot be proved to have worked."""
         counters = Counters(case.module)
         again = self._replays.replay(case.module, case.steps)
-        require_repeatable(counters)
+        require_uncounted(counters.put_back())
         found.extra_calls += len(case.steps)
         if self.pruner.dead and not self._prove(case.call, again):
             return None
@@ -269,8 +292,3 @@ class Regenerator:
         """Self-check of a prune: every layer dropped rows; and of the first one, that the output is finite."""
         proven = self.pruner.proof.proven
         return self.pruner.check(proven or bool(torch.isfinite(prediction_of(self.adapter, call, output)).all()))
-
-
-def _merged(old: list[list[int]], new: list[list[int]]) -> list[list[int]]:
-    """Per-sample union of token lists."""
-    return [sorted({*a, *b}) for a, b in zip(old, new, strict=True)] if old else [list(b) for b in new]

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tokentrim_hooks.adapter import Adapter, Call
-from tokentrim_hooks.errors import TokenTrimWarning, UnsupportedContextError
+from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.failures import FailurePolicy
-from tokentrim_hooks.inspection import bind, profiled
+from tokentrim_hooks.inspection import bind, profiled, weakly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.rollout.answers import carried, moved_arguments, prediction_of
-from tokentrim_hooks.rollout.counters import Counters
+from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
+from tokentrim_hooks.rollout.repeat.proof import NullReplay, random_stream_kept
 from tokentrim_hooks.rollout.state import Step
 
 
@@ -36,14 +37,52 @@ class Replayer:
     def __init__(self, adapter: Adapter, policy: Policy, pruner: Pruner, failures: FailurePolicy) -> None:
         self._adapter, self._policy, self._pruner, self._failures = adapter, policy, pruner, failures
 
-    def replay(self, module: nn.Module, steps: list[Step]) -> Any:
+    def prove(
+        self, module: nn.Module, steps: list[Step], output: Any, settle: Callable[[str, Callable[[], Opinion]], Opinion]
+    ) -> int:
+        """Before a denoiser's first prune: replay with nothing pruned; return the denoiser calls that it cost.
+
+        Args:
+            module, steps: the denoiser, and its calls.
+            output: of the last step, as the sampler was given it.
+            settle: agrees on an opinion with the ranks that share the model, given where they are in words. All make
+                the same number of calls, and what one of them finds is raised on all.
+
+        Raises:
+            UnsupportedContextError: it gave something else.
+        """
+        if self._pruner.proof.repeats(module):
+            return 0
+        times = 1
+        null = NullReplay(module, functools.partial(self._replayed_prediction, module, steps))
+        with null.undone_if_refused():
+            if not settle("proof of repeatability", lambda: self._null_replay(null, steps, output)).holds:
+                settle("second call for the proof", lambda: _second_opinion(null))
+                times = 2
+        self._pruner.proof.repeated.append(weakly(module))
+        return times * len(steps)
+
+    def _null_replay(self, null: NullReplay, steps: list[Step], output: Any) -> Opinion:
+        """Whether the bits are the same; where nothing can be remembered the call is made all the same, as all do."""
+        try:
+            null.remember(steps[-1].prediction, *(part for step in steps for part in (step.args, step.kwargs)), output)
+        except Exception as failure:
+            if not self._failures.hears(failure):
+                raise
+        return Opinion(holds=null.same())
+
+    def _replayed_prediction(self, module: nn.Module, steps: list[Step]) -> Tensor:
+        return prediction_of(self._adapter, steps[-1].call, self.replay(module, steps, redraw=False))
+
+    def replay(self, module: nn.Module, steps: list[Step], redraw: bool = True) -> Any:
         """Call the denoiser again for each step, with the same noise.
 
         A later step's latents were made from the earlier step's prediction, which has changed: the adapter carries the
-        change over. The first step's latents are noise, which only a control policy draws anew.
+        change over. The first step's latents are noise, which only a control policy draws anew, and not where
+        ``redraw`` is off.
         """
         with profiled("tokentrim.replay"):
-            output, call = self._in_step(module, steps[0], lambda: self._redrawn(steps[0]))
+            output, call = self._in_step(module, steps[0], lambda: self._redrawn(steps[0]) if redraw else None)
             for earlier, step in itertools.pairwise(steps):
                 carried = functools.partial(self._carried, earlier, step, call, output)
                 output, call = self._in_step(module, step, carried)
@@ -69,7 +108,7 @@ class Replayer:
         except Exception as failure:
             if ranks.replays > made or not self._failures.hears(failure):
                 raise
-        with scoped(None, replayer=self._pruner.proof):
+        with scoped(None, replayer=self._pruner.proof), random_stream_kept(step.call.latents.device):
             return module(*step.args, **step.kwargs), step.call
 
     def _moved(self, module: nn.Module, step: Step, latents: Tensor | None) -> Call:
@@ -92,7 +131,8 @@ class Replayer:
         args, kwargs = step.args, step.kwargs
         if latents is not None:
             args, kwargs = moved_arguments(self._adapter, step.call, args, kwargs, latents)
-        with scoped(self._pruner.tap(step.call, step.place), replayer=self._pruner.proof):
+        tap, device = self._pruner.tap(step.call, step.place), step.call.latents.device
+        with scoped(tap, replayer=self._pruner.proof), random_stream_kept(device):
             output = self._adapter.replay(module, args, kwargs)
         self._pruner.unhide(step.call)
         return output
@@ -113,6 +153,11 @@ class Replayer:
         return self._call_again(module, step, None)
 
 
+def _second_opinion(null: NullReplay) -> Opinion:
+    null.require_noise()
+    return Opinion()
+
+
 def select(prune: list[bool], again: Any, output: Any) -> Any:
     """Take flagged samples from ``again``, the others from ``output``; both have B first in every tensor."""
     if all(prune):
@@ -125,18 +170,3 @@ def select(prune: list[bool], again: Any, output: Any) -> Any:
         return torch.where(chosen, new, old)
 
     return tree_map(choose, again, output)
-
-
-def require_repeatable(before: Counters) -> None:
-    """Raise UnsupportedContextError, with the counts put back, if a replay has changed what the model keeps.
-
-    A model that counts its calls (TeaCache and its kind) takes the repeated call for the next one. Asked at every
-    replay, for such a thing may be switched on at any time.
-    """
-    changed = before.put_back()
-    if changed:
-        raise UnsupportedContextError(
-            f"the model counts its calls ({', '.join(changed[:4])}), so that a chunk cannot be regenerated: the "
-            "repeated call would count as the next one. Switch off what counts (TeaCache, MagCache), or override "
-            "Adapter.replay"
-        )

@@ -135,7 +135,8 @@ class Session:
         self.pruner.unhide(call)
         self.pruner.follow(call)
         missed = self.pruner.missed(self._scope.tap if self._scope is not None else None)
-        late = phase is None and self._prune_late(call, chunk, video)
+        # Where pruning lasts for one chunk only, another branch is pruned after its call, else before it.
+        late = phase is None and not self.shared.policy.persist and _awaits_pruning(call, chunk)
         if phase is None and not late and not missed:
             self._settle(running, video, chunk)
             return output
@@ -253,17 +254,16 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ branches
 
-    def _prune_late(self, call: Call, chunk: ChunkState, video: VideoState) -> bool:
-        """Prune another branch after its call, where pruning lasts for one chunk only (else it is pruned before it)."""
-        if self.shared.policy.persist or not _awaits_pruning(call, chunk):
-            return False
-        prune = functools.partial(self._prune_branch, call, chunk)
-        return self._regenerator.agreed("prune of a branch", video, chunk, prune)
-
     def _replay_branch(self, module: nn.Module, step: Step, chunk: ChunkState, video: VideoState, output: Any) -> Any:
+        """Prune another branch after its call, and call it again."""
         assert chunk.judgement is not None, "a branch is pruned only with a judged chunk"
+        regenerator = self._regenerator
+        chunk.judgement.proof_calls += regenerator.prove_repeatable(module, [step], output, video, chunk)
+        prune = functools.partial(self._prune_branch, step.call, chunk)
+        if not regenerator.agreed("prune of a branch", video, chunk, prune):
+            return output
         chunk.judgement.extra_calls += 1
-        return self._regenerator.replay_branch(module, step, chunk, video, output)
+        return regenerator.replay_branch(module, step, chunk, video, output)
 
     def _prune_branch(self, call: Call, chunk: ChunkState) -> bool:
         """Prune another branch's context at its first call for a pruned chunk; whether that killed anything."""

@@ -44,7 +44,7 @@ class Judgement:
         tokens: tokens pruned, per sample; an empty list spares the sample, no list at all means nothing was pruned.
         dead: context rows that died. anchors: latent frames spared as sinks or anchors.
         regenerations, extra_calls: attempts after the first, and the denoiser calls that they cost.
-        notes: anything unusual.
+        proof_calls: denoiser calls that showed that a call can be made twice. notes: anything unusual.
     """
 
     output: Any
@@ -60,6 +60,7 @@ class Judgement:
     anchors: int = 0
     regenerations: int = 0
     extra_calls: int = 0
+    proof_calls: int = 0
     notes: list[str] = field(default_factory=list)
 
 

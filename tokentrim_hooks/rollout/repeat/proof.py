@@ -1,0 +1,167 @@
+"""The proof that a call can be made twice: made again with nothing pruned, it must give what the sampler was given.
+
+A model that skips steps and answers from a cache (MagCache, TeaCache), that retrieves, that keeps a memory bank, or
+that draws random numbers gives something else, and so would a regenerated chunk: its difference would not be the
+prune's. A GPU's kernels may differ in rounding from call to call; that is no such thing, and is told from it by a
+second replay: noise differs again, by as much, and is small; what the model keeps does not, or is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.rollout.repeat.counters import Counters
+from tokentrim_hooks.rollout.repeat.snapshot import Snapshot
+
+_logger = logging.getLogger(__name__)
+
+ROUNDING = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Differences that mean nothing, by the coarsest type in which the model computes; of the output's largest value."""
+NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Differences that kernels which are not deterministic may make, after they went through all layers."""
+SPREAD = 4
+"""Noise differs from the first output by as much as two replays differ from one another, up to this factor."""
+
+
+class NullReplay:
+    """A call made again with nothing pruned, once, and once more where the bits differ: what that shows.
+
+    Args:
+        module: the denoiser.
+        again: makes the call and returns its x0.
+    """
+
+    def __init__(self, module: object, again: Callable[[], Tensor]) -> None:
+        self._module, self._again = module, again
+        self._before: Snapshot | None = None
+
+    def remember(self, prediction: Tensor, *kept: Any) -> None:
+        """Before the first call: what the sampler was given, and what the model keeps.
+
+        Args:
+            prediction: the sampler's own x0. kept: arguments and output of the call, which may keep something, too.
+        """
+        self._before, self._counters = Snapshot(self._module, *kept), Counters(self._module)
+        self._first = prediction.detach().clone()
+
+    @contextmanager
+    def undone_if_refused(self) -> Iterator[None]:
+        """Whatever ends this in an exception, the model is as it was remembered."""
+        try:
+            yield
+        except BaseException:
+            if self._before is not None:
+                self._before.put_back()
+            raise
+
+    def same(self) -> bool:
+        """Make the call; whether it gave the same bits. The host is read once.
+
+        Raises:
+            UnsupportedContextError: it did, but the model counts its calls.
+        """
+        self._one = self._again().detach().clone()
+        first = self._first
+        self._moved, self._scale = torch.stack([_apart(first, self._one), first.abs().amax().float()]).tolist()
+        self._counted = self._counters.put_back()
+        if self._moved == 0:
+            require_uncounted(self._counted)
+        return bool(self._moved == 0)
+
+    def require_noise(self) -> None:
+        """Make the call once more, for the bits differ, here or on another rank. The host is read once.
+
+        Raises:
+            UnsupportedContextError: they differ by more than rounding does.
+        """
+        two = self._again().detach()
+        spread = torch.stack([_apart(self._first, two), _apart(self._one, two)]).tolist()
+        measured = (self._moved, *spread)
+        if self._counted or not is_noise(measured, self._scale, coarsest(self._module, self._first)):
+            raise UnsupportedContextError(_words(measured, self._scale, self._module))
+        require_uncounted(self._counters.put_back())
+        _logger.info("kernels differ from call to call by %.1e, which counts as rounding", max(measured) / self._scale)
+
+
+def require_uncounted(changed: list[str]) -> None:
+    """Raise UnsupportedContextError if a replay has ``changed`` what the model counts, which was put back since.
+
+    A model that counts its calls (TeaCache and its kind) takes the repeated call for the next one. Asked at every
+    replay, for such a thing may be switched on at any time.
+    """
+    if changed:
+        raise UnsupportedContextError(
+            f"the model counts its calls ({', '.join(changed[:4])}), so that a chunk cannot be regenerated: the "
+            "repeated call would count as the next one. Switch off what counts (TeaCache, MagCache), or override "
+            "Adapter.replay"
+        )
+
+
+def is_noise(measured: tuple[float, ...], scale: float, dtype: torch.dtype) -> bool:
+    """Whether the differences first-to-one, first-to-two and one-to-two come from rounding in ``dtype`` alone."""
+    one, two, spread = measured
+    if max(one, two) <= ROUNDING[dtype] * scale:
+        return True
+    return max(one, two) <= NOISE[dtype] * scale and min(one, two) <= SPREAD * spread
+
+
+def coarsest(module: object, *tensors: Tensor) -> torch.dtype:
+    """The coarsest floating type that a model computes in, as far as its tensors and torch's settings show."""
+    device = tensors[0].device.type
+    kinds = {tensor.dtype for tensor in tensors}
+    parts = (
+        [module] if isinstance(module, nn.Module) else [p for p in vars(module).values() if isinstance(p, nn.Module)]
+    )
+    kinds |= {parameter.dtype for part in parts for parameter in part.parameters()}
+    if torch.is_autocast_enabled(device):
+        kinds.add(torch.get_autocast_dtype(device))
+    if device == "cuda" and torch.float32 in kinds and torch.get_float32_matmul_precision() != "highest":
+        kinds.add(torch.float16)  # TF32 has as many bits
+    if any(kind.is_floating_point and kind.itemsize == 1 for kind in kinds):
+        kinds.add(torch.bfloat16)  # what fp8 weights are computed in
+    return max(kinds & set(NOISE), key=lambda kind: NOISE[kind], default=torch.float32)
+
+
+@contextmanager
+def random_stream_kept(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn meanwhile from the generators that are everybody's, they go on as if nothing had been."""
+    own = [] if device.type in ("cpu", "meta", "mps") else [device]
+    state = random.getstate()
+    apple = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng(own, device_type=device.type if own else "cuda"):
+            yield
+    finally:
+        random.setstate(state)
+        if apple is not None:
+            torch.mps.set_rng_state(apple)
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    wide = torch.promote_types(one.dtype, torch.float32)
+    return (one.to(wide) - other.to(wide)).abs().amax().float()
+
+
+def _words(measured: tuple[float, ...], scale: float, module: object) -> str:
+    moved, spread = max(measured[:2]), measured[2]
+    how = "and differs again each time" if spread else "every time alike"
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    if any(isinstance(part, nn.Dropout) and part.training and part.p for part in parts):
+        cause = "dropout is on. Switch the model to eval()"
+    else:
+        cause = (
+            "it keeps something between calls or draws random numbers. Switch that off (MagCache, TeaCache, retrieval, "
+            "a memory bank, dropout)"
+        )
+    return (
+        f"the model cannot make a call twice: made again with nothing pruned, its output moved by {moved:.2g} (its "
+        f"largest value is {scale:.2g}) {how}, so {cause}, or override Adapter.replay to put it back"
+    )
