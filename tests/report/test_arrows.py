@@ -20,7 +20,7 @@ print(*sorted(rooms))
 """
 
 
-@pytest.mark.parametrize("module", ["page", "charts", "filmstrip", "record", "provenance", "observers"])
+@pytest.mark.parametrize("module", ["page", "page.charts", "filmstrip", "record", "provenance", "observers"])
 def test_a_page_is_drawn_without_the_patch(module):
     command = [sys.executable, "-c", SCRIPT, str(PACKAGE), f"tokentrim_hooks.report.{module}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
