@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import framepack_tiny
 import pytest
 import tiny_reference
+import torch
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.rollout import records
+from tokentrim_hooks.rollout.reading import read
+from tokentrim_hooks.rollout.state import Judgement
 from tokentrim_hooks.testing import ForcedPolicy, count_syncs
 
 CHUNKS = 14
@@ -83,3 +88,20 @@ def test_a_chunk_makes_two_summaries(monkeypatch):
         few = len(made)
         tiny_reference.run(pipeline, chunks=14)
     assert len(made) - few == few + 2 * 10
+
+
+def test_what_a_record_takes_in_memory():
+    """At 1,560 tokens: four bytes for the drift of each, and a reference for each token of the unstable set."""
+    tokens, unstable, count = 1560, 156, 50
+    drift = torch.rand(1, tokens, generator=torch.Generator().manual_seed(0))
+    severity, worst = drift.topk(unstable)
+    verdict = tokentrim.Verdict(worst, severity.mean(1), severity.mean(1), torch.tensor([False]))
+    history = tokentrim.History(2, severity.mean(1), severity.std(1))
+    judgements = [Judgement(None, drift, reading=read(verdict, drift, history)) for _ in range(count + 1)]
+    told = [records._verdict(judgements[0], judgements[0].reading, 0)]
+    tracemalloc.start()
+    told += [records._verdict(judgement, judgement.reading, 0) for judgement in judgements[1:]]
+    taken = tracemalloc.get_traced_memory()[0] / count
+    tracemalloc.stop()
+    assert told[-1]["tokens"] == tuple(worst[0].tolist())
+    assert 4 * tokens < taken < 4 * tokens + 8 * unstable + 1500

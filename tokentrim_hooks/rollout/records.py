@@ -109,6 +109,10 @@ def _acts(chunk: ChunkState, batch: int) -> tuple[dict[str, Any], ...]:
     return tuple(found.values())
 
 
+_TOKENS: dict[int, int] = {}
+"""Token numbers, each once: a thousand records name the same ones, and an int of Python takes 28 bytes."""
+
+
 def _memory(values: Tensor) -> bytearray:
     """Numbers as float32 in this machine's byte order; not by way of NumPy, which torch does without."""
     memory = bytearray(4 * values.numel())
@@ -127,7 +131,7 @@ def _verdict(judgement: Judgement, reading: Reading, sample: int) -> dict[str, A
         "threshold": threshold if math.isfinite(threshold) else None,
         "accepted_severity": severity if judgement.accepted is None else judgement.accepted[sample],
         "pruned": pruned,
-        "tokens": tuple(reading.tokens[sample]),
+        "tokens": tuple(_TOKENS.setdefault(token, token) for token in reading.tokens[sample]),
         "drift": Floats.packed(_memory(reading.drift[sample])),
         "dead": judgement.dead // sum(reading.prune) if pruned else 0,
         "anchors": judgement.anchors if pruned else 0,
