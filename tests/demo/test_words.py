@@ -8,6 +8,7 @@ from tokentrim_hooks.experiments.compare.settings import STANDARD
 from tokentrim_hooks.experiments.compare.store import Outcome
 from tokentrim_hooks.experiments.compare.table import number, percent, summarise
 from tokentrim_hooks.experiments.compare.trials import Column, drift_columns, fault_columns
+from tokentrim_hooks.experiments.demo.acts import WINDOW
 from tokentrim_hooks.experiments.demo.words import COLUMNS, sentences, table
 from tokentrim_hooks.reference.fault import FAULTS
 
@@ -24,10 +25,14 @@ def outcome(setting, columns, values, pruned):
     )  # fmt: skip
 
 
-def act(name, columns, change, pruned=(), watch=None, pairs=PAIRS):
+def act(name, columns, change, pruned=(), watch=None, pairs=PAIRS, other=None):
     base = [1.0 + 0.01 * i for i in range(pairs)]
-    changed = [value + change * (1 + 0.1 * (i % 2)) for i, value in enumerate(base)]
-    outcomes = [outcome(STANDARD[0], columns, base, []), outcome(STANDARD[1], columns, changed, list(pruned))]
+
+    def moved(by):
+        return [value + by * (1 + 0.1 * (i % 2)) for i, value in enumerate(base)]
+
+    outcomes = [outcome(STANDARD[0], columns, base, []), outcome(STANDARD[1], columns, moved(change), list(pruned))]
+    outcomes += [] if other is None else [outcome(WINDOW, columns, moved(other), [])]
     rows = summarise(outcomes, columns, watch)
     return SimpleNamespace(name=name, trial=SimpleNamespace(columns=columns), rows=rows)
 
@@ -64,6 +69,21 @@ def test_an_effect_on_slow_drift_would_be_told(acts):
     assert "0.0 % of the chunks (fading) and 10.0 % of the chunks (burning)" in said
     assert "burning: saturation error -0.420 [-0.438, -0.402] (better)" in said
     assert "burning: sprites alive (identity) -0.420 [-0.438, -0.402] (worse)" in said and "does not move" not in said
+
+
+def test_what_another_policy_did_is_told_beside_the_papers(acts):
+    both = sentences([*acts, act("burning", DRIFT, 0.0, other=0.4)])
+    assert "no measure got better or worse" in both[2], "the paper's did nothing"
+    assert both[3].startswith("Another policy, commit window 6, on the burning model: saturation error +0.420")
+    assert "sprites alive (identity) +0.420 [+0.402, +0.438] (better)" in both[3]
+    neither = sentences([*acts, act("burning", DRIFT, 0.4, other=0.0)])
+    assert "saturation error +0.420" in neither[2] and "(worse)" in neither[2]
+    assert neither[3].endswith("on the burning model: no measure got better or worse over 8 videos.")
+
+
+def test_the_table_names_a_policy_that_is_not_the_papers(acts):
+    rows = table([*acts, act("burning", DRIFT, 0.0, other=0.4)])
+    assert [row[0] for row in rows[8:]] == ["burning", "", "", "burning, commit window 6", "", ""]
 
 
 def test_few_videos_give_no_verdict():

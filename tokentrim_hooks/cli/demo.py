@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokentrim_hooks.experiments.demo.acts import Act, Size
 
 FILES = {
-    "{act}.gif": "films: truth, unpatched and pruned beside each other",
+    "{act}.gif": "films: truth, unpatched and patched beside each other",
     "{act}.png": "the same as stills",
     "{act}.html": "all measures",
     "report/report.html": "what tokentrim did to the planted fault, chunk by chunk",
@@ -38,7 +38,7 @@ FILES = {
 def demo(out: Path, untrained: bool, **options: Any) -> None:
     """See and measure it on a small trained model, in about two minutes.
 
-    Says in three sentences what came of it, then shows a table, then where the films and pages are.
+    Says in a few sentences what came of it, then shows a table, then where the films and pages are.
     """
     need("safetensors", "scipy", "PIL", "jinja2", "matplotlib", "tqdm")
     ready_folder(out)
@@ -68,7 +68,7 @@ def size_of(options: dict[str, Any]) -> Size:
 
 
 def said(acts: Sequence[Act]) -> str:
-    """Three sentences, the small table, how to read it."""
+    """The sentences, the small table, how to read it."""
     from tokentrim_hooks.experiments.demo.words import COLUMNS, NOTES, sentences, table
 
     return "\n\n".join([*sentences(acts), plain_table(COLUMNS, table(acts)), NOTES]) + "\n"
@@ -87,7 +87,7 @@ def write(acts: Sequence[Act], folder: Path, made: dict[str, Any]) -> None:
         files.write(folder / f"{act.name}.html", page)
     save_report(acts[0], files.below(folder, "report"))
     files.write(folder / "table.txt", said(acts))
-    outcomes = {act.name: [vars(take.outcome) for take in (act.off, act.paper)] for act in acts}
+    outcomes = {act.name: [vars(take.outcome) for take in act.takes] for act in acts}
     files.write(folder / "results.json", as_json({"settings": made, **outcomes}))
 
 

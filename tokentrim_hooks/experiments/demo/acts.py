@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokentrim_hooks.experiments.compare.rollouts import Take, roll_out
-from tokentrim_hooks.experiments.compare.settings import STANDARD
+from tokentrim_hooks.experiments.compare.settings import METHODS, STANDARD, Setting
 from tokentrim_hooks.experiments.compare.table import Row, summarise
 from tokentrim_hooks.experiments.compare.trials import ReferenceMaker, ReferenceTrial
 from tokentrim_hooks.reference.fault import FAULTS, Where
 
 OFF, PAPER = STANDARD[:2]
+WINDOW = next(setting for setting in METHODS if setting.name == "commit window 6")
+"""What was seen to move slow drift, over more videos than the demo has."""
 PLANTED: Where = "context"
 """The demo's fault."""
-ACTS: tuple[tuple[str, str, str, Where | None], ...] = (
-    ("fault", "A planted fault", "fading", PLANTED),
-    ("burning", "Natural drift: the burning model", "burning", None),
-    ("fading", "Natural drift: the fading model", "fading", None),
+ACTS: tuple[tuple[str, str, str, Where | None, tuple[Setting, ...]], ...] = (
+    ("fault", "A planted fault", "fading", PLANTED, (PAPER,)),
+    ("burning", "Natural drift: the burning model", "burning", None, (PAPER,)),
+    ("fading", "Natural drift: the fading model", "fading", None, (PAPER, WINDOW)),
 )
-"""Name, title, kind of the reference model, fault."""
+"""Name, title, kind of the reference model, fault, what is compared with the unpatched model: the paper's first."""
 
 
 @dataclass(frozen=True)
@@ -47,35 +50,39 @@ class Size:
     @property
     def total_chunks(self) -> int:
         """Chunks that all rollouts generate."""
-        return 2 * sum(self.fault_chunks if fault else self.chunks for *_, fault in ACTS)
+        rollouts = ((self.fault_chunks if fault else self.chunks, settings) for *_, fault, settings in ACTS)
+        return sum(chunks * (1 + len(settings)) for chunks, settings in rollouts)
 
 
 @dataclass(frozen=True)
 class Act:
-    """One comparison, rolled out: the model as it is, and under the paper's policy."""
+    """One comparison, rolled out: the model as it is, under the paper's policy, and under others where there are."""
 
     name: str
     title: str
     trial: ReferenceTrial
     off: Take
     paper: Take
+    others: Sequence[Take] = ()
 
     @property
+    def takes(self) -> list[Take]:
+        """All of them, the unpatched one first."""
+        return [self.off, self.paper, *self.others]
+
+    @functools.cached_property
     def rows(self) -> list[Row]:
-        """The unpatched row and the patched one, as ``tokentrim compare`` would have them."""
-        return summarise([self.off.outcome, self.paper.outcome], self.trial.columns, self.trial.watch)
+        """The unpatched row and those of the patched ones, as ``tokentrim compare`` would have them."""
+        return summarise([take.outcome for take in self.takes], self.trial.columns, self.trial.watch)
 
 
 def play(load: Callable[..., ReferenceMaker], size: Size, advance: Callable[..., Any]) -> list[Act]:
     """Roll out all acts; ``load`` makes a :class:`ReferenceMaker`, ``advance`` is called after each chunk."""
     seeds = range(size.seed, size.seed + size.scenes)
     acts = []
-    for name, title, kind, fault in ACTS:
+    for name, title, kind, fault, settings in ACTS:
         chunks = size.fault_chunks if fault else size.chunks
-        acts.append(_act(name, title, load(kind=kind, chunks=chunks, fault=fault, on_chunk=advance), seeds))
+        trial = load(kind=kind, chunks=chunks, fault=fault, on_chunk=advance)(seeds)
+        off, paper, *others = (roll_out(trial, setting, seeds) for setting in (OFF, *settings))
+        acts.append(Act(name, title, trial, off, paper, others))
     return acts
-
-
-def _act(name: str, title: str, maker: ReferenceMaker, seeds: Sequence[int]) -> Act:
-    trial = maker(seeds)
-    return Act(name, title, trial, roll_out(trial, OFF, seeds), roll_out(trial, PAPER, seeds))

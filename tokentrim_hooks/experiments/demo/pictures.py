@@ -39,6 +39,8 @@ COLUMNS = 8
 TOKEN = 4
 """Side of a token of the reference model in pixels."""
 VERSIONS = ("truth", "unpatched", "pruned")
+"""Of every act; behind them the policies that only some have, by name."""
+PRUNED = VERSIONS.index("pruned")
 LEGEND = (
     "One cell per chunk: green accepted, orange pruned and generated again, grey not judged. "
     "Orange squares: tokens pruned. Red: the planted fault."
@@ -62,13 +64,14 @@ class Pictures:
         self.act, self.frames = act, act.trial.frames
         self.fault_at = act.trial.fault.last if act.trial.fault else None
         self.scenes = range(min(SCENES, len(act.trial.seeds)))
-        videos = (act.trial.scene.video, act.off.video, act.paper.video)
+        self.versions = (*VERSIONS, *(take.outcome.setting for take in act.others))
+        videos = (act.trial.scene.video, *(take.video for take in act.takes))
         self._videos = [[frames_of(self._with_fault(video, scene)) for video in videos] for scene in self.scenes]
         self._records = [records_of(act.paper, scene) for scene in self.scenes]
         self.chunks = len(self._records[0])
 
     def film(self) -> list[Image.Image]:
-        """All frames: truth, unpatched and pruned beside each other, the verdicts so far and to come under them."""
+        """All frames: truth, unpatched and patched beside each other, the verdicts so far and to come under them."""
         return [self._moment(frame) for frame in range(self.chunks * self.frames)]
 
     def milliseconds(self) -> list[int]:
@@ -84,17 +87,21 @@ class Pictures:
         else:
             chunks = sorted({int(self.chunks * (i + 0.5) / COLUMNS) for i in range(COLUMNS)})
         heads = f"chunks {', '.join(map(str, chunks))} of {self.chunks - 1}"
-        blocks = [above([self._strip(scene, version, chunks) for version in range(3)], gap=2) for scene in self.scenes]
+        strips = [[self._strip(scene, version, chunks) for version in self._all()] for scene in self.scenes]
+        blocks = [above(rows, gap=2) for rows in strips]
         return framed(above([words(self.act.title, 18), words(f"{heads}. {LEGEND}", 12, FAINT), *blocks], gap=10))
 
     def _moment(self, frame: int) -> Image.Image:
         chunk = frame // self.frames
         head = f"{self.act.title}: chunk {chunk} of {self.chunks - 1}{'' if chunk else ' (given)'}"
-        large = [above([words(VERSIONS[v], 14), enlarged(self._tile(0, v, frame), 8)], gap=2) for v in range(3)]
+        large = [above([words(self.versions[v], 14), enlarged(self._tile(0, v, frame), 8)], gap=2) for v in self._all()]
         shown = [self._with_bar(beside(large), 0, chunk)]
-        small = [beside([enlarged(self._tile(s, v, frame), 2) for v in range(3)], gap=2) for s in self.scenes[1:]]
+        small = [beside([enlarged(self._tile(s, v, frame), 2) for v in self._all()], gap=2) for s in self.scenes[1:]]
         shown += [beside([self._with_bar(p, s, chunk) for s, p in enumerate(small, 1)], gap=24)] if small else []
         return framed(above([words(head, 18), *shown, words(LEGEND, 12, FAINT)], gap=8))
+
+    def _all(self) -> range:
+        return range(len(self.versions))
 
     def _with_bar(self, picture: Image.Image, scene: int, chunk: int) -> Image.Image:
         return above([picture, bar(verdicts(self._records[scene]), picture.width, chunk)], gap=2)
@@ -103,13 +110,13 @@ class Pictures:
         tiles = [self._tile(scene, version, chunk * self.frames + self.frames // 2) for chunk in chunks]
         every = self.chunks if self.fault_at is None else len(chunks)
         first = 0 if self.fault_at is None else chunks[0]
-        colours = verdicts(self._records[scene])[first : first + every] if version == 2 else ()
-        return strip(VERSIONS[version], [enlarged(tile, 2 if scene else 3) for tile in tiles], colours)
+        colours = verdicts(self._records[scene])[first : first + every] if version == PRUNED else ()
+        return strip(self.versions[version], [enlarged(tile, 2 if scene else 3) for tile in tiles], colours)
 
     def _tile(self, scene: int, version: int, frame: int) -> Tile:
         """A frame with its outlines: the fault in all versions, what was pruned in the pruned one."""
         chunk = frame // self.frames
-        cuts = token_boxes(self._records[scene][chunk]) if version == 2 else []
+        cuts = token_boxes(self._records[scene][chunk]) if version == PRUNED else []
         mark = [(self._fault_box(scene), MARK)] if self.fault_at is not None and chunk >= self.fault_at else []
         return Tile(self._videos[scene][version][frame], [*cuts, *mark])
 

@@ -1,4 +1,4 @@
-"""What the demo says of its figures: three sentences, then one small table. Good and bad go through the same lines."""
+"""What the demo says of its figures: a few sentences, then one small table. Good and bad go through the same lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokentrim_hooks.experiments.compare.trials import Column
 from tokentrim_hooks.experiments.demo.acts import Act
 from tokentrim_hooks.metrics.intervals import LEAST_PAIRS, Difference, adjusted
 
-COLUMNS = ("", "measure", "unpatched", "pruned", "difference", "95 % interval", "verdict")
+COLUMNS = ("", "measure", "unpatched", "patched", "difference", "95 % interval", "verdict")
 SHOWN = (
     *("error around the fault, +1", "error around the fault, +4"),
     *("saturation error", "sprites alive (identity)", "motion error"),
@@ -26,9 +26,10 @@ adjusting for all rows (Benjamini-Hochberg)."""
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the small table."""
+    """One row of the small table: a measure of an act under one policy."""
 
     act: Act
+    row: Row
     column: Column
     difference: Difference
 
@@ -38,6 +39,11 @@ class Line:
         return self.difference.verdict(self.column.better)
 
     @property
+    def name(self) -> str:
+        """The act; with the policy where it is not the paper's."""
+        return self.act.name if self.row is self.act.rows[1] else f"{self.act.name}, {self.row.setting}"
+
+    @property
     def change(self) -> str:
         """The difference and its interval, in words."""
         return f"{self.column.name} {number(self.difference.mean, sign=True)} {span(self.difference)}"
@@ -45,7 +51,8 @@ class Line:
 
 def lines_of(acts: Sequence[Act]) -> list[Line]:
     """The rows of the small table, adjusted for their number."""
-    found = [Line(act, column, act.rows[1].differences[column.key]) for act in acts for column in shown(act)]
+    rows = [(act, row, column) for act in acts for row in act.rows[1:] for column in shown(act)]
+    found = [Line(act, row, column, row.differences[column.key]) for act, row, column in rows]
     differences = adjusted([line.difference for line in found])
     return [replace(line, difference=difference) for line, difference in zip(found, differences, strict=True)]
 
@@ -57,10 +64,10 @@ def shown(act: Act) -> list[Column]:
 
 
 def table(acts: Sequence[Act]) -> list[list[str]]:
-    """The rows of the small table as text, under COLUMNS; each act is named once."""
+    """The rows of the small table as text, under COLUMNS; each act and policy is named once."""
     rows, named = [], ""
     for line in lines_of(acts):
-        d, name = line.difference, line.act.name
+        d, name = line.difference, line.name
         values = [number(d.base), number(d.treated), number(d.mean, sign=True), span(d), d.words(line.column.better)]
         rows.append(["" if name == named else name, line.column.name, *values])
         named = name
@@ -68,10 +75,11 @@ def table(acts: Sequence[Act]) -> list[list[str]]:
 
 
 def sentences(acts: Sequence[Act]) -> list[str]:
-    """What drifts; what pruning did for the fault, and at what price; what it did for slow drift."""
+    """What drifts; what pruning did for the fault, and its price; for slow drift; and what other policies did there."""
     fault, *drifts = acts
     lines = lines_of(acts)
-    return [_what_drifts(drifts), _of_fault(fault, lines), _of_slow_drift(drifts, lines)]
+    others = [_of_other(act, row, lines) for act in drifts for row in act.rows[2:]]
+    return [_what_drifts(drifts), _of_fault(fault, lines), _of_slow_drift(drifts, lines), *others]
 
 
 def _what_drifts(acts: Sequence[Act]) -> str:
@@ -103,13 +111,22 @@ def _of_fault(act: Act, lines: Sequence[Line]) -> str:
 
 def _of_slow_drift(acts: Sequence[Act], lines: Sequence[Line]) -> str:
     rates = " and ".join(f"{percent(act.rows[1].pruned)} of the chunks ({act.name})" for act in acts)
-    found = [f"{line.act.name}: {line.change} ({line.verdict})" for line in lines if line.act in acts and line.verdict]
-    return f"Slow drift: the paper's policy pruned {rates}; {_moved(found, acts[0].rows[1])}."
+    papers = [line for line in lines if line.act in acts and line.row is line.act.rows[1]]
+    found = [f"{line.act.name}: {line.change} ({line.verdict})" for line in papers if line.verdict]
+    nothing = "no measure got better or worse: it is made for sudden faults and does not move slow drift"
+    return f"Slow drift: the paper's policy pruned {rates}; {_moved(found, acts[0].rows[1], nothing)}."
 
 
-def _moved(found: Sequence[str], row: Row) -> str:
+def _of_other(act: Act, row: Row, lines: Sequence[Line]) -> str:
+    """What another policy did in an act: whatever got better or worse."""
+    found = [f"{line.change} ({line.verdict})" for line in lines if line.row is row and line.verdict]
+    nothing = f"no measure got better or worse over {row.pairs} videos"
+    return f"Another policy, {row.setting}, on the {act.name} model: {_moved(found, row, nothing)}."
+
+
+def _moved(found: Sequence[str], row: Row, nothing: str) -> str:
     if found:
         return "; ".join(found)
     if row.pairs < LEAST_PAIRS:
         return f"below {LEAST_PAIRS} videos there is no verdict on what that did"
-    return "no measure got better or worse: it is made for sudden faults and does not move slow drift"
+    return nothing
