@@ -90,6 +90,7 @@ METHODS: tuple[Setting, ...] = (
     Setting("latent moments", methods=(LatentMoments(),)),
     Setting("late mean", methods=(LateMean(),)),
     Setting("row moments", methods=(RowMoments(),)),
+    Setting("commit window 6 + row moments", methods=(CommitWindow(frames=6), RowMoments())),
     Setting("paper + commit window 6", methods=(DriftPolicy(), CommitWindow(frames=6))),
     Setting("control: oldest window 6", methods=(OldestWindow(frames=6),)),
 )

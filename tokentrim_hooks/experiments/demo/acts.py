@@ -14,13 +14,13 @@ from tokentrim_hooks.experiments.compare.trials import ReferenceMaker, Reference
 from tokentrim_hooks.reference.fault import FAULTS, Where
 
 OFF, PAPER = STANDARD[:2]
-WINDOW = next(setting for setting in METHODS if setting.name == "commit window 6")
+WINDOW, ROWS = ({s.name: s for s in METHODS}[name] for name in ("commit window 6", "row moments"))
 """What was seen to move slow drift, over more videos than the demo has."""
 PLANTED: Where = "context"
 """The demo's fault."""
 ACTS: tuple[tuple[str, str, str, Where | None, tuple[Setting, ...]], ...] = (
     ("fault", "A planted fault", "fading", PLANTED, (PAPER,)),
-    ("burning", "Natural drift: the burning model", "burning", None, (PAPER,)),
+    ("burning", "Natural drift: the burning model", "burning", None, (PAPER, ROWS)),
     ("fading", "Natural drift: the fading model", "fading", None, (PAPER, WINDOW)),
 )
 """Name, title, kind of the reference model, fault, what is compared with the unpatched model: the paper's first."""
