@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from typing_extensions import TypeVar
 
-from tokentrim_hooks.errors import UnsupportedPolicyError, UnsupportedProbeError
+from tokentrim_hooks.errors import PluginError, UnsupportedPolicyError, UnsupportedProbeError
 from tokentrim_hooks.inspection import shares_storage
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.pruning.context import Context
@@ -240,7 +240,13 @@ class Adapter(ABC, Generic[CallT]):
 
         Default: the output, or its last item. A model that predicts noise or velocity is converted here.
         """
-        return output if isinstance(output, Tensor) else output[-1]
+        if isinstance(output, Tensor):
+            return output
+        try:
+            last: Tensor = output[-1]
+        except (KeyError, TypeError, IndexError):
+            raise self._no_x0(output, "prediction") from None
+        return last
 
     def with_prediction(self, call: CallT, output: Any, x0: Tensor) -> Any:
         """Return ``output`` as it were had the model predicted ``x0``, for policies that correct it.
@@ -257,7 +263,15 @@ class Adapter(ABC, Generic[CallT]):
         """
         if isinstance(output, Tensor):
             return x0
+        if not isinstance(output, (list, tuple)):
+            raise self._no_x0(output, "with_prediction")
         return type(output)([*output[:-1], x0]) if isinstance(output, list) else (*output[:-1], x0)
+
+    def _no_x0(self, output: Any, method: str) -> PluginError:
+        return PluginError(
+            f"adapter {self.name!r}: the denoiser returns a {type(output).__name__}, in which the default of "
+            f"{method}() does not find x0.\nWrite {method}(), which says where it is."
+        )
 
     def scratch(self, call: CallT) -> Mapping[str, Any]:
         """Return stand-ins for what ``call`` would write, by name of the argument: copies, for a call with gradients.

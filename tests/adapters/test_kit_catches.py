@@ -165,6 +165,22 @@ def test_pruned_sink_fails(monkeypatch):
     assert failed.keys() == tests
 
 
+def test_a_sink_that_nobody_declared_is_found():
+    class Undeclared(Reference):
+        window = 9
+
+        def make_model(self):
+            self.anchor_frames = 3
+            try:
+                return super().make_model()
+            finally:
+                del self.anchor_frames
+
+    found = failures(Undeclared, ["test_anchors_are_spared"])
+    assert "keeps 48 keys of the first chunk" in found["test_anchors_are_spared"]
+    assert "anchor_frames=3" in found["test_anchors_are_spared"]
+
+
 def test_sound_adapter_passes(monkeypatch):
     sound = type("Sound", (SelfForcing,), {"name": "broken"})
     assert _trial(monkeypatch, sound, {SEEN, EFFECT, EXACT, KERNELS, "test_one_synchronisation_a_chunk"}) == {}

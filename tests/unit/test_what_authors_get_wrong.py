@@ -92,6 +92,23 @@ def test_empty_lists_and_wrong_lengths_are_told_in_words(method, wrong, words):
         tiny.run(pipeline)
 
 
+@pytest.mark.parametrize("wrong", [lambda rows: [v.clone() for v in rows.values], lambda rows: list(rows.keys)])
+def test_a_copy_of_v_or_k_in_its_place_is_told(wrong):
+    adapter = type("Wrong", (SelfForcing,), {"name": "wrong", **dict([context(values=wrong)])})
+    pipeline = tiny.make()
+    with (
+        pytest.warns(tokentrim.TokenTrimWarning, match="neither a copy nor K"),
+        tokentrim.patched(pipeline, ForcedPolicy({2: (0,)}), adapter=adapter),
+    ):
+        tiny.run(pipeline)
+
+
+@pytest.mark.parametrize(("method", "more"), [("prediction", ()), ("with_prediction", (torch.zeros(1),))])
+def test_an_output_that_is_no_tensor_and_no_tuple_is_named(method, more):
+    with pytest.raises(tokentrim.PluginError, match=rf"returns a dict(.|\n)*Write {method}\(\)"):
+        getattr(tokentrim.Adapter, method)(SelfForcing(), None, {"clean": 1}, *more)
+
+
 def test_a_grid_that_is_not_the_rows_is_refused_with_both():
     wrong = type("Wrong", (SelfForcing,), dict([context(rows_per_frame=lambda rows: rows.rows_per_frame // 2)]))
     pipeline = tiny.make()

@@ -38,7 +38,7 @@ def _call_fault(call: Any) -> tuple[Any, str] | None:
     if not (call.timestep is None or isinstance(call.timestep, Tensor)):
         return f"timestep={call.timestep!r}", "timestep as a tensor, or None"
     if _is_container(call.stream):
-        return f"stream of type {type(call.stream).__name__}", f"{LASTING} as stream"
+        return f"stream of type {type(call.stream).__name__}", f"{LASTING} as stream; leave it out if there is one"
     if isinstance(call.commits, Tensor):
         return f"commits={call.commits!r}", "commits as True, False or None: a tensor would have to be read"
     return None
@@ -102,7 +102,10 @@ def _value_fault(value: Any, rows: CacheRows) -> tuple[str, str] | None:
         shapes = "[B, rows, heads, head_dim] or [B, frames, rows_per_frame, heads, head_dim]"
         return f"values of shape {tuple(value.shape)}", f"values of shape {shapes}"
     there = math.prod(value.shape[1:-2])
-    return (f"stop={rows.stop} for values of {there} rows", "stop within every layer") if rows.stop > there else None
+    if rows.stop <= there:
+        return None
+    shown = f"stop={rows.stop} for values of {there} rows, {tuple(value.shape)}"
+    return shown, "values [B, rows, heads, head_dim], views with transpose(1, 2) if heads come first, and stop within"
 
 
 def phase_of(adapter: Adapter, call: Call, seen: Seen) -> Phase:

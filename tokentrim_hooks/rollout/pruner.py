@@ -208,6 +208,8 @@ class Pruner:
         calls, dead, expected = (tap.calls, tap.dead_keys, max(proof.expected, 1)) if tap else (0, 0, 1)
         tapped = f"{calls} of {expected} attention calls tapped"
         proof.finding = f"{tapped}, {dead} dead keys dropped, output finite: {finite}"
+        if calls >= expected and not dead:
+            proof.finding += "; no mark in the V that attention reads: context() must name it, neither a copy nor K"
         holds = finite and dead > 0 and calls >= expected
         if not holds:
             self.give_up()

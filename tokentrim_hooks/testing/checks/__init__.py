@@ -18,6 +18,7 @@ from tokentrim_hooks.testing.checks.disturbances import (
 from tokentrim_hooks.testing.checks.keys import (
     check_anchors,
     check_kernels,
+    check_no_sink,
     evictions,
     require_followed,
     run_with_dead_keys,
@@ -37,6 +38,7 @@ __all__ = [
     "check_anchors",
     "check_calls",
     "check_kernels",
+    "check_no_sink",
     "check_records",
     "counting",
     "evictions",

@@ -77,6 +77,18 @@ def evictions(seen: Sequence[Attention]) -> int:
     return best
 
 
+def check_no_sink(seen: Sequence[Attention], per_frame: int) -> None:
+    """Assert that no layer keeps keys of the first chunk while those of the second leave: a sink nobody declared."""
+    for layer, tracker in _trackers(seen).items():
+        last = set(next(one.rows for one in reversed(seen) if one.layer == layer))
+        if len(tracker.chunks) > 2 and not set(tracker.chunks[1]) <= last:
+            kept = len(last & set(tracker.chunks[0]))
+            assert not kept, (
+                f"layer {layer} keeps {kept} keys of the first chunk while those of the second leave: a sink. Declare "
+                f"it, anchors={kept} in context() and anchor_frames={kept // per_frame} here"
+            )
+
+
 def check_anchors(seen: Sequence[Attention], keys: int) -> None:
     """Assert that the first ``keys`` keys of the first call are in every later call of the same layer."""
     trackers = _trackers(seen)
