@@ -49,7 +49,7 @@ SURVIVED = (
     planted(
         "rollout",
         "session",
-        "late = phase is None and self._prune_late(call, chunk, video)",
+        "late = phase is None and not self.shared.policy.persist and _awaits_pruning(call, chunk)",
         "late = False",
         "a branch is not regenerated where the tokens come back",
         OURS + "a_branch_is_regenerated_where_the_tokens_come_back",
@@ -81,7 +81,7 @@ SURVIVED = (
     planted(
         "rollout",
         "regeneration",
-        "found.tokens = _merged(found.tokens, tokens)",
+        "found.tokens = merged(found.tokens, tokens)",
         "found.tokens = tokens",
         "a second attempt forgets the tokens of the first",
         OURS + "a_second_attempt_keeps_the_tokens_of_the_first",
@@ -89,8 +89,8 @@ SURVIVED = (
     planted(
         "rollout",
         "timeline",
-        "elif phase is Phase.RECACHE and video is not None:\n            video.begin_scene()",
-        "elif phase is Phase.RECACHE and video is not None:\n            pass",
+        "            video.begin_scene()\n            video.cut = True",
+        "            pass",
         "a re-cache keeps the statistics",
         OURS + "statistics_begin_anew_after_a_recache",
     ),
