@@ -7,11 +7,14 @@ import torch
 from tiny_reference import make, run
 from torch.profiler import record_function
 
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks import CommitWindow
 from tokentrim_hooks.cli import bench
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.experiments.bench import measure, targets
-from tokentrim_hooks.experiments.bench.measure import PAIRS, _ratio, arms, forced_chunks, rollouts
+from tokentrim_hooks.experiments.bench.ideal import ideal
+from tokentrim_hooks.experiments.bench.measure import IDEAL, _ratio, arms, forced_chunks, pairs, rollouts
 from tokentrim_hooks.experiments.bench.memory import Alive, peak_bytes
 from tokentrim_hooks.experiments.bench.profile import MODEL, profile
 from tokentrim_hooks.experiments.bench.target import Size, Target
@@ -21,21 +24,41 @@ CHUNKS = 5
 
 def tiny(size=None):
     pipeline = make()
-    return Target(pipeline, lambda: run(pipeline, chunks=CHUNKS), {"layers": 2})
+    return Target(pipeline, lambda: run(pipeline, chunks=CHUNKS), {"layers": 2}, pipeline.generator, patch=4)
 
 
 @pytest.fixture(scope="module")
 def results():
     steps = []
-    found = measure.measure(tiny(), CHUNKS, 3, "cpu", lambda: steps.append(1))
-    assert len(steps) == rollouts(3)
+    more = {"commit-window": CommitWindow(6)}
+    found = measure.measure(tiny(), CHUNKS, 3, "cpu", lambda: steps.append(1), more)
+    assert len(steps) == rollouts(3, len(found.seconds), len(found.syncs))
     return found
 
 
 def test_forced_triggers_come_at_the_papers_rate():
     assert forced_chunks(20) == [8] and forced_chunks(100) == [8, 28, 48, 68, 88]
     assert forced_chunks(5) == [2] and forced_chunks(3) == [1]
-    assert arms(5)["unpatched"] is None and arms(5)["forced trigger"].at == {2: 0.1}
+    found = arms(5, tiny())
+    assert found["unpatched"] is None and found["forced trigger"].at == {2: 0.1}
+
+
+def test_a_target_without_a_denoiser_has_no_ideal():
+    assert IDEAL not in arms(5, Target(None, lambda: None))
+    assert ("observing", IDEAL) in pairs(arms(5, tiny()))
+
+
+def test_the_ideal_judges_as_the_paper_does():
+    """The severities of a hand-written loop are those of the policy, on the same model."""
+    target = tiny()
+    with ideal(target) as watcher:
+        target.run()
+    with tokentrim.patched(target.model, tokentrim.ObservePolicy()) as handle:
+        target.run()
+    found = [record.severity for record in handle.report if record.severity is not None]
+    assert len(found) == CHUNKS - 1
+    assert [float(severity) for severity in watcher.severities] == pytest.approx(found, rel=1e-5)
+    assert not target.denoiser._forward_hooks, "it comes off"
 
 
 def test_the_forced_arm_pruned_once_and_said_so(results):
@@ -44,7 +67,10 @@ def test_the_forced_arm_pruned_once_and_said_so(results):
 
 
 def test_ratios_pair_arms_within_rounds(results):
-    assert [r.name for r in results.ratios] == [f"{a} / {b}" for a, b in PAIRS]
+    assert [r.name for r in results.ratios] == [f"{a} / {b}" for a, b in pairs(results.seconds)]
+    assert {"commit-window / observing", "commit-window / unpatched", "observing / ideal"} <= {
+        ratio.name for ratio in results.ratios
+    }
     assert all(r.rounds == 3 and r.low <= r.median <= r.high for r in results.ratios)
     ratio = _ratio("x", [2.0, 3.0, 8.0], [1.0, 1.0, 2.0])
     assert (ratio.median, ratio.low, ratio.high) == (3.0, 2.0, 4.0)
@@ -116,7 +142,7 @@ def test_command_prints_and_writes_everything(tmp_path, capsys, monkeypatch):
         assert words in text
     found = json.loads(file.read_text())
     assert found["settings"]["versions"]["torch"] == torch.__version__ and found["settings"]["model"]["layers"] == 2
-    assert len(found["ratios"]) == 4 and found["triggers"] == 1
+    assert len(found["ratios"]) == 6 and found["triggers"] == 1
     added = 1000 * (found["seconds"]["observing"] - found["seconds"]["unpatched"]) / 5
     assert f"Added per chunk: observing {added:+.2f} ms" in text
 
@@ -133,7 +159,7 @@ def test_targets_run_and_can_be_pruned():
     torch.set_num_threads(1)
     found = targets.skyreels(Size("cpu", 3))
     assert found.words["tokens per frame"] == 64
-    assert measure._once(found, arms(3)["forced trigger"], lambda: None)[1].triggers == 1
+    assert measure._once(found, arms(3, found)["forced trigger"], lambda: None)[1].triggers == 1
 
 
 def test_settings_name_the_machine():

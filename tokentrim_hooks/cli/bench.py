@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokentrim_hooks.experiments.bench.measure import Results
 
 NAMES = ("reference", "skyreels", "fastvideo")
-GOALS = {"observing / unpatched": 1.002, "forced trigger / unpatched": 1.03}
+GOALS = {"observing / unpatched": 1.002, "forced trigger / unpatched": 1.015}
 """What the project aims for, at full size on an H100-class GPU; shown beside the figures, never asserted."""
 
 
@@ -31,6 +31,7 @@ GOALS = {"observing / unpatched": 1.002, "forced trigger / unpatched": 1.03}
               help="Chunks of a rollout, at least 3: one of them is pruned.")  # fmt: skip
 @whole("--rounds", default=8, show_default=True, help="Rounds of all arms.")
 @whole("--threads", help="CPU threads of torch.")
+@click.option("--policy", multiple=True, metavar="NAME", help="An installed policy as one more arm; repeatable.")
 @json_option
 def bench(**options: Any) -> None:
     """Measure what being patched costs, in one run.
@@ -49,19 +50,21 @@ def bench(**options: Any) -> None:
 def _measured(options: dict[str, Any]) -> tuple[dict[str, Any], Results]:
     import torch
 
-    from tokentrim_hooks.experiments.bench.measure import measure, rollouts
+    from tokentrim_hooks.experiments.bench.measure import arms, measure, rollouts
     from tokentrim_hooks.experiments.bench.target import Size
     from tokentrim_hooks.experiments.bench.targets import TARGETS
+    from tokentrim_hooks.plugins import make_policy
 
+    more = {name: make_policy(name) for name in options["policy"]}
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     place = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     size = Size(place, options["chunks"], options["full"])
     target = TARGETS[options["target"]](size)
     made_with = {**settings(place, options), "model": {**target.words, "dtype": str(size.dtype)}}
-    count = rollouts(options["rounds"])
+    count = rollouts(options["rounds"], len(arms(size.chunks, target, more)), 2 + len(more))
     with progress(f"{options['target']}, {count} rollouts", count) as advance:
-        return made_with, measure(target, options["chunks"], options["rounds"], place, advance)
+        return made_with, measure(target, options["chunks"], options["rounds"], place, advance, more)
 
 
 def settings(place: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +106,8 @@ def show(results: Results, made_with: dict[str, Any]) -> None:
     print(json.dumps(made_with, indent=1))
     print(f"One rollout, unpatched: {base:.3f} s, {base / made_with['chunks']:.4f} s per chunk ({clock})")
     added = {arm: 1000 * (seconds - base) / made_with["chunks"] for arm, seconds in results.seconds.items()}
-    print(f"Added per chunk: observing {added['observing']:+.2f} ms, forced trigger {added['forced trigger']:+.2f} ms "
-          f"(unpatched again {added['unpatched again']:+.2f} ms)")  # fmt: skip
+    told = ", ".join(f"{arm} {extra:+.2f} ms" for arm, extra in added.items() if arm != "unpatched")
+    print(f"Added per chunk: {told}")
     print(f"Forced trigger: {results.triggers} of {results.chunks} chunks, {results.extra_calls} further denoiser "
           f"calls beside {results.calls}, {results.dead} context rows dead")  # fmt: skip
     rows = [

@@ -58,7 +58,8 @@ def make(size: Size) -> Target:
     sampler = Sampler(_transformer(parts, shape, size), parts.set_forward_context, shape, size)
     words = {"layers": shape.layers, "heads": f"{shape.heads} x {shape.width}", "tokens per frame": shape.tokens,
              "window": f"{WINDOW} frames", "calls per chunk": len(STEPS) + 1, "fastvideo": parts.version}  # fmt: skip
-    return Target(sampler, lambda: sampler(0), words)
+    steps = len(STEPS) + 1
+    return Target(sampler, lambda: sampler(0), words, sampler.transformer, calls=steps, frames_dim=2)
 
 
 class Sampler(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from tokentrim_hooks.api import patch
 from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.experiments.bench.ideal import ideal
 from tokentrim_hooks.experiments.bench.memory import peak_bytes
 from tokentrim_hooks.experiments.bench.profile import profile
 from tokentrim_hooks.experiments.bench.target import Target
@@ -69,19 +70,26 @@ class Results:
     memory: dict[str, int]
 
 
-def arms(chunks: int) -> dict[str, Policy | None]:
-    """Arms by name, in the order of a round; None is unpatched."""
+IDEAL = "ideal"
+"""The arm of a hand-written loop, see :mod:`~tokentrim_hooks.experiments.bench.ideal`."""
+Arm = Policy | str | None
+"""A policy to patch with, IDEAL, or None for the model as it is."""
+
+
+def arms(chunks: int, target: Target, policies: Mapping[str, Policy] | None = None) -> dict[str, Arm]:
+    """Arms by name, in the order of a round: those of every run, then ``policies``, then the forced trigger."""
     forced = ForcedPolicy({chunk: FRACTION for chunk in forced_chunks(chunks)})
-    return {"unpatched": None, "unpatched again": None, "observing": ObservePolicy(), "forced trigger": forced}
+    hand: dict[str, Arm] = {} if target.denoiser is None else {IDEAL: IDEAL}
+    plain: dict[str, Arm] = {"unpatched": None, "unpatched again": None, **hand, "observing": ObservePolicy()}
+    return {**plain, **(policies or {}), "forced trigger": forced}
 
 
-PAIRS = (
-    ("unpatched again", "unpatched"),
-    ("observing", "unpatched"),
-    ("forced trigger", "observing"),
-    ("forced trigger", "unpatched"),
-)
-"""Which arm is divided by which."""
+def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Which arm is divided by which: all by the unpatched one; policies by observing, which by the ideal."""
+    names = list(names)
+    named = [name for name in names if name not in ("unpatched", "unpatched again", IDEAL, "observing")]
+    over = [(name, "unpatched") for name in names if name != "unpatched"]
+    return [*over, *([("observing", IDEAL)] if IDEAL in names else []), *((name, "observing") for name in named)]
 
 
 def forced_chunks(chunks: int) -> list[int]:
@@ -89,13 +97,22 @@ def forced_chunks(chunks: int) -> list[int]:
     return list(range(max(1, 2 * min(chunks, EVERY) // 5), chunks, EVERY))
 
 
-def measure(target: Target, chunks: int, rounds: int, device: str, advance: Callable[[], None]) -> Results:
+def measure(
+    target: Target,
+    chunks: int,
+    rounds: int,
+    device: str,
+    advance: Callable[[], None],
+    more: Mapping[str, Policy] | None = None,
+) -> Results:
     """Time, profile, count and weigh; ``advance`` is called after every rollout (:func:`rollouts` in number).
+
+    ``more`` are policies by name, each an arm of its own.
 
     Raises:
         TokenTrimError: the model was patched but no chunk was judged, or the forced trigger pruned nothing.
     """
-    policies = arms(chunks)
+    policies = arms(chunks, target, more)
     report = [_once(target, policy, advance)[1] for policy in policies.values()][-1]
     records = list(report)
     if not any(r.severity is not None for r in records) or not report.triggers:
@@ -106,12 +123,12 @@ def measure(target: Target, chunks: int, rounds: int, device: str, advance: Call
         # Each arm takes each place equally often, so that a drifting clock or a warming chip favours none.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             times[name].append(_once(target, policies[name], advance, device)[0])
-    patched = {name: policy for name, policy in policies.items() if policy is not None}
+    patched = {name: policy for name, policy in policies.items() if isinstance(policy, Policy)}
     counted = {name: _syncs(target, policy, device, advance) for name, policy in patched.items()}
     weighed = {name: policy for name, policy in policies.items() if name != "unpatched again"}
     return Results(
         seconds={name: statistics.median(column) for name, column in times.items()},
-        ratios=[_ratio(f"{over} / {under}", times[over], times[under]) for over, under in PAIRS],
+        ratios=[_ratio(f"{over} / {under}", times[over], times[under]) for over, under in pairs(policies)],
         triggers=report.triggers,
         chunks=len(records),
         dead=sum(r.dead for r in records),
@@ -129,21 +146,28 @@ def clock_of(device: str) -> Callable[[], float]:
     return time.perf_counter if torch.device(device).type == "cuda" else time.process_time
 
 
-def rollouts(rounds: int) -> int:
-    """Rollouts that :func:`measure` makes."""
-    return 4 + 4 * rounds + 2 + 2 + 3
+def rollouts(rounds: int, arms: int, patched: int) -> int:
+    """Rollouts that :func:`measure` makes of so many arms, so many of them patched."""
+    return arms * (1 + rounds) + 2 * patched + arms - 1
 
 
-def _once(target: Target, policy: Policy | None, advance: Callable[[], None], device: str = "cpu") -> tuple[float, Any]:
+def _attached(target: Target, arm: Arm) -> AbstractContextManager[Any]:
+    """The target, patched or watched, for the length of the block."""
+    if isinstance(arm, Policy):
+        return patch(target.model, arm)
+    return ideal(target) if arm == IDEAL else nullcontext()
+
+
+def _once(target: Target, policy: Arm, advance: Callable[[], None], device: str = "cpu") -> tuple[float, Any]:
     """Seconds of one rollout, and the report of a patched one. Patching itself is outside the clock."""
-    with patch(target.model, policy) if policy else nullcontext() as handle:
+    with _attached(target, policy) as handle:
         clock = clock_of(device)
         _wait(device)
         began = clock()
         target.run()
         _wait(device)
         seconds = clock() - began
-        report = handle.report if handle is not None else None
+        report = handle.report if isinstance(policy, Policy) else None
     advance()
     return seconds, report
 
@@ -165,8 +189,8 @@ def _profile(target: Target, policy: Policy, device: str, advance: Callable[[], 
     return shares
 
 
-def _peak(target: Target, policy: Policy | None, device: str, advance: Callable[[], None]) -> int:
-    with patch(target.model, policy) if policy else nullcontext():
+def _peak(target: Target, policy: Arm, device: str, advance: Callable[[], None]) -> int:
+    with _attached(target, policy):
         peak = peak_bytes(target.run, device)
     advance()
     return peak

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,16 @@ class Size:
 
 @dataclass(frozen=True)
 class Target:
-    """A model and one rollout of it. ``run`` seeds itself; ``words`` say what the model is."""
+    """A model and one rollout of it. ``run`` seeds itself; ``words`` say what the model is.
+
+    The rest is what a hand-written loop has to know (see :mod:`ideal`): the ``denoiser`` (without one that arm is left
+    out), its ``calls`` per chunk, the axis of the frames in what it answers, the side of a ``patch`` in latent pixels.
+    """
 
     model: Any
     run: Callable[[], Any]
     words: dict[str, Any] = field(default_factory=dict)
+    denoiser: nn.Module | None = None
+    calls: int = 5
+    frames_dim: int = 1
+    patch: int = 2

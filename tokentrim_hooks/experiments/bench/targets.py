@@ -26,7 +26,7 @@ def reference(size: Size) -> Target:
         return pipeline.inference(noise)
 
     words = {**shape, "tokens per frame": side * side, "window": "21 frames", "calls per chunk": 5}
-    return Target(pipeline, run, words)
+    return Target(pipeline, run, words, pipeline.generator, calls=5, patch=4)
 
 
 def skyreels(size: Size) -> Target:
@@ -63,7 +63,7 @@ def skyreels(size: Size) -> Target:
     tokens = pixels[0] * pixels[1] // 256
     words = {"layers": layers, "heads": f"{heads} x {width}", "tokens per frame": tokens, "calls per chunk": 5,
              "window": "4 latent frames, 2 of them history"}  # fmt: skip
-    return Target(pipeline, run, words)
+    return Target(pipeline, run, words, transformer, calls=5, frames_dim=2)
 
 
 TARGETS: dict[str, Callable[[Size], Target]] = {
