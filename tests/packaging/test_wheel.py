@@ -50,7 +50,7 @@ def test_every_module_is_in_the_wheel(wheel):
 
 def test_every_template_is_in_the_wheel(wheel):
     templates = [file.relative_to(ROOT).as_posix() for file in (ROOT / "tokentrim_hooks").rglob("*.j2")]
-    assert len(templates) == 2 and set(templates) <= wheel.keys()
+    assert len(templates) == 3 and set(templates) <= wheel.keys()
 
 
 def test_weights_and_their_figures_are_in_the_wheel(wheel):

@@ -20,11 +20,12 @@ from tokentrim_hooks.cli.installed.detect import detect
 from tokentrim_hooks.cli.installed.policies import policies
 from tokentrim_hooks.cli.metrics import metrics
 from tokentrim_hooks.cli.report import report
+from tokentrim_hooks.cli.script.attempt import attempt
 from tokentrim_hooks.cli.script.run import run
 from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import TokenTrimError
 
-ALL = (demo, run, report, metrics, adapters, policies, detect, compare, bench, completion)
+ALL = (demo, attempt, run, report, metrics, adapters, policies, detect, compare, bench, completion)
 COMMANDS: dict[str, click.Command] = {str(command.name): command for command in ALL}
 WRONG, INTERRUPTED = 2, 130
 

@@ -21,13 +21,13 @@ CARD = "run.json"
 """Says whose folder it is: of which launch, by which command."""
 
 
-def claimed(wanted: Path, command: str) -> Path:
+def claimed(wanted: Path, command: str, environment: Mapping[str, str] = os.environ) -> Path:
     """``wanted``, or ``wanted-2`` and so on where another run has been there; under ``torchrun`` a folder in it.
 
     Raises:
         ReportError: none can be made.
     """
-    launch, rank = launch_of(os.environ), rank_of(os.environ)
+    launch, rank = launch_of(environment), rank_of(environment)
     for number in itertools.count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         mine = folder / rank
@@ -96,6 +96,14 @@ def ended(folder: Path) -> None:
         _drop(folder, card)
         return
     write(card, json.dumps({**_content(card), "ended": time.time()}))
+
+
+def discard(folder: Path) -> None:
+    """Take a folder away into which nothing was written but its card."""
+    if {path.name for path in folder.iterdir() if not path.is_dir() or any(path.iterdir())} <= {CARD}:
+        for path in folder.iterdir():
+            path.rmdir() if path.is_dir() else path.unlink()
+        folder.rmdir()
 
 
 def times_of(folder: Path) -> tuple[float | None, float | None]:
