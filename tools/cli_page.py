@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from tokentrim_hooks.cli.main import COMMANDS
-from tokentrim_hooks.console import in_markdown, markdown_table
+from tokentrim_hooks.console import markdown_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 
@@ -36,7 +36,7 @@ def row(option: click.Option) -> list[str]:
     """One option: its names and value, then its help and default."""
     value = "" if option.is_flag else f" {option.make_metavar(click.Context(click.Command(option.name)))}"
     default = "" if not option.show_default or option.default is None else f" Default: `{option.default}`."
-    return [f"`{', '.join(option.opts)}`{in_markdown(value)}", f"{option.help}{default}"]
+    return [f"`{', '.join(option.opts)}`{value}", f"{option.help}{default}"]
 
 
 def filled(text: str, name: str, content: str) -> str:

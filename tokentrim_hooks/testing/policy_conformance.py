@@ -96,7 +96,7 @@ class PolicyConformance:
         assert answered == set(hooks_of(type(self.policy))), "a hook has never answered: give it other options"
 
     def test_never_waits_for_the_device(self) -> None:
-        """No ``.item()``, no ``bool(tensor)``: the rollout reads the device once a chunk, and nobody else does."""
+        """No ``.item()``, no ``bool(tensor)``: the rollout reads the device once per chunk, and nobody else does."""
         file = inspect.getfile(type(self.policy))
         for views in _places():
             with count_syncs(ours=[file]) as log:
