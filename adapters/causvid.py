@@ -29,7 +29,7 @@ class CausVid(CausalWan):
     models = ("CausVid",)
     context_kind = "KV cache of the whole video, K after RoPE"
     constructors = ("causvid.models.wan.causal_inference:InferencePipeline",)
-    takes = frozenset({"judge", "hide", "commit", "correct", "settle", "guide"})
+    takes = frozenset({"judge", "hide", "commit", "correct", "settle", "guide", "weigh"})
     own = ("current_end",)
     layer_attributes = ("window_size",)
 

@@ -53,6 +53,7 @@ class FastVideo(Adapter):
     models = ("FastVideo causal Wan2.1", "FastVideo causal Wan2.2 (two transformers)")
     context_kind = "rolling KV cache, K after RoPE (absolute) or before it (relativistic)"
     takes = frozenset({"judge"})
+    """Its rows roll as Self-Forcing's do, but no other hook was tried on its real code yet: none is declared."""
     constructors = ("fastvideo.pipelines.stages.causal_denoising:CausalDMDDenosingStage",)
 
     @classmethod

@@ -25,7 +25,8 @@ class FramePackOriginal(FramePack):
     """The packed transformer of the original repository; one video at a time."""
 
     name = "framepack-original"
-    takes = frozenset({"judge"})
+    takes = frozenset({"judge", "hide"})
+    """No commit, no rows of a cache; its sampler integrates its own latents."""
     models = ("FramePack and FramePack-F1 (original repository)",)
     constructors = ("diffusers_helper.models.hunyuan_video_packed:HunyuanVideoTransformer3DModelPacked",)
 

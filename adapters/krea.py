@@ -30,7 +30,7 @@ class KreaRealtime(SelfForcing):
     name = "krea-realtime"
     models = ("Krea realtime-video",)
     context_kind = "KV cache filled anew for every block, K after RoPE"
-    takes = frozenset({"judge", "hide", "correct", "guide"})
+    takes = frozenset({"judge", "hide", "correct", "guide", "weigh"})
     """The server's commits fill the whole cache anew: there is no row to hide from them, and none that stays."""
     structure = "fuse_projections"
 

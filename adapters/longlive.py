@@ -22,7 +22,7 @@ class LongLive(CausalWan):
         *CausalWan.constructors,
         "pipeline.interactive_causal_inference:InteractiveCausalInferencePipeline",
     )
-    takes = frozenset({"judge", "hide", "commit", "correct", "settle", "guide"})
+    takes = frozenset({"judge", "hide", "commit", "correct", "settle", "guide", "weigh"})
     own = ("sink_recache_after_switch",)
 
     def phase(self, call: Call, seen: Seen) -> Phase:

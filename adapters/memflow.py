@@ -27,6 +27,9 @@ class MemFlow(CausalWan):
         "pipeline.interactive_causal_inference:InteractiveCausalInferencePipeline",
         "pipeline.switch_causal_inference:SwitchCausalInferencePipeline",
     )
+    takes = frozenset({"judge", "hide", "commit", "correct"})
+    """Its bank keeps copies of rows, which no policy rewrites or weighs, and moves on in calls, so none looks ahead."""
+    hides_from = frozenset({"first", "refine", "commit"})
     own = ("kv_bank", "q_bank", "update_cache", "is_recache")
 
     def phase(self, call: Call, seen: Seen) -> Phase:

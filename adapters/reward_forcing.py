@@ -26,6 +26,8 @@ class RewardForcing(SelfForcing):
     name = "reward-forcing"
     models = ("Reward-Forcing",)
     context_kind = "rolling KV cache, K before RoPE, behind a blended sink"
+    takes = SelfForcing.takes - {"weigh"}
+    """A weight that begins with the first call of a chunk would go into the sink, as below."""
     structure = "incremental_update"
     hides_from = frozenset({"refine", "commit"})
     """The first call of a chunk blends what leaves the window into the sink; a hidden row would be missing there."""

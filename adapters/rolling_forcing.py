@@ -36,7 +36,7 @@ class RollingForcing(CausalWan):
     models = ("Rolling Forcing",)
     context_kind = "rolling KV cache, K after RoPE, behind an anchor before RoPE; window in flight"
     constructors = ("pipeline.rolling_forcing_inference:CausalInferencePipeline",)
-    takes = frozenset({"judge", "hide", "commit"})
+    takes = frozenset({"judge", "hide", "commit", "weigh"})
     own = ("updating_cache",)
     layer_attributes = ("block_length", "frame_length")
 

@@ -50,7 +50,7 @@ class SelfForcing(CausalWan):
     models: ClassVar[tuple[str, ...]] = ("Self-Forcing", "Causal-Forcing", "tokentrim reference model")
     context_kind = "rolling KV cache, K after RoPE"
 
-    takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide", "commit", "correct", "settle", "guide"})
+    takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide", "commit", "correct", "settle", "guide", "weigh"})
     structure: ClassVar[str] = ""
     """The one of STRUCTURES that this adapter knows; its model must have it."""
     entries: ClassVar[tuple[str, ...]] = ("k", "v", "global_end_index", "local_end_index")

@@ -57,6 +57,8 @@ class StreamDiffusionV2(Adapter):
     models = ("StreamDiffusionV2 (one stream, without batched denoising)",)
     context_kind = "ring-buffer KV cache, K after RoPE"
     takes = frozenset({"judge"})
+    """Nothing commits, so nothing can be settled or hidden from a commit. Hiding was not tried on its ring yet: a call
+    may overwrite a slot that holds marks."""
     constructors = ("models.wan.causal_stream_inference:CausalStreamInferencePipeline",)
 
     @classmethod

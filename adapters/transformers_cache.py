@@ -26,7 +26,7 @@ class TransformersCacheAdapter(Adapter):
     """Base class: taps the decoder that :meth:`decoder` names. Subclasses call :func:`cache_rows` in ``context``."""
 
     context_kind = "transformers Cache"
-    takes = frozenset({"judge"})
+    takes = frozenset({"judge", "hide"})
 
     def decoder(self, model: Any) -> nn.Module:
         """The transformers model inside ``model`` whose calls take ``past_key_values``."""

@@ -61,6 +61,7 @@ from .policy.commit_window import CommitWindow
 from .policy.flowmo import FlowMo
 from .policy.frame_eviction import FrameEviction
 from .policy.moments import LateMean, LatentMoments, RowMoments
+from .policy.soft_prune import SoftPrune
 from .policy.statistics import Moments
 from .policy.token_trim import DriftPolicy, ObservePolicy
 from .policy.views import Chunk, ContextView, Denoised, History, Noisy, Place, Rows, Verdict
@@ -125,6 +126,7 @@ __all__ = [
     "Seen",
     "Segment",
     "SessionError",
+    "SoftPrune",
     "TokenTrimError",
     "TokenTrimWarning",
     "UnknownAdapterError",

@@ -135,8 +135,8 @@ class Adapter(ABC, Generic[CallT]):
     """Which hooks of policies the model takes, and ``"commit"`` where it writes finished chunks in calls of their own.
     ``"correct"``: the sampler goes on with the x0 that it is handed, and with nothing else. ``"settle"``: the rows that
     a commit has written may be rewritten, and :attr:`CacheRows.keys` has K beside V. ``"guide"``: as for ``"correct"``,
-    and a call can run with gradients on a scratch cache (:meth:`scratch`, :meth:`noise_level`). Declare what is proved.
-    """
+    and a call can run with gradients on a scratch cache (:meth:`scratch`, :meth:`noise_level`). ``"weigh"``: attention
+    reads the cache layer by layer, row for row, so that a row may have a weight. Declare what is proved."""
     hides_from: ClassVar[frozenset[str]] = frozenset({"first", "refine", "commit", "recache"})
     """Phases of calls from which rows may be hidden. Not of those that make new rows *of* hidden ones (a blended sink,
     a memory): a policy that hides from them gets an UnsupportedPolicyError."""

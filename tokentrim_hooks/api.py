@@ -47,6 +47,7 @@ NEEDS = {
     "correct": "x0 that may be corrected before the sampler goes on with it",
     "settle": "rows of a cache that may be rewritten once they are committed",
     "hide": "rows that may be hidden from a single call",
+    "weigh": "rows that a single call may read with less weight than others",
     "judge": "chunks that can be judged",
     "guide": "calls that can run with gradients on a scratch cache, for a sampler that goes on from x0 alone",
 }

@@ -21,6 +21,7 @@ from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.policy.commit_window import CommitWindow
 from tokentrim_hooks.policy.flowmo import FlowMo
 from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
+from tokentrim_hooks.policy.soft_prune import SoftPrune
 
 ROOT = Path(__file__).parents[1]
 """The checkout; an installed wheel has no check records beside it."""
@@ -35,11 +36,12 @@ HOOKS = {
     "correct": "Corrects",
     "settle": "Settles",
     "guide": "Guides",
+    "weigh": "Weighs",
 }
 """Words of :attr:`Adapter.takes`, and how the table heads them."""
 SHORT = {"judge": "Prune", "hide": "Hide", "correct": "Correct", "settle": "Settle", "guide": "Guide"}
 """The same for the README's table."""
-METHODS = (CommitWindow(), LatentMoments(), LateMean(), RowMoments(), FlowMo())
+METHODS = (CommitWindow(), LatentMoments(), LateMean(), RowMoments(), FlowMo(), SoftPrune())
 """Methods that need more of a model than that it can be judged."""
 
 Row = tuple[str, str, str, Mapping[str, Any]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -169,6 +170,57 @@ def test_pruning_equals_the_mask(attention: str, cache: str) -> None:
     assert [record.video for record in second] == [1] * CHUNKS
     assert torch.equal(plain, generate(model))
     assert native == ALL_ATTENTION_FUNCTIONS._global_mapping
+
+
+@dataclass(frozen=True)
+class Hides(tokentrim.Policy):
+    """Hides some tokens of every frame behind the anchor from calls of some phases."""
+
+    phases: tuple[str, ...] = ()
+
+    def hide(self, chunk: Any, context: Any) -> Any:
+        mask = torch.zeros(context.frames, context.tokens, dtype=torch.bool)
+        mask[1:, DEAD] = chunk.phase in self.phases
+        return mask
+
+
+@torch.no_grad()
+def hidden_by_mask(model: LatentVideo, phases: tuple[str, ...]) -> Tensor:
+    """The unpatched model, whose own mask says -inf at these keys in calls of these phases."""
+    twin, calls = copy.deepcopy(model), {"number": -1}
+    native = twin.block_mask
+
+    def masked(cache: Any, start: int) -> Tensor:
+        calls["number"] += 1
+        values = native(cache, start)
+        if ("first", "refine", "refine", "commit")[calls["number"] % 4] in phases:
+            values[..., [frame * TOKENS + token for frame in range(1, start) for token in DEAD]] = float("-inf")
+        return values
+
+    twin.block_mask = masked  # type: ignore[method-assign]
+    return generate(twin)
+
+
+@pytest.mark.parametrize("phases", [("first",), ("refine",), ("commit",), ("first", "refine", "commit")])
+@pytest.mark.parametrize(("attention", "cache"), KINDS[:-1])
+def test_hiding_equals_the_mask(attention: str, cache: str, phases: tuple[str, ...]) -> None:
+    """A dynamic cache makes its tensors anew in every call: the marks come off the copies that it keeps."""
+    model = LatentVideo(attention, cache)
+    plain, expected = generate(model), hidden_by_mask(model, phases)
+    with tokentrim.patch(model, Hides(phases)) as handle:
+        actual = generate(model)
+    assert float((expected - plain).abs().max()) > 1e-4
+    assert float((actual - expected).abs().max()) <= 1e-5
+    assert any(act["hook"] == "hide" for record in handle.report for act in record.acts)
+    assert torch.equal(plain, generate(model))
+
+
+def test_fp8_can_be_pruned_but_not_hidden_from() -> None:
+    model = LatentVideo("sdpa", "fp8")
+    plain = generate(model)
+    with tokentrim.patch(model, Hides(("first",))), pytest.raises(tokentrim.UnsupportedContextError, match="float8"):
+        generate(model)
+    assert torch.equal(plain, generate(model))
 
 
 @pytest.mark.parametrize(("attention", "cache"), KINDS)

@@ -33,6 +33,7 @@ WRONG = {
     "frame-eviction": {"similarity": [-1.1, 2, "much"], "keep": [-1, 0.5]},
     "latent-moments": {**STRENGTH, "channels": [(-1,)]},
     "late-mean": {"last": [0, 1.5]},
+    "soft-prune": {"weight": [-0.1, 1.5], "keep": [-1, 0.5], "anchors": [1]},
     "row-moments": {**STRENGTH, "of": [(), ("q",)], "reference": ["last"]},
 }
 NEUTRAL = {
@@ -42,6 +43,7 @@ NEUTRAL = {
     "latent-moments": {"strength": 0.0},
     "late-mean": {"last": 1},
     "row-moments": {"strength": 0.0},
+    "soft-prune": {"weight": 1.0},
 }
 
 
@@ -64,7 +66,7 @@ globals().update({f"Test{policy.__name__}": on_trial(name) for name, policy in O
 
 
 def test_all_public_policies_are_offered():
-    public = {value for value in vars(tokentrim).values() if isinstance(value, type)}
+    public = {value for value in (getattr(tokentrim, name) for name in tokentrim.__all__) if isinstance(value, type)}
     assert set(OFFERED.values()) == {cls for cls in public if issubclass(cls, tokentrim.Policy)} - {tokentrim.Policy}
 
 

@@ -159,7 +159,7 @@ def test_frame_eviction_reads_frames_of_the_scene_before_for_it_knows_nothing_of
     assert known[SWITCH + 1] == {SWITCH * FRAMES, SWITCH * FRAMES + 1}
 
 
-FORGETFUL = [tokentrim.CommitWindow(3), tokentrim.LateMean(3)]
+FORGETFUL = [tokentrim.CommitWindow(3), tokentrim.LateMean(3), tokentrim.SoftPrune(keep=1)]
 
 
 @pytest.mark.parametrize("policy", FORGETFUL, ids=str)

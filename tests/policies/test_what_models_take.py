@@ -15,13 +15,13 @@ def test_needs_are_the_hooks_a_policy_overrides():
     assert tokentrim.LatentMoments().needs == {"correct"} and tokentrim.RowMoments().needs == {"settle"}
 
 
-@pytest.mark.parametrize("need", ["commit", "hide", "correct", "settle", "guide"])
+@pytest.mark.parametrize("need", ["commit", "hide", "correct", "settle", "guide", "weigh"])
 def test_a_model_without_it_refuses(need, monkeypatch):
     from tokentrim_hooks_adapters.self_forcing import SelfForcing
 
     policy = {"commit": tokentrim.CommitWindow(), "hide": tokentrim.CommitWindow(),
               "correct": tokentrim.LateMean(), "settle": tokentrim.RowMoments(),
-              "guide": tokentrim.FlowMo()}[need]  # fmt: skip
+              "guide": tokentrim.FlowMo(), "weigh": tokentrim.SoftPrune()}[need]  # fmt: skip
     monkeypatch.setattr(SelfForcing, "takes", SelfForcing.takes - {need})
     pipeline = make()
     with pytest.raises(tokentrim.UnsupportedPolicyError, match=NEEDS[need]) as caught:

@@ -178,6 +178,7 @@ def look(loop: Loop, inverted: bool, **options: Any) -> dict[str, Any]:
 
     import tokentrim_hooks as tokentrim
     from tokentrim_hooks.testing import ForcedPolicy
+    from tokentrim_hooks.testing.laws.hooks import HidesTokens
 
     new = slice(0, 3) if inverted else slice(7, 10)
     forced, observed = ForcedPolicy({2: TOKENS}), tokentrim.ObservePolicy()
@@ -191,6 +192,9 @@ def look(loop: Loop, inverted: bool, **options: Any) -> dict[str, Any]:
     with tokentrim.patched(loop.model, forced) as handle, watched() as kernel:
         pruned = loop.run(inverted, **options)
         triggers = handle.report.triggers
+    # Hidden from every call of the section and of later ones, the same tokens are as dead as if they had been pruned.
+    with tokentrim.patched(loop.model, HidesTokens(chunk=2, tokens=tuple(TOKENS), begun=[])):
+        hidden = loop.run(inverted, **options)
     leak = {}
     for name, policy in (("forced", forced), ("observed", observed)):
         with tokentrim.patched(loop.model, policy):
@@ -202,6 +206,7 @@ def look(loop: Loop, inverted: bool, **options: Any) -> dict[str, Any]:
         "records": records,
         "effect": float((pruned - plain).abs().max()),
         "error": float((pruned - expected).abs().max()),
+        "hidden": float((hidden - expected).abs().max()),
         "triggers": triggers,
         "keys": kernel.keys(94),
         "leak": leak,

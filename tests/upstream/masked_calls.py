@@ -81,6 +81,27 @@ def hiding(source: Source, dead: Callable[[Calls, int, int], Tensor | None]) -> 
             yield hidden
 
 
+@contextmanager
+def weighing(source: Source, weight: float, keep: int, sink: int, anchors: bool) -> Iterator[list[int]]:
+    """log w at the scores of keys older than the newest ``keep`` finished frames; yields how many, by kernel."""
+    native, weighed = source.namespace.attention, list[int]()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        context = (k.shape[1] - q.shape[1]) // source.tokens
+        weights = torch.ones(context)
+        weights[: max(context - keep, 0)] = weight
+        weights[:sink] = weight if anchors else 1.0
+        if context <= 0 or bool((weights == 1).all()):
+            return native(q, k, v, *args, **kwargs)
+        weighed.append(int((weights < 1).sum()))
+        rows = torch.cat([weights.repeat_interleave(source.tokens), torch.ones(q.shape[1])])
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5 + rows.log()
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+    with mock.patch.object(source.namespace, "attention", attention):
+        yield weighed
+
+
 def commit_window(frames: int, sink: int, anchors: bool, tokens: int, spared: int = 0) -> Any:
     """Dead keys of a commit that reads the newest ``frames`` only; ``spared`` frames lie behind the sink (a bank)."""
 

@@ -47,6 +47,15 @@ def test_pruning_equals_minus_infinity_from_the_start_of_the_section(
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_hiding_equals_minus_infinity(
+    found: dict[str, Any], name: str, record_property: Callable[[str, Any], None]
+) -> None:
+    case = found[name]
+    record_property("exact", (f"FramePack, {name}, hidden", case["effect"], case["hidden"]))
+    assert case["hidden"] < 1e-5 < 1e-3 < case["effect"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_pruned_content_cannot_be_read(found: dict[str, Any], name: str) -> None:
     assert found[name]["leak"]["forced"] == 0.0
     assert found[name]["leak"]["observed"] > 1e-3

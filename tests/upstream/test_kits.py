@@ -168,6 +168,11 @@ class TestMemFlow(Kit):
         return latents
 
 
+    def test_hidden_from_one_call_and_from_no_other(self) -> None:
+        """The kit's own reference goes by value; ``test_policies.py`` hides from any call by place."""
+        pytest.skip("NOT CHECKED: the bank holds copies of rows, which the kit takes for the rows themselves")
+
+
 class TestRollingForcing(Kit):
     """A window of five blocks in flight; the first to have anything to prune is block 6.
 

@@ -11,11 +11,12 @@ import pytest
 import tiny_causvid
 import tiny_forks
 import tiny_longlive
+import tiny_memflow
 import tiny_rolling_forcing
 import torch
 from comparison import TOLERANCE, difference
 from harness import noise_of
-from masked_calls import Calls, commit_window, flowmo, following, hiding, latent_moments, row_moments
+from masked_calls import Calls, commit_window, flowmo, following, hiding, latent_moments, row_moments, weighing
 from masked_reference import Source
 from tiny_self_forcing import Setup, few_step_pipeline, self_forcing, source_of
 from torch import Tensor
@@ -38,7 +39,8 @@ class Rig:
     source: Source
     sink: int
     steps: int = 2
-    bank: int = 0
+    window: int = 0
+    """Frames of a window beside which the kernel sees a bank of older frames; 0 where there is none."""
 
     def run(self) -> Tensor:
         """A video from a known random stream."""
@@ -114,6 +116,19 @@ def rolling() -> Iterator[Rig]:
         yield Rig(pipeline, generate, tiny_rolling_forcing.source_of(repository, pipeline), 3)
 
 
+@contextmanager
+def memflow() -> Iterator[Rig]:
+    with tiny_memflow.small_frames() as repository:
+        tokens = tiny_memflow.SMALL
+        pipeline = tiny_memflow.memflow_pipeline(repository, tokens=tokens)
+
+        def generate() -> Tensor:
+            return pipeline.inference(noise_of(1, 15), PROMPTS[:1], return_latents=True)[1]
+
+        source = tiny_memflow.memflow_source(repository, pipeline, tokens)
+        yield Rig(pipeline, generate, source, 1, window=tiny_memflow.SETUP.window)
+
+
 RIGS = {
     "self-forcing": like_self_forcing("Self-Forcing", few_step_pipeline, Setup(window=9, sink=3, batch=2)),
     "self-forcing, global window": like_self_forcing("Self-Forcing", few_step_pipeline, Setup()),
@@ -125,6 +140,7 @@ RIGS = {
     "longlive": longlive,
     "longlive, infinite": longlive_infinite,
     "rolling-forcing": rolling,
+    "memflow": memflow,
 }
 
 
@@ -159,7 +175,12 @@ def exact(name: str, rig: tuple[str, Rig, Tensor], record: Record, ours: Tensor,
 def test_a_commit_window_equals_minus_infinity(rig: Any, frames: int, anchors: bool, record_property: Record) -> None:
     _, made, _ = rig
     require(made, "hide", "commit")
-    with hiding(made.source, commit_window(frames, made.sink, anchors, made.source.tokens)) as hidden:
+
+    def dead(calls: Calls, context: int, own: int) -> Tensor | None:
+        bank = max(context - min(calls.start, made.window - own), 0) if made.window else 0
+        return commit_window(frames, made.sink, anchors, made.source.tokens, bank)(calls, context, own)
+
+    with hiding(made.source, dead) as hidden:
         expected = made.run()
     assert sum(hidden)
     ours, handle = made.patched(tokentrim.CommitWindow(frames, anchors=anchors))
@@ -216,6 +237,20 @@ def test_tokens_hidden_from_any_call_equal_minus_infinity(
     assert sum(hidden)
     ours, _ = made.patched(HideSome(phases, batch))
     exact(f"tokens hidden from {', '.join(phases)}", rig, record_property, ours, expected)
+
+
+@pytest.mark.parametrize(("weight", "keep", "anchors"), [(0.5, 1, False), (0.1, 0, True)])
+def test_soft_prune_equals_attention_written_out(
+    rig: Any, weight: float, keep: int, anchors: bool, record_property: Record
+) -> None:
+    _, made, _ = rig
+    require(made, "weigh")
+    with weighing(made.source, weight, keep, made.sink, anchors) as weighed:
+        expected = made.run()
+    assert weighed
+    ours, handle = made.patched(tokentrim.SoftPrune(weight, keep, anchors))
+    assert any(act["hook"] == "hide" for chunk in handle.report for act in chunk.acts)
+    exact(f"SoftPrune({weight}, keep={keep}, anchors={anchors})", rig, record_property, ours, expected)
 
 
 def test_latent_moments_equal_a_calculation_by_hand(rig: Any, record_property: Record) -> None:

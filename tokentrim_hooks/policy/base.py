@@ -48,7 +48,8 @@ class Policy:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
-    """What a model must have beside the hooks that are overridden: ``"commit"``, calls that only write context."""
+    """What a model must have beside the hooks that are overridden: ``"commit"``, calls that only write context;
+    ``"weigh"``, keys whose weight :meth:`hide` may say."""
 
     max_regenerations: int = 1
     persist: bool = True
@@ -94,7 +95,9 @@ class Policy:
 
         Returns:
             BoolTensor, True for what is hidden from this call: ``[frames]``, ``[frames, tokens]`` or
-            ``[B, frames, tokens]``. On the CPU it costs no synchronisation. None hides nothing.
+            ``[B, frames, tokens]``. On the CPU it costs no synchronisation. None hides nothing. A floating tensor of
+            these shapes has weights instead, 1 for what is read as it is, 0 for what is hidden: the attention that a
+            key gets is multiplied by its weight, and all are made to sum to 1 again. Set ``requires = {"weigh"}``.
         """
         return None
 

@@ -11,6 +11,7 @@ from tokentrim_hooks.policy.commit_window import CommitWindow
 from tokentrim_hooks.policy.flowmo import FlowMo
 from tokentrim_hooks.policy.frame_eviction import FrameEviction
 from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
+from tokentrim_hooks.policy.soft_prune import SoftPrune
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
 
 
@@ -27,4 +28,5 @@ def tokentrim_policies() -> Mapping[str, type[Policy]]:
         "latent-moments": LatentMoments,
         "late-mean": LateMean,
         "row-moments": RowMoments,
+        "soft-prune": SoftPrune,
     }

@@ -30,25 +30,50 @@ class _Hidden:
     tags: Tensor
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """Rows of a kernel that are read with less weight, the same in every layer.
+
+    Attributes:
+        weights: of all keys, ``[B, length]`` on the CPU; 0 for those that are hidden. on_device: the same.
+        sample, row: of each marked key. source: ordinal of the row that it is.
+    """
+
+    weights: Tensor
+    on_device: Tensor
+    sample: Tensor
+    row: Tensor
+    source: Tensor
+
+
+_NOT_BY_LAYER = (
+    "this model's attention does not read its KV cache layer by layer, row for row: rows can be hidden from it, but "
+    "not weighed"
+)
+
+
 class FleetingMarks:
     """Hides rows of a cache from one call.
 
     Attributes:
         rows: rows that are hidden, in one layer, of all samples; 0 while nothing is.
+        weights: of each of them, what the call reads: 0 nothing, below 1 less than of others; empty if all are 0.
     """
 
     def __init__(self) -> None:
         self.rows = 0
+        self.weights: list[float] = []
         self._layers: list[_Hidden] = []
         self._places: list[tuple[int, int]] = []
         self._context: CacheRows | None = None
 
-    def hide(self, context: CacheRows, hidden: Tensor) -> int:
+    def hide(self, context: CacheRows, hidden: Tensor, weights: Tensor | None = None) -> int:
         """Mark rows.
 
         Args:
             context: where the rows lie.
             hidden: CPU BoolTensor ``[B, frames, tokens]``, frames in the order of ``context.frame_rows``.
+            weights: of all tokens, CPU ``[B, frames, tokens]``; those below 1 are marked, too, and read by the tap.
 
         Returns:
             Number of rows hidden, of all samples.
@@ -56,9 +81,12 @@ class FleetingMarks:
         Raises:
             UnsupportedContextError: the cache holds whole numbers, or a type without infinity.
         """
-        self._places = _places(context, hidden)
+        marked = hidden if weights is None else hidden | (weights < 1)
+        self._places = _places(context, marked)
         if not self._places:
             return 0
+        read = None if weights is None else torch.where(hidden, 0, weights)
+        self.weights = [] if read is None else _in_order_of_rows(context, marked, read)
         require_floating(context.values)
         if any("float8" in str(values.dtype) for values in context.values):
             raise UnsupportedContextError(
@@ -79,7 +107,44 @@ class FleetingMarks:
 
     def forget(self) -> None:
         """Leave the marks where they are: in copies, which are dropped."""
-        self._layers, self._context, self.rows = [], None, 0
+        self._layers, self._context, self.rows, self.weights = [], None, 0, []
+
+    def locate(self, layer: int, values: Tensor) -> Weighed | None:
+        """Where V ``[B, length, heads, head_dim]`` at a layer's kernel has rows of less weight; None if none has any.
+
+        Reads the device.
+
+        Raises:
+            UnsupportedContextError: rows of the kernel are none of the cache's.
+        """
+        if not self.weights or self._context is None:
+            return None
+        if values.ndim != 4 or len(self._layers) <= layer or values.shape[0] != self._layers[layer].values.shape[0]:
+            raise UnsupportedContextError(_NOT_BY_LAYER)
+        anchors = range(self._context.start, self._context.start + self._context.anchors)
+        weights, found = torch.ones(values.shape[:2]), list[tuple[int, int, int]]()
+        for one, elements in enumerate(values[..., 0, 0]):
+            marked = torch.isneginf(elements).nonzero()[:, 0]
+            places = _sources(self._layers[layer].tags, self._places, one, _tags(values[one])[marked], anchors)
+            if places is None:
+                raise UnsupportedContextError(_NOT_BY_LAYER)
+            rows = marked.tolist()
+            weights[one, rows] = torch.tensor([self.weights[n] for n in places])
+            found += [(one, row, place) for row, place in zip(rows, places, strict=True)]
+        index = torch.tensor(found, dtype=torch.long).view(-1, 3).T.to(values.device)
+        return Weighed(weights, weights.to(values), *index)
+
+    def weighed(self, layer: int, values: Tensor, rows: Weighed) -> Tensor:
+        """V of a layer with its own elements in the place of marks, times the weights, and these behind it as one more
+        channel: ``[B, length, heads, head_dim + 1]``. NaN where the rows are not those of the layer that was located.
+        """
+        if len(self._layers) <= layer:
+            raise UnsupportedContextError(_NOT_BY_LAYER)
+        hidden, whole = self._layers[layer], values.clone()
+        same = (_tags(values)[rows.sample, rows.row] == hidden.tags[rows.source]).all(-1)
+        whole[rows.sample, rows.row, 0, 0] = torch.where(same, hidden.old[rows.source], float("nan"))
+        weights = rows.on_device[:, :, None, None].expand(*whole.shape[:3], 1)
+        return torch.cat([whole * weights, weights], dim=-1)
 
     def take_off(self, now: CacheRows | None = None) -> None:
         """Put back what the marks replaced.
@@ -88,7 +153,7 @@ class FleetingMarks:
             now: the context as it is after the call; None where nobody can say (the call has raised). Without it, or
                 where rows have moved, the device is read to find them.
         """
-        layers, context, self._layers, self.rows = self._layers, self._context, [], 0
+        layers, context, self._layers, self.rows, self.weights = self._layers, self._context, [], 0, []
         if context is None:
             return
         self._context = None
@@ -108,6 +173,14 @@ def _places(context: CacheRows, hidden: Tensor) -> list[tuple[int, int]]:
     first = torch.tensor(context.frame_rows)
     sample, frame, token = hidden.nonzero(as_tuple=True)
     return sorted(zip(sample.tolist(), (first[frame] + token).tolist(), strict=True)) if len(first) else []
+
+
+def _in_order_of_rows(context: CacheRows, marked: Tensor, weights: Tensor) -> list[float]:
+    """Weights of all that is marked, as :func:`_places` has them."""
+    sample, frame, token = marked.nonzero(as_tuple=True)
+    rows = (torch.tensor(context.frame_rows)[frame] + token).tolist()
+    ordered = sorted(zip(sample.tolist(), rows, weights[sample, frame, token].tolist(), strict=True))
+    return [weight for _, _, weight in ordered]
 
 
 def _has_moved(before: CacheRows, after: CacheRows) -> bool:
@@ -139,17 +212,25 @@ def _put_back_moved(
         elements = values[sample][..., 0, 0]  # by row, or by frame and token
         marked = torch.isneginf(elements).nonzero(as_tuple=True)
         found = _tags(values[sample])[marked]
-        mine = [n for n, (owner, _) in enumerate(places) if owner == sample]
-        source = _by_order(mine, places, len(found), anchors)
-        if source is None or not torch.equal(tags[torch.tensor(source, dtype=torch.long, device=tags.device)], found):
-            source = _by_tags(mine, tags, found)
+        source = _sources(tags, places, sample, found, anchors)
         if source is None:
             elements[marked] = 0
             raise UnsupportedContextError(
-                f"{len(found)} rows of the KV cache are hidden where {len(mine)} were: this model makes rows of others "
-                "during a call, so nothing can be hidden from it"
+                f"{len(found)} rows of the KV cache are hidden, and not all are those that were: this model makes rows "
+                "of others during a call, so nothing can be hidden from it"
             )
         elements[marked] = old[torch.tensor(source, dtype=torch.long, device=old.device)]
+
+
+def _sources(
+    tags: Tensor, places: Sequence[tuple[int, int]], sample: int, found: Tensor, anchors: range
+) -> list[int] | None:
+    """Which places the marked rows of a sample had, known by their tags ``found``; None if one had none."""
+    mine = [n for n, (owner, _) in enumerate(places) if owner == sample]
+    source = _by_order(mine, places, len(found), anchors)
+    if source is None or not torch.equal(tags[torch.tensor(source, dtype=torch.long, device=tags.device)], found):
+        return _by_tags(mine, tags, found)
+    return source
 
 
 def _by_order(mine: list[int], places: Sequence[tuple[int, int]], count: int, anchors: range) -> list[int] | None:

@@ -18,6 +18,7 @@ from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.pruning.block_mask import is_block_mask, without_dead
 from tokentrim_hooks.pruning.context import KeyLayout
+from tokentrim_hooks.pruning.fleeting import FleetingMarks, Weighed
 from tokentrim_hooks.pruning.key_selection import NEWEST, DeadTokens, QueryGroup
 from tokentrim_hooks.pruning.tombstones import alive_rows, hidden_rows
 
@@ -60,6 +61,21 @@ def _moved(index: Tensor, device: torch.device) -> Tensor:
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def weighing(attend: Attend) -> Attend:
+    """Attention whose softmax has a weight per key: ``sum w e v / sum w e``, for V times w with w as last channel.
+
+    Exact with any kernel, which sees no weight: one launch for each of the two sums, with the head width that it knows.
+    """
+
+    def attend_twice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        values, weights = v[..., :-1].contiguous(), v[..., -1:].expand_as(v[..., :-1]).contiguous()
+        below, above = attend(q, k, weights, mask), attend(q, k, values, mask)
+        wide = torch.promote_types(above.dtype, torch.float32)
+        return (above.to(wide) / below.to(wide)).to(above.dtype)
+
+    return attend_twice
 
 
 def attend_live(
@@ -120,7 +136,7 @@ class CallTap:
         failures: what follows a failure of ours in the middle of the model's own call.
         hidden: tokens of a context in the sequence that this one call may not read, by whoever hides them; in a cache
             they carry marks.
-        veiled: whether rows of a cache are hidden from this call.
+        veil: rows of a cache that are hidden from this call, or read with less weight; None for none.
 
     Attributes:
         off: True once we have stepped aside: the original attention answers alone.
@@ -135,9 +151,10 @@ class CallTap:
         gated: bool = False,
         failures: FailurePolicy | None = None,
         hidden: Sequence[DeadTokens] = (),
-        veiled: bool = False,
+        veil: FleetingMarks | None = None,
     ) -> None:
-        self.veiled = veiled
+        self.veil = veil
+        self._weighed: dict[tuple[int, torch.device], Weighed | None] = {}
         self.dead_keys = 0
         self.layout = layout
         self.hidden = hidden
@@ -159,7 +176,11 @@ class CallTap:
         place = k.shape[1], k.device
         groups = self._live.get(place)
         if groups is None:
-            groups = self._live[place] = live_keys(self._groups(k, v), k.device)
+            weighed = self._weighed[place] = None if self.veil is None else self.veil.locate(self.calls, v)
+            groups = self._live[place] = live_keys(self._groups(k, v, weighed), k.device)
+        rows = self._weighed[place]
+        if rows is not None and self.veil is not None:
+            v, attend = self.veil.weighed(self.calls, v, rows), weighing(attend)
         self.calls += 1
         dropped = max(k.shape[1] - index.numel() for group in groups for index in group.index)
         self.dropped = max(self.dropped, dropped)
@@ -220,9 +241,9 @@ class CallTap:
             raise UnsupportedContextError("pruning would leave a range of queries with no key at all")
         return alive.nonzero().squeeze(1).to(device, non_blocking=True)
 
-    def _groups(self, k: Tensor, v: Tensor) -> list[QueryGroup]:
+    def _groups(self, k: Tensor, v: Tensor, weighed: Weighed | None) -> list[QueryGroup]:
         if self.layout is None:
-            return [QueryGroup(0, None, self._rows_seen(v))]
+            return [QueryGroup(0, None, self._rows_seen(v, weighed))]
         layout = self._layout_of(k.shape[1])
         groups = self.dead.live(layout, k.shape[0])
         for group in groups:
@@ -232,15 +253,15 @@ class CallTap:
             groups = [QueryGroup(group.start, group.stop, group.alive & visible) for group in groups]
         return groups
 
-    def _rows_seen(self, v: Tensor) -> Tensor:
+    def _rows_seen(self, v: Tensor, weighed: Weighed | None) -> Tensor:
         """Rows of a cache that this call may read, on the CPU: neither dead nor hidden."""
         seen = alive_rows(v)
-        if not self.veiled:
+        if self.veil is None:
             alive = seen = seen.cpu()
         else:
             seen, alive = torch.stack([seen, seen | hidden_rows(v)]).cpu()
         self._count_dead(alive)
-        return seen
+        return seen if weighed is None else alive & (weighed.weights > 0)
 
     def _count_dead(self, alive: Tensor) -> None:
         self.dead_keys = max(self.dead_keys, int((~alive).sum(-1).max()) if alive.numel() else 0)

@@ -114,7 +114,8 @@ class Pruner:
         if layout is not None:
             self._frames |= layout.frames
         self._tapped += self.dead
-        self._last = CallTap(layout, self._dead_tokens, self.proof.layers > 0, self._failures, hidden, self._hid)
+        veil = self._fleeting if self._hid else None
+        self._last = CallTap(layout, self._dead_tokens, self.proof.layers > 0, self._failures, hidden, veil)
         return self._last
 
     def _hide(self, call: Call, place: Place | None) -> tuple[KeyLayout | None, tuple[DeadTokens, ...]]:
@@ -125,8 +126,14 @@ class Pruner:
             return None, ()
         context = context_of(self._adapter, call)
         masks, self.acts = steering.hidden(call, place, context)
-        if not masks:
+        weights = steering.weights
+        if not masks and weights is None:
             return None, ()
+        if weights is not None and ("weigh" not in self._adapter.takes or not isinstance(context, CacheRows)):
+            raise UnsupportedPolicyError(
+                f"{self.acts[0].policy} weighs keys, and adapter {self._adapter.name!r} takes only policies that hide "
+                "them: let hide() answer True and False"
+            )
         if place.phase not in self._adapter.hides_from:
             raise UnsupportedPolicyError(
                 f"{self.acts[0].policy} hides rows from a {place.phase!r} call, which makes new rows of old ones: what "
@@ -135,7 +142,8 @@ class Pruner:
             )
         if isinstance(context, CacheRows):
             self.proof.expected = context.attentions or len(context.values)
-            self._hid = self._fleeting.hide(context, torch.stack(list(masks.values())).any(0)) > 0
+            hidden = [*masks.values(), *([] if weights is None else [weights == 0])]
+            self._hid = self._fleeting.hide(context, torch.stack(hidden).any(0), weights) > 0
             return None, ()
         frames = [frame for frame, _ in frames_of(context)]
         return context, tuple(DeadTokens.hiding(frames, mask, place.grid, rule) for rule, mask in masks.items())

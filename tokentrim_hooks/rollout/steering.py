@@ -26,6 +26,7 @@ class Steering:
 
     Attributes:
         scene: of the call in progress, whose frames policies compare.
+        weights: how much the latest call reads of each token, CPU ``[B, frames, tokens]``; None where no policy weighs.
         compares: whether some policy does; remembers: earlier predictions that some policy is to be shown.
     """
 
@@ -37,6 +38,7 @@ class Steering:
         self._settling = [policy for policy in policies if policy.overrides("settle")]
         self.compares = any(policy.compares for policy in self._hiding)
         self.scene = Scene()
+        self.weights: Tensor | None = None
         self.remembers = max((policy.remembers for policy in self._correcting), default=0)
 
     @property
@@ -64,8 +66,9 @@ class Steering:
     def hidden(self, call: Call, place: Place, context: Context) -> tuple[dict[str, Tensor], list[Act]]:
         """What ``call`` may not read, CPU BoolTensors ``[B, frames, tokens]``, and who said so.
 
-        By :attr:`Policy.coarse` of those who said it; nothing where nothing is hidden.
+        By :attr:`Policy.coarse` of those who said it; nothing where nothing is hidden. Sets :attr:`weights`.
         """
+        self.weights = None
         view, samples = view_of(context, place.grid), int(call.latents.shape[0])
         if self.compares and view.frames:
             view = dataclasses.replace(view, summaries=self.scene.frames.of(_numbers(context, view, call.start)))
@@ -76,9 +79,13 @@ class Steering:
             if answer is None:
                 continue
             mask = _checked(answer, policy, view, samples)
-            rows = int(mask.sum())
-            if rows:
-                acts.append(Act(type(policy).__name__, "hide", rows))
+            rows = int(mask.sum() if mask.dtype == torch.bool else (mask < 1).sum())
+            if not rows:
+                continue
+            acts.append(Act(type(policy).__name__, "hide", rows))
+            if mask.dtype != torch.bool:
+                self.weights = mask if self.weights is None else self.weights * mask
+            else:
                 found[policy.coarse] = mask | found[policy.coarse] if policy.coarse in found else mask
         return found, acts
 
@@ -169,13 +176,16 @@ def frames_of(layout: KeyLayout) -> list[tuple[int, bool]]:
 def _checked(answer: Tensor, policy: Policy, view: ContextView, samples: int) -> Tensor:
     """An answer of :meth:`Policy.hide` as ``[B, frames, tokens]`` on the CPU."""
     shapes = ((view.frames,), (view.frames, view.tokens), (samples, view.frames, view.tokens))
-    if not isinstance(answer, Tensor) or answer.dtype != torch.bool or tuple(answer.shape) not in shapes:
+    is_kind = isinstance(answer, Tensor) and (answer.dtype == torch.bool or answer.dtype.is_floating_point)
+    if not is_kind or tuple(answer.shape) not in shapes:
         kind = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
         raise PolicyError(
             f"{type(policy).__name__}.hide returned {kind} for {view.frames} frames of {view.tokens} tokens; "
-            "return a BoolTensor [frames], [frames, tokens] or [B, frames, tokens], or None"
+            "return a BoolTensor (or weights) [frames], [frames, tokens] or [B, frames, tokens], or None"
         )
-    mask = answer.cpu()
+    mask = answer.cpu() if answer.dtype == torch.bool else answer.float().cpu()
+    if mask.dtype != torch.bool and not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise PolicyError(f"{type(policy).__name__}.hide returned weights outside of [0, 1]; 1 reads a token as it is")
     mask = mask[:, None] if mask.ndim == 1 else mask
     return mask.expand(samples, view.frames, view.tokens)
 

@@ -133,6 +133,7 @@ class PolicyConformance:
         for views in _places():
             for hook, answer in views.ask(self.neutral).items():
                 flags = answer.prune if isinstance(answer, tokentrim.Verdict) else answer
+                flags = flags < 1 if hook == "hide" and flags is not None and flags.is_floating_point() else flags
                 idle = answer is None or (hook in ("judge", "hide") and not flags.any())
                 assert idle, f"{hook} answers {answer} with neutral options"
 
@@ -203,7 +204,9 @@ def _check_judge(views: Views, answer: Any) -> None:
 
 def _check_hide(views: Views, answer: Any) -> None:
     batch, frames, tokens = views.chunk.drift.shape[0], views.context.frames, views.context.tokens
-    assert answer.dtype == torch.bool, f"hide answered {answer.dtype}, not a BoolTensor"
+    weights = answer.dtype.is_floating_point
+    assert weights or answer.dtype == torch.bool, f"hide answered {answer.dtype}, neither a BoolTensor nor weights"
+    assert not weights or ((answer >= 0) & (answer <= 1)).all(), "weights lie in [0, 1]"
     shapes = [(frames,), (frames, tokens), (batch, frames, tokens)]
     assert tuple(answer.shape) in shapes, f"hide answered {tuple(answer.shape)}, not one of {shapes}"
 
