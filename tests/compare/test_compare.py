@@ -44,6 +44,9 @@ def test_settings_are_read_from_words():
     for text in ("x: colour=red", "x: persist=maybe", "x: probe=none", "x: fraction=2", "x: warmup=two"):
         with pytest.raises(TokenTrimError, match="setting"):
             parse_setting(text)
+    for text in ("mine fraction=0.9", "fraction=0.9", ": fraction=0.9", ""):
+        with pytest.raises(TokenTrimError, match="has no name with a colon"):
+            parse_setting(text)
 
 
 def test_arms_share_their_noise_and_a_null_control_changes_nothing(tmp_path):

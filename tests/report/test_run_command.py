@@ -173,7 +173,9 @@ def test_a_known_class_that_is_no_known_model_is_told_at_once(project):
         "P()\nprint('the work', file=sys.stderr)\n"
     )
     done = tokentrim(project, "--out", "log", "other.py")
-    assert done.stderr.startswith("tokentrim run: CausalInferencePipeline is left unpatched.\n")
+    first, advice, *_ = done.stderr.splitlines()
+    assert first.startswith("tokentrim run: CausalInferencePipeline is left unpatched. ") and "self-forcing: " in first
+    assert "framepack" not in first and advice.startswith("Call tokentrim_hooks.patch"), "only who asked for it"
     assert done.stderr.index("left unpatched") < done.stderr.index("the work")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import wrapt
 
-from tokentrim_hooks.api import patch
+from tokentrim_hooks.api import Detection, detect, patch
 from tokentrim_hooks.cli.script.target import Target
 from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import AlreadyPatchedError, TokenTrimError, TokenTrimWarning, UnsupportedModelError
@@ -30,6 +30,8 @@ from tokentrim_hooks.report.files import below
 from tokentrim_hooks.report.observers import JsonLines, Observer, ProgressLine
 from tokentrim_hooks.report.thumbnails import Thumbnails, clear
 from tokentrim_hooks.rollout.shared import Probe
+
+ADVICE = "Call tokentrim_hooks.patch on the right object in the script, or write an adapter for it."
 
 
 @dataclass
@@ -104,14 +106,17 @@ class Run:
 
     def _refused(self, instance: Any, words: str) -> None:
         """Say at once that a known class is not what an adapter knows: the script may go on for an hour."""
-        self.refusals.append(words)
         name = type(instance).__qualname__
-        print(printable(f"tokentrim run: {name} is left unpatched.\n{words}"), file=sys.stderr, flush=True)
+        # Every adapter's reason would fill a screen: those count that asked to look at this class.
+        reasons = [f"{found.adapter}: {found.reason}" for found in _asked(instance)]
+        refusal = f"{name} is left unpatched. {'; '.join(reasons) or words}"
+        self.refusals.append(refusal)
+        print(printable(f"tokentrim run: {refusal}\n{ADVICE}"), file=sys.stderr, flush=True)
 
     def why_none(self) -> str:
         """Why no model was patched, and what to do."""
         if self.refusals:
-            return "\n".join(dict.fromkeys(self.refusals))
+            return "\n".join([*dict.fromkeys(self.refusals), ADVICE])
         return (
             "The script constructed no class that an adapter names (`tokentrim adapters`).\n"
             "See what one makes of your model with `tokentrim detect`, or call tokentrim_hooks.patch in the script."
@@ -134,6 +139,13 @@ class Run:
             except TokenTrimError as failure:
                 warnings.warn(f"observer {name!r} is left out: {failure}", TokenTrimWarning, stacklevel=4)
         return watching
+
+
+def _asked(instance: Any) -> list[Detection]:
+    """What the adapters say that have named the class of an object."""
+    classes = {kind.__qualname__ for kind in type(instance).__mro__}
+    names = {i.name for i in usable_adapters() if any(c.partition(":")[2] in classes for c in i.loaded.constructors)}
+    return [found for found in detect(instance) if found.adapter in names and not found.matches]
 
 
 def constructors() -> list[str]:

@@ -105,9 +105,11 @@ def parse_setting(text: str) -> Setting:
     """Read ``NAME: key=value, key=value`` with the attributes of :class:`Setting` and the options of the policy.
 
     Raises:
-        TokenTrimError: an unknown key, or a value of the wrong kind.
+        TokenTrimError: no name, no colon behind it, an unknown key, or a value of the wrong kind.
     """
     name, _, rest = text.partition(":")
+    if not name.strip() or "=" in name:
+        raise TokenTrimError(f"setting {text!r} has no name with a colon.\nWrite 'NAME: key=value, key=value'.")
     pairs = [item.partition("=") for item in rest.split(",") if item.strip()]
     try:
         values = {key.strip(): _value(key.strip(), value.strip()) for key, _, value in pairs}
