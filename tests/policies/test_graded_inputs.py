@@ -96,9 +96,10 @@ def noticed(policy, latents, switches=()):
     return flagged
 
 
-def rate(make_latents, chunks, switches=()):
-    """The share of ``chunks`` that the paper's policy flags, over all seeds."""
-    hits = [noticed(tokentrim.DriftPolicy(), make_latents(seed), switches) for seed in SEEDS]
+def rate(make_latents, chunks, switches=(), policy=None):
+    """The share of ``chunks`` that a policy flags, the paper's by default, over all seeds."""
+    policy = policy or tokentrim.DriftPolicy()
+    hits = [noticed(policy, make_latents(seed), switches) for seed in SEEDS]
     return sum(chunk in flagged for flagged in hits for chunk in chunks) / (len(SEEDS) * len(list(chunks)))
 
 
@@ -131,6 +132,41 @@ def test_what_the_papers_formula_notices(name, chunks, low, high):
     assert low <= rate(INPUTS[name], chunks) <= high
 
 
+ADAPTIVE = [
+    # Slow drift leaves the scene's first chunk behind, which is seen until the median of severities has followed.
+    ("1 ramp", range(6, 20), 0.25, 0.6),
+    ("1 ramp", [*range(6), *range(24, CHUNKS)], 0.0, 0.01),
+    ("2 gain", range(3, 8), 0.5, 1.0),
+    ("2 gain", range(8, CHUNKS), 0.0, 0.0),
+    ("3 tint", range(7, 20), 0.25, 0.6),
+    # A median and robust deviations: a periodic outlier is seen at every one of its occurrences, and hides no other.
+    ("4 dim first frames", [6, 12, 18, 24, 30], 0.7, 1.0),
+    ("4 dim first frames", [n for n in range(CHUNKS) if n % 6], 0.0, 0.0),
+    ("6 loud chunks", [7, 14, 21, 28, 35], 0.9, 1.0),
+    ("6 loud chunks", [8, 15, 22, 29, 36], 0.9, 1.0),  # and the step back, from the chunk before
+    ("6 loud chunks", [n for n in range(CHUNKS) if n % 7 not in (0, 1)], 0.0, 0.0),
+    # The floor is a share of the median, which is 0 here: rounding noise is new, but no further than the last of it.
+    ("5 still, then rounding", range(20), 0.0, 0.0),
+    ("5 still, then rounding", range(20, CHUNKS), 0.0, 0.02),
+    # Nobody has told of the switch: all that follows is new, until it is usual.
+    ("7 switched", [10, 11, 12], 0.9, 1.0),
+    ("7 switched", range(20, CHUNKS), 0.0, 0.0),
+    # What stays is seen as long as it is not usual.
+    ("8 collapsed", range(8, 16), 0.9, 1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "chunks", "low", "high"), ADAPTIVE)
+def test_what_adaptive_policy_notices(name, chunks, low, high):
+    assert low <= rate(INPUTS[name], chunks, policy=tokentrim.AdaptivePolicy()) <= high
+
+
+def test_adaptive_policy_leaves_healthy_videos_and_switches_that_are_told_of_alone():
+    policy = tokentrim.AdaptivePolicy()
+    assert rate(healthy, range(CHUNKS), policy=policy) == 0
+    assert rate(switched, range(CHUNKS), switches=(10,), policy=policy) == 0
+
+
 def test_a_healthy_video_has_few_alarms_and_these_are_early():
     assert rate(healthy, range(10, CHUNKS)) < 0.06 and rate(healthy, range(3)) == 0
 
@@ -146,9 +182,10 @@ class WithoutCommit(ReferencePipeline):
         return latents if not timestep.any() else super()._call(latents, timestep, conditional, start)
 
 
-def test_9_a_sampler_without_clean_calls_is_judged_chunk_by_chunk_and_left_alone():
+@pytest.mark.parametrize("policy", [tokentrim.ObservePolicy(), tokentrim.AdaptivePolicy(max_regenerations=0)], ids=str)
+def test_9_a_sampler_without_clean_calls_is_judged_chunk_by_chunk_and_left_alone(policy):
     pipeline = make(WithoutCommit)
-    with tokentrim.patched(pipeline, tokentrim.ObservePolicy()) as handle:
+    with tokentrim.patched(pipeline, policy) as handle:
         assert torch.equal(run(pipeline, chunks=7), run(make(WithoutCommit), chunks=7))
     assert [record.severity is not None for record in handle.report] == 2 * [False] + 12 * [True]
 
@@ -167,7 +204,7 @@ def beyond_the_table(pipeline):
 
 def test_10_a_frame_past_the_position_table_fails_as_it_does_unpatched():
     failures = []
-    for policy in (None, tokentrim.DriftPolicy(sensitivity=0.0, warmup=1)):
+    for policy in (None, tokentrim.DriftPolicy(sensitivity=0.0, warmup=1), tokentrim.AdaptivePolicy(warmup=1)):
         pipeline = beyond_the_table(make())
         handle = policy and tokentrim.patch(pipeline, policy)
         with pytest.raises(IndexError) as caught:
@@ -178,4 +215,4 @@ def test_10_a_frame_past_the_position_table_fails_as_it_does_unpatched():
             assert len(notes) == 4 * 2 and not any(notes[:6]) and "did not come back" in str(notes[-1])
             handle.unpatch()
         assert all(bool(torch.isfinite(layer["v"]).all()) for layer in pipeline.kv_cache1)
-    assert failures[0] == failures[1] == "index 8 is out of bounds for dimension 0 with size 7"
+    assert failures[0] == failures[1] == failures[2] == "index 8 is out of bounds for dimension 0 with size 7"
