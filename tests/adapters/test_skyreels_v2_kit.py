@@ -16,10 +16,11 @@ from tokentrim_hooks.testing import AdapterConformance
 
 
 class TestSynchronousKit(AdapterConformance):
-    """Frames 0-3, then (2 3) 4 5, (4 5) 6 7, (6 7) 8 9, (8 9) 10 11: the prune of chunk 2 kills frames 4 and 5."""
+    """Frames 0-3, then (2 3) 4 5, (4 5) 6 7, ... (12 13) 14 15: the prune of chunk 2 kills frames 4 and 5."""
 
     adapter = SkyReelsV2
-    settings: ClassVar[dict[str, Any]] = {"num_frames": 45}
+    chunks, late_chunk = 7, 5
+    settings: ClassVar[dict[str, Any]] = {"num_frames": 61, "height": 32, "width": 128}
 
     def make_model(self):
         return tiny.pipeline()
@@ -27,9 +28,8 @@ class TestSynchronousKit(AdapterConformance):
     def run(self, model, seed):
         return tiny.run(model, seed, **self.settings)
 
-    @staticmethod
-    def hide(window: int, row: int) -> dict[int, Any]:
-        return {0: ALL, 1: ALL} if window == 2 else {}
+    def hide(self, window: int, row: int) -> dict[int, Any]:
+        return {0: ALL, 1: ALL} if window == self.chunk_to_prune else {}
 
     def reference(self, model, seed):
         with pytest.MonkeyPatch.context() as patch:
@@ -40,6 +40,7 @@ class TestSynchronousKit(AdapterConformance):
 class TestCausalBlocksKit(TestSynchronousKit):
     """With guidance: one window of five blocks of 2 frames that follow each other, 3 rows each; chunk 2 from row 6."""
 
+    chunks, late_chunk = 5, 4
     settings: ClassVar[dict[str, Any]] = {
         "num_frames": 37,
         "base_num_frames": 97,
@@ -49,6 +50,5 @@ class TestCausalBlocksKit(TestSynchronousKit):
         "guidance_scale": 4.0,
     }
 
-    @staticmethod
-    def hide(window: int, row: int) -> dict[int, Any]:
-        return dict.fromkeys(range(4), ALL) if row >= 6 else {}
+    def hide(self, window: int, row: int) -> dict[int, Any]:
+        return dict.fromkeys(range(2 * self.chunk_to_prune), ALL) if row >= 3 * self.chunk_to_prune else {}

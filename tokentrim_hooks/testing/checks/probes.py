@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,10 +54,14 @@ class Predictions:
 
 
 class HeldRows:
-    """Listens to a patched model's adapter: rows of history in the cache at each chunk, by its start frame."""
+    """Listens to a patched model's adapter: rows of history in the cache at each chunk, by its start frame.
+
+    ``coarse``: in the sequence, and a key may stand for several tokens.
+    """
 
     def __init__(self, adapter: Adapter[Any]) -> None:
         self.at: dict[int, int] = {}
+        self.coarse = False
         self._asked = adapter.context
         listened: Any = adapter
         listened.context = self._hear
@@ -66,6 +71,8 @@ class HeldRows:
         if isinstance(context, CacheRows):
             own = context.current[1] - context.current[0]
             self.at[call.start] = max(context.stop - context.start - own, 0)
+        else:
+            self.coarse = self.coarse or any(math.prod(segment.scale) > 1 for segment in context.segments)
         return context
 
 

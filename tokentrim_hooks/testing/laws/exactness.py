@@ -43,7 +43,7 @@ class PruningTests(Trial):
             self.run(model, 8)
         dead = sum(record.dead for record in handle.report if record.chunk == self.chunk_to_prune)
         start = next(record.start for record in handle.report if record.chunk == self.chunk_to_prune)
-        checks.check_kernels(seen, dead, samples * held.at.get(start, 0))
+        checks.check_kernels(seen, dead, samples * held.at.get(start, 0), held.coarse)
 
     def test_pruning_equals_minus_infinity(self) -> None:
         """The pruned run equals an unpatched run with -inf at the dead keys, in the kernel, in every later call."""
