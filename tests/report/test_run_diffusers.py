@@ -74,9 +74,9 @@ def python(project, *launcher):
     return np.load(project / "video.npy"), done.stderr
 
 
-def run(project, *options):
-    video, said = python(project, "-m", "tokentrim_hooks", "run", "--out", "log", *options)
-    return video, said, read_report(project / "log")
+def run(project, *options, folder="log"):
+    video, said = python(project, "-m", "tokentrim_hooks", "run", "--out", folder, *options)
+    return video, said, read_report(project / folder)
 
 
 def test_skyreels(project):
@@ -86,7 +86,7 @@ def test_skyreels(project):
     assert len(log) == CHUNKS and log.triggers == 0
     assert not (project / "log" / "thumbs").exists()
 
-    pruned, said, log = run(project, "--sensitivity", "0", "--warmup", "1", "--fraction", "0.25")
+    pruned, said, log = run(project, "--sensitivity", "0", "--warmup", "1", "--fraction", "0.25", folder="pruned")
     assert [record.frames for record in log.records] == list(CHUNK_FRAMES)
     assert log.settings["adapter"] == "skyreels-v2" and log.triggers > 0
     assert "pruned 4/16 tokens" in said and "report.html" in said
@@ -94,6 +94,6 @@ def test_skyreels(project):
     before = 4 * first - 3
     assert np.array_equal(pruned[:before], plain[:before]) and not np.array_equal(pruned, plain)
     assert read_video(project / "video.mp4")[0].shape == (37, 64, 64, 3)
-    page = (project / "log" / "report.html").read_text()
+    page = (project / "pruned" / "report.html").read_text()
     assert page.count("data:image/png") >= log.triggers
-    assert len(list((project / "log" / "thumbs").glob("*.png"))) == CHUNKS
+    assert len(list((project / "pruned" / "thumbs").glob("*.png"))) == CHUNKS

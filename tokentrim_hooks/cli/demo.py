@@ -93,12 +93,14 @@ def write(acts: Sequence[Act], folder: Path, made: dict[str, Any]) -> None:
 
 def save_report(act: Act, folder: Path) -> Path:
     """The patched run's log and its page, with drift maps over the first video and the unpatched one beside it."""
+    from tokentrim_hooks.experiments.what_if.answers import section
     from tokentrim_hooks.metrics.frames import as_frames
     from tokentrim_hooks.report.page import write_page
 
     assert act.paper.report is not None, "it is the patched run"
     act.paper.report.save(folder)
-    return write_page(folder, *(as_frames(take.video[0] * 0.5 + 0.5) for take in (act.paper, act.off)))
+    videos = (as_frames(take.video[0] * 0.5 + 0.5) for take in (act.paper, act.off))
+    return write_page(folder, *videos, sections=[section(folder)])
 
 
 def made_with(place: str, untrained: bool) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def _watched(target: Target, this: Run) -> int:
 
 def _say_what_happened(this: Run) -> None:
     """Summaries and report pages of all models that were patched, or why none was; a fork leaves that to its parent."""
+    from tokentrim_hooks.experiments.what_if.answers import section
     from tokentrim_hooks.report.page import write_page
 
     if os.getpid() != this.process:
@@ -78,6 +79,6 @@ def _say_what_happened(this: Run) -> None:
         print(printable(f"tokentrim run: no model was patched.\n{this.why_none()}"), file=sys.stderr)
     for log in this.logs:
         try:
-            print(f"report: {write_page(log.path)}", file=sys.stderr)
+            print(f"report: {write_page(log.path, sections=[section(log.path)])}", file=sys.stderr)
         except TokenTrimError as failure:
             print(printable(f"no report page for {log.path}: {failure}"), file=sys.stderr)
