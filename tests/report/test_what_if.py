@@ -94,7 +94,7 @@ def test_another_fraction_is_asked_of_the_drift_of_all_tokens(tmp_path):
     policy = tokentrim.DriftPolicy(fraction=0.5, sensitivity=1.0)
     report = rolled_out(tmp_path, tokentrim.ObservePolicy(fraction=0.2), chunks=12, grid=(3, 4))
     (replay,) = [r for r in ask(report, report.settings, [policy]) if r.policy == policy]
-    assert not replay.same and "four digits" in row(replay)[-1]
+    assert not replay.same and "four digits" in row(replay)[-1] and row(replay)[3] == "no"
     statistics, expected = RunningStatistics.empty(1), []
     for record in (r for r in report if r.severity is not None):
         severity = sum(sorted(record.drift, reverse=True)[:6]) / 6

@@ -106,7 +106,8 @@ def row(replay: Replay) -> list[str]:
     if not replay.judged:
         return [name, "not known", "", "", "No chunk was judged."]
     share = f"{replay.pruned} of {replay.judged}"
-    return [name, share, f"{replay.agreed} of {replay.judged}", f"{replay.sure} of {replay.judged}", _which(replay)]
+    exact = f"{replay.sure} of {replay.judged}" if replay.same else "no"
+    return [name, share, f"{replay.agreed} of {replay.judged}", exact, _which(replay)]
 
 
 def _which(replay: Replay) -> str:
