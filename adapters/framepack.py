@@ -8,13 +8,14 @@ frame, and embeds them before the section's own tokens. ``vanilla`` sampling run
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokentrim_hooks import Adapter, Match, NoMatch, hookimpl, layers_of, strand
+from tokentrim_hooks import Adapter, Match, NoMatch, SessionError, hookimpl, layers_of, strand
 
 from ._diffusers import dispatcher_of, lacking, recognised
 from ._packed_history import PackedCall, PackedHistory, Packing
@@ -65,6 +66,29 @@ class FramePack(PackedHistory):
         """Videos of one picture may share its embedding; in one thread they come one after the other."""
         return strand(), arguments[self.image]
 
+    def parse(self, arguments: Mapping[str, Any]) -> PackedCall | None:
+        """Read one call.
+
+        Raises:
+            SessionError: videos that share a picture's embedding take turns in one thread.
+        """
+        call = super().parse(arguments)
+        if call is not None and not (call.step or call.stream):
+            self._require_turns(arguments.get("guidance"))
+        return call
+
+    def _require_turns(self, guidance: Any) -> None:
+        """The pipeline makes a tensor ``guidance`` for every video: one that comes back was put off for another."""
+        if not isinstance(guidance, Tensor) or (self._guidances and self._guidances[-1]() is guidance):
+            return
+        if any(seen() is guidance for seen in self._guidances):
+            raise SessionError(
+                "videos that were given one and the same tensor image_embeds take turns in one thread, and cannot be "
+                "told apart.\nGive each its own (image_embeds.clone()), or make one after the other."
+            )
+        living = [seen for seen in self._guidances if seen() is not None]
+        self._guidances = (*living, weakref.ref(guidance))
+
     def packing(self, arguments: Mapping[str, Any]) -> Packing | None:
         """History is ``[4x | 2x | first frame, 1x]``. The sampler makes new frame indices for every section and
         embeds the image once per video.
@@ -94,6 +118,7 @@ class FramePack(PackedHistory):
         return not bool(packing.parts[1][0].any())
 
     _gap = 0
+    _guidances: tuple[weakref.ref[Tensor], ...] = ()
 
     def others(self, call: PackedCall) -> int:
         """Image and text keys. With one sample the transformer cuts the text to its length, otherwise it masks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -274,3 +275,37 @@ def test_an_image_embedding_kept_for_two_videos(sampling):
         framepack_tiny.run(pipeline, sampling=sampling, seed=5)
         assert torch.equal(framepack_tiny.run(pipeline, sampling=sampling, seed=6), wanted)
     assert told(again.report, 1) == told(handle.report, 0)
+
+
+@pytest.mark.parametrize("sampling", ("vanilla", "inverted_anti_drifting"))
+@pytest.mark.parametrize("at", (0, 1), ids=("amid the first section", "amid the second"))
+def test_videos_that_share_an_embedding_and_take_turns_in_one_thread_are_refused(sampling, at):
+    """The second one is made in a callback of the first, which goes on behind it. Kept apart, each is as if alone."""
+
+    def both(pipeline):
+        videos, told = [], []
+
+        def callback(running, step, _timestep, tensors):
+            told.append(step)
+            if len(told) == 2 * at + 1:
+                own, running.scheduler = running.scheduler, copy.deepcopy(running.scheduler)
+                videos.append(framepack_tiny.run(running, sampling=sampling, seed=6))
+                running.scheduler = own
+            return tensors
+
+        first = framepack_tiny.run(pipeline, sampling=sampling, seed=5, callback_on_step_end=callback)
+        return [first, *videos]
+
+    right = []
+    for seed in (5, 6):
+        pipeline = framepack_tiny.pipeline()
+        with tokentrim.patched(pipeline, POLICY):
+            right.append(framepack_tiny.run(pipeline, sampling=sampling, seed=seed))
+    pipeline = framepack_tiny.pipeline()
+    with tokentrim.patched(pipeline, POLICY):
+        assert all(map(torch.equal, both(pipeline), right))
+    kept = pipeline.encode_image([None])
+    pipeline.encode_image = lambda *_, **__: kept
+    refused = pytest.raises(tokentrim.SessionError, match="image_embeds take turns")
+    with tokentrim.patched(pipeline, POLICY), refused:
+        both(pipeline)
