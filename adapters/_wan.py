@@ -5,6 +5,10 @@ current_start)``; ``generator.model.blocks[i].self_attn`` calls a function ``att
 attention does not use. The cache is a list of dicts, one per layer: ``k`` and ``v`` ``[B, rows, heads, head_dim]``,
 frame by frame, and the tensors ``global_end_index`` (rows of the video so far) and ``local_end_index`` (rows in the
 cache).
+
+Forks that nobody has looked at are recognised where nothing about them is new. A parameter of the generator, or an
+entry of the cache, that the model has not which an adapter was written for may mean that other rules hold: such forks
+are refused, with the reason.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from tokentrim_hooks import (
     Patches,
     Phase,
     Seen,
+    UnsupportedContextError,
     UnsupportedPolicyError,
     default_phase,
     home_of,
@@ -36,6 +41,9 @@ from tokentrim_hooks import (
 
 PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache", "crossattn_cache", "current_start")
 """Parameters that the forward of every generator wrapper of the family takes."""
+
+OPTIONS = ("classify_mode", "concat_time_embeddings", "clean_x", "aug_t", "cache_start")
+"""What most of them take besides; none of it changes the rules of the cache."""
 
 RELATIVES = {
     "updating_cache": "Rolling Forcing",
@@ -52,7 +60,11 @@ class CausalWan(Adapter):
 
     takes: ClassVar[frozenset[str]] = frozenset({"judge"})
     own: ClassVar[tuple[str, ...]] = ()
-    """Those of RELATIVES that this adapter knows; its generator's forward must take them all."""
+    """Parameters that tell this relative from others; its generator's forward must take them all."""
+    options: ClassVar[tuple[str, ...]] = OPTIONS
+    """Further parameters that it may take."""
+    entries: ClassVar[tuple[str, ...]] = ("k", "v", "global_end_index", "local_end_index")
+    """Entries of a layer's cache."""
     layer_attributes: ClassVar[tuple[str, ...]] = ("sink_size", "local_attn_size")
     """Attributes that every self-attention module must have."""
     pipeline: Any
@@ -76,6 +88,9 @@ class CausalWan(Adapter):
             if name in taken and name not in cls.own:
                 return NoMatch(f"the generator's forward takes {name!r}: this is {relative}")
         reason = lacks(generator, (*PARAMETERS, *cls.own), "the generator's forward")
+        unknown = [name for name in taken if name not in (*PARAMETERS, *cls.own, *cls.options)]
+        if unknown and not reason:
+            reason = f"the generator's forward takes {', '.join(unknown)}, which {cls.models[0]}'s does not"
         return NoMatch(reason) if reason else cls._probe_layers(generator)
 
     @classmethod
@@ -105,6 +120,7 @@ class CausalWan(Adapter):
         """Read one generator call; calls without a KV cache are training or scoring, not a rollout."""
         if arguments["kv_cache"] is None:
             return None
+        self.require_entries(arguments["kv_cache"])
         latents: Tensor = arguments["noisy_image_or_video"]
         return Call(
             latents,
@@ -113,6 +129,17 @@ class CausalWan(Adapter):
             timestep=arguments["timestep"],
             arguments=arguments,
         )
+
+    def require_entries(self, cache: Any) -> None:
+        """Raise UnsupportedContextError for a cache with entries more or less than it should have."""
+        layer = cache[0] if isinstance(cache, list | tuple) and cache else None
+        entries = set(layer) if isinstance(layer, Mapping) else set()
+        if entries != set(self.entries):
+            odd = ", ".join(sorted(map(str, entries ^ set(self.entries))))
+            raise UnsupportedContextError(
+                f"the KV cache is no list of dicts of {', '.join(self.entries)} (differs in: {odd}), so its rows may "
+                f"follow other rules than {self.models[0]}'s; nothing is pruned. This fork needs an adapter of its own"
+            )
 
     def context(self, call: Call) -> CacheRows:
         """Rows before the current chunk: which are the last ones once the chunk has been written."""

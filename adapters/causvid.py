@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, UnsupportedContextError, hookimpl, lacks
+from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, hookimpl, lacks
 
 from ._wan import CausalWan, self_attentions, start_of
 
@@ -31,6 +31,8 @@ class CausVid(CausalWan):
     constructors = ("causvid.models.wan.causal_inference:InferencePipeline",)
     takes = frozenset({"judge", "hide", "commit", "correct", "settle", "guide", "weigh"})
     own = ("current_end",)
+    options = ()
+    entries = ("k", "v")
     layer_attributes = ("window_size",)
 
     @classmethod
@@ -42,18 +44,6 @@ class CausVid(CausalWan):
             if lacks(layer, cls.own, "self_attn"):
                 return NoMatch("self_attn takes no current_end: this is CausVid's bidirectional teacher")
         return super()._probe_layers(generator)
-
-    def parse(self, arguments: Mapping[str, Any]) -> Call | None:
-        """Read one generator call; a cache with other entries than K and V follows rules that are not CausVid's."""
-        call = super().parse(arguments)
-        if call is not None:
-            unknown = sorted(set(arguments["kv_cache"][0]) - {"k", "v"})
-            if unknown:
-                raise UnsupportedContextError(
-                    f"the KV cache has entries {', '.join(unknown)} that CausVid's has not: its rows may roll, so none "
-                    "is marked; this fork needs an adapter of its own"
-                )
-        return call
 
     def context(self, call: Call) -> CacheRows:
         """All rows before ``current_start``."""

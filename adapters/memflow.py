@@ -13,7 +13,7 @@ from typing import Any
 
 from tokentrim_hooks import Adapter, CacheRows, Call, Phase, Seen, hookimpl
 
-from ._wan import CausalWan
+from ._wan import OPTIONS, CausalWan
 
 
 class MemFlow(CausalWan):
@@ -31,6 +31,9 @@ class MemFlow(CausalWan):
     """Its bank keeps copies of rows, which no policy rewrites or weighs, and moves on in calls, so none looks ahead."""
     hides_from = frozenset({"first", "refine", "commit"})
     own = ("kv_bank", "q_bank", "update_cache", "is_recache")
+    options = (*OPTIONS, "update_bank")
+    keeps_memory = True
+    """The bank."""
 
     def phase(self, call: Call, seen: Seen) -> Phase:
         """A prompt switch says so (``is_recache``); other calls that write the cache commit."""

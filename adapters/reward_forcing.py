@@ -29,6 +29,8 @@ class RewardForcing(SelfForcing):
     takes = SelfForcing.takes - {"weigh"}
     """A weight that begins with the first call of a chunk would go into the sink, as below."""
     structure = "incremental_update"
+    keeps_memory = True
+    """The blended sink."""
     hides_from = frozenset({"refine", "commit"})
     """The first call of a chunk blends what leaves the window into the sink; a hidden row would be missing there."""
 

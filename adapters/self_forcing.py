@@ -4,15 +4,11 @@ The sampler calls ``generator(noisy_image_or_video, conditional_dict, timestep, 
 current_start)`` several times per chunk, then once more with the finished chunk at timestep 0 to write clean context.
 The cache is a list of dicts, one per layer, with K stored after RoPE; rows of older frames roll left when the window is
 full, behind a fixed prefix of sink frames. ``current_start`` counts tokens.
-
-Forks that nobody has looked at are recognised where nothing about them is new. A parameter of the generator, or an
-entry of the cache, that Self-Forcing has not may mean that other rules hold: such forks are refused, with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -23,17 +19,12 @@ from tokentrim_hooks import (
     NoMatch,
     Phase,
     Seen,
-    UnsupportedContextError,
     home_of,
     hookimpl,
-    parameters_of,
     shares_storage,
 )
 
-from ._wan import PARAMETERS, CausalWan, self_attentions
-
-OPTIONS = ("classify_mode", "concat_time_embeddings", "clean_x", "aug_t", "cache_start")
-"""What Self-Forcing's generator takes besides PARAMETERS; none of it changes the rules of the cache."""
+from ._wan import CausalWan, self_attentions
 
 STRUCTURES = {
     "incremental_update": "Reward-Forcing",
@@ -53,20 +44,8 @@ class SelfForcing(CausalWan):
     takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide", "commit", "correct", "settle", "guide", "weigh"})
     structure: ClassVar[str] = ""
     """The one of STRUCTURES that this adapter knows; its model must have it."""
-    entries: ClassVar[tuple[str, ...]] = ("k", "v", "global_end_index", "local_end_index")
-    """Entries of a layer's cache."""
     opens = True
     """Whether the latest call is of a video's first generated block."""
-
-    @classmethod
-    def probe(cls, model: object) -> Match | NoMatch:
-        """Recognise the generator wrapper; refuse parameters that may stand for rules unknown to this adapter."""
-        answer = super().probe(model)
-        if isinstance(answer, Match) and isinstance(answer.denoiser, nn.Module):
-            unknown = [n for n in parameters_of(answer.denoiser) if n not in (*PARAMETERS, *OPTIONS)]
-            if unknown:
-                return NoMatch(f"the generator's forward takes {', '.join(unknown)}, which {cls.models[0]}'s does not")
-        return answer
 
     @classmethod
     def _probe_layers(cls, generator: nn.Module) -> Match | NoMatch:
@@ -78,13 +57,6 @@ class SelfForcing(CausalWan):
                 if mark == cls.structure and not has:
                     return NoMatch(f"self attention has no {mark}")
         return super()._probe_layers(generator)
-
-    def parse(self, arguments: Mapping[str, Any]) -> Call | None:
-        """Read one generator call; refuse a cache with entries more or less than it should have."""
-        call = super().parse(arguments)
-        if call is not None:
-            self._check(arguments["kv_cache"])
-        return call
 
     def phase(self, call: Call, seen: Seen) -> Phase:
         """Trust the number of steps only until a commit was recognised by its tensor: it may differ by chunk."""
@@ -102,16 +74,6 @@ class SelfForcing(CausalWan):
 
     def _commits(self, call: Call, seen: Seen) -> bool:
         return bool(call.commits) or not self.hands_back or shares_storage(call.latents, seen.returned)
-
-    def _check(self, cache: Any) -> None:
-        layer = cache[0] if isinstance(cache, list | tuple) and cache else None
-        entries = set(layer) if isinstance(layer, Mapping) else set()
-        if entries != set(self.entries):
-            odd = ", ".join(sorted(map(str, entries ^ set(self.entries))))
-            raise UnsupportedContextError(
-                f"the KV cache is no list of dicts of {', '.join(self.entries)} (differs in: {odd}), so its rows may "
-                f"follow other rules than {self.models[0]}'s; nothing is pruned. This fork needs an adapter of its own"
-            )
 
 
 @hookimpl

@@ -67,6 +67,7 @@ from .policy.token_trim import DriftPolicy, ObservePolicy
 from .policy.views import Chunk, ContextView, Denoised, History, Noisy, Place, Rows, Verdict
 from .pruning.context import CacheRows, Context, KeyLayout, Role, Segment
 from .pruning.tap import CallTap
+from .pruning.tombstones import unmark
 from .report.observers import JsonLines, Observer, ProgressLine
 from .report.record import ChunkRecord, Report
 
@@ -158,5 +159,6 @@ __all__ = [
     "policies",
     "shares_storage",
     "strand",
+    "unmark",
     "unpatch",
 ]

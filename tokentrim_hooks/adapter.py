@@ -140,6 +140,10 @@ class Adapter(ABC, Generic[CallT]):
     hides_from: ClassVar[frozenset[str]] = frozenset({"first", "refine", "commit", "recache"})
     """Phases of calls from which rows may be hidden. Not of those that make new rows *of* hidden ones (a blended sink,
     a memory): a policy that hides from them gets an UnsupportedPolicyError."""
+    keeps_memory: ClassVar[bool] = False
+    """Whether attention sees more than the rows of a KV cache and the chunk's own: a bank of copies, running means of
+    what has left the window, a sink that rows are blended into. True says that the adapter spares that memory, or keeps
+    pruned rows out of it; else an UnsupportedContextError says so at a prune, or when such a memory appears."""
 
     @classmethod
     @abstractmethod

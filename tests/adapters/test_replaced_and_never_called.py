@@ -14,6 +14,7 @@ from targets import TARGETS, each_target
 from torch import nn
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks.handle import handle as handles
 from tokentrim_hooks.testing import ForcedPolicy
 from tokentrim_hooks.testing.checks import assert_raises
 
@@ -231,3 +232,13 @@ def test_never_judged_is_no_news_of_a_policy_that_does_not_judge():
     pipeline = tiny.make()
     with tokentrim.patched(pipeline, tokentrim.Policy()):
         tiny.run(pipeline)
+
+
+def test_the_report_is_looked_through_once_for_each_chunk(monkeypatch):
+    """Not at every hook: of the calls of a chunk, and of chunks behind the first judged one, none costs anything."""
+    looked = []
+    monkeypatch.setattr(handles, "never_judged", lambda report: looked.append(len(report)) or "")
+    pipeline = tiny.make()
+    with tokentrim.patched(pipeline, tokentrim.DriftPolicy()) as handle:
+        tiny.run(pipeline, chunks=6)
+        assert looked == [1] and len(handle.report) == 6

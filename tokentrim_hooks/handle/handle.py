@@ -56,7 +56,7 @@ class PatchHandle:
         self._failures = failures
         self._checkup = checkup
         self._told = self._called = False
-        self._unsure = any(policy.judges for policy in policies)
+        self._unsure, self._heard = any(policy.judges for policy in policies), 0
         self._owners: list[Any] = []
 
     @classmethod
@@ -164,11 +164,13 @@ class PatchHandle:
     def _listen(self) -> None:
         """Look at the first chunks as they are recorded: if none of them is judged, no later one may be."""
         report = self._rollout.shared.recorder.report
-        chunks = chunks_of(report)
+        if len(report) == self._heard:
+            return
+        self._heard = len(report)
         judged = any(record.severity is not None for record in report)
         words = "" if judged else never_judged(report)
         # Not for ever: the report is looked through, and at the end it is once more.
-        self._unsure = not judged and not words and len(chunks) < 4 * FEW
+        self._unsure = not judged and not words and len(chunks_of(report)) < 4 * FEW
         self._warn(words)
 
     def _warn(self, words: str, stacklevel: int = 3) -> None:
@@ -186,7 +188,7 @@ class PatchHandle:
         self._take_off(quiet=kind is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
+        self._rollout.clear_copies(memo)
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return type(None), ()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.failures import FailurePolicy
+from tokentrim_hooks.pruning.account import KeyAccount
 from tokentrim_hooks.pruning.block_mask import is_block_mask, without_dead
 from tokentrim_hooks.pruning.context import KeyLayout
 from tokentrim_hooks.pruning.fleeting import FleetingMarks, Weighed
@@ -137,6 +138,7 @@ class CallTap:
         hidden: tokens of a context in the sequence that this one call may not read, by whoever hides them; in a cache
             they carry marks.
         veil: rows of a cache that are hidden from this call, or read with less weight; None for none.
+        account: of a KV cache in which something is dead: asked whether the keys are its rows. own: rows of the chunk.
 
     Attributes:
         off: True once we have stepped aside: the original attention answers alone.
@@ -152,6 +154,8 @@ class CallTap:
         failures: FailurePolicy | None = None,
         hidden: Sequence[DeadTokens] = (),
         veil: FleetingMarks | None = None,
+        account: KeyAccount | None = None,
+        own: int = 0,
     ) -> None:
         self.veil = veil
         self._weighed: dict[tuple[int, torch.device], Weighed | None] = {}
@@ -163,6 +167,7 @@ class CallTap:
         self.off = False
         self.calls = 0
         self.dropped = 0
+        self._account, self._own = account, own
         self._failures = failures or FailurePolicy()
         self._ranges_asked = 0
         self._live: dict[tuple[int, torch.device], tuple[LiveKeys, ...]] = {}
@@ -177,7 +182,7 @@ class CallTap:
         groups = self._live.get(place)
         if groups is None:
             weighed = self._weighed[place] = None if self.veil is None else self.veil.locate(self.calls, v)
-            groups = self._live[place] = live_keys(self._groups(k, v, weighed), k.device)
+            groups = self._live[place] = live_keys(self._groups(q, k, v, mask, weighed), k.device)
         rows = self._weighed[place]
         if rows is not None and self.veil is not None:
             v, attend = self.veil.weighed(self.calls, v, rows), weighing(attend)
@@ -241,9 +246,10 @@ class CallTap:
             raise UnsupportedContextError("pruning would leave a range of queries with no key at all")
         return alive.nonzero().squeeze(1).to(device, non_blocking=True)
 
-    def _groups(self, k: Tensor, v: Tensor, weighed: Weighed | None) -> list[QueryGroup]:
+    def _groups(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, weighed: Weighed | None) -> list[QueryGroup]:
         if self.layout is None:
-            return [QueryGroup(0, None, self._rows_seen(v, weighed))]
+            alive, seen = self._rows_seen(q, v, mask)
+            return [QueryGroup(0, None, seen if weighed is None else alive & (weighed.weights > 0))]
         layout = self._layout_of(k.shape[1])
         groups = self.dead.live(layout, k.shape[0])
         for group in groups:
@@ -253,15 +259,21 @@ class CallTap:
             groups = [QueryGroup(group.start, group.stop, group.alive & visible) for group in groups]
         return groups
 
-    def _rows_seen(self, v: Tensor, weighed: Weighed | None) -> Tensor:
-        """Rows of a cache that this call may read, on the CPU: neither dead nor hidden."""
-        seen = alive_rows(v)
-        if self.veil is None:
-            alive = seen = seen.cpu()
-        else:
-            seen, alive = torch.stack([seen, seen | hidden_rows(v)]).cpu()
+    def _rows_seen(self, q: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+        """Rows of a cache that are not dead, and those of them that are not hidden. The host is read once."""
+        flags = [alive_rows(v)]
+        if self.veil is not None:
+            flags.append(flags[0] | hidden_rows(v))
+        # Accounted for in the first attention only, for all layers have the same rows; flex attention pads its keys.
+        account, self._account, new = self._account, None, max(q.shape[1], self._own)
+        account = None if is_block_mask(mask) else account
+        known = [] if account is None else [account.known(v, new)]
+        read = torch.stack([*flags, *known]).cpu()
+        alive = read[len(flags) - 1]
+        if account is not None:
+            account.require(alive, read[-1], new)
         self._count_dead(alive)
-        return seen if weighed is None else alive & (weighed.weights > 0)
+        return alive, read[0]
 
     def _count_dead(self, alive: Tensor) -> None:
         self.dead_keys = max(self.dead_keys, int((~alive).sum(-1).max()) if alive.numel() else 0)

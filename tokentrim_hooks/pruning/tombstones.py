@@ -7,15 +7,20 @@ output loudly if an attention path was missed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.pruning.context import CacheRows, require_floating
+
+FOREIGN_MARKS = (
+    "this video goes on from a copy of a KV cache in which an earlier patch had pruned tokens; they stay pruned. "
+    "tokentrim.unmark(cache) brings them back"
+)
 
 
 def mark_of(dtype: torch.dtype) -> float:
@@ -33,10 +38,17 @@ def hidden_rows(values: Tensor) -> Tensor:
     return torch.isneginf(values[..., 0, 0].float())
 
 
+def is_marked(values: Any) -> bool:
+    """Whether V has a tombstone anywhere; False for what is no tensor. Reads the device."""
+    return isinstance(values, Tensor) and not bool(alive_rows(values).all())
+
+
 @dataclass
 class Tombstones:
     """Marks in the V rows of one or more KV caches, and what they replaced, for as long as rows have not moved."""
 
+    made: ClassVar[bool] = False
+    """Whether anything was ever marked in this process."""
     replaced: list[tuple[Tensor, tuple[Any, ...], Tensor]] = field(default_factory=list)
 
     def mark(self, rows: CacheRows, tokens: Sequence[Sequence[int]], prune_anchors: bool = False) -> int:
@@ -46,6 +58,7 @@ class Tombstones:
         sample, row = _positions(tokens, first, rows.stop, rows.rows_per_frame, range(*rows.current))
         if not sample:
             return 0
+        Tombstones.made = True
         places = torch.tensor([sample, row])
         on_device = {device: places.to(device) for device in {values.device for values in rows.values}}
         for values in rows.values:
@@ -126,6 +139,21 @@ class Traces:
         """Make what is left finite again."""
         clear_marks(self._values())
 
+    def clear_copies(self, memo: dict[int, Any]) -> None:
+        """While something that holds the cache is copied by ``copy.deepcopy``: let its copy carry no mark.
+
+        Args:
+            memo: of ``copy.deepcopy``, in which torch keeps the copies of storages, made already or still to come.
+        """
+        copies = memo.setdefault("torch", {})  # type: ignore[call-overload]
+        for storage, dtype, offset, size, stride in self.places:
+            memory = storage()
+            if memory is not None:
+                if memory._cdata not in copies:
+                    copies[memory._cdata] = memory.clone()  # type: ignore[no-untyped-call]
+                copied = copies[memory._cdata]
+                clear_marks([torch.empty(0, dtype=dtype, device=copied.device).set_(copied, offset, size, stride)])
+
     def _values(self) -> Iterator[Tensor]:
         """The tensors, made anew: those of inference mode could not be written."""
         for storage, dtype, offset, size, stride in self.places:
@@ -139,3 +167,43 @@ def clear_marks(values: Iterable[Tensor]) -> None:
     for value in values:
         element = value[..., 0, 0]
         element.copy_(torch.where(torch.isfinite(element.float()), element, torch.zeros_like(element)))
+
+
+def unmark(cache: Any) -> int:
+    """Bring back what is pruned in a copy of a KV cache, in place.
+
+    For copies (``copy.deepcopy``, ``clone``, ``torch.save``) that were made while something was dead, and are to be
+    read by a model that is not patched: a mark is an infinite element in the V row of a dead token, and makes attention
+    answer NaN. It becomes 0, for nobody knows what was there.
+
+    Args:
+        cache: tensors of any shape in lists, tuples, dicts and attributes of objects, within one another.
+
+    Returns:
+        Marks taken off, one for each dead row in each layer.
+    """
+    return sum(_unmarked(tensor) for tensor in _tensors_in(cache, set()))
+
+
+def _unmarked(tensor: Tensor) -> int:
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+    marks = wide.isposinf() if mark_of(tensor.dtype) == float("inf") else wide.isnan()
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(torch.where(marks, torch.zeros_like(wide), wide))
+    return int(marks.sum())
+
+
+def _tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        yield from (thing,) if thing.is_floating_point() else ()
+    elif isinstance(thing, Mapping):
+        for part in thing.values():
+            yield from _tensors_in(part, seen)
+    elif isinstance(thing, list | tuple | set):
+        for part in thing:
+            yield from _tensors_in(part, seen)
+    elif hasattr(thing, "__dict__") and not isinstance(thing, type):
+        yield from _tensors_in(vars(thing), seen)

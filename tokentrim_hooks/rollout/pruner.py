@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from tokentrim_hooks.adapter import Adapter, Call
-from tokentrim_hooks.errors import UnsupportedPolicyError
+from tokentrim_hooks.errors import TokenTrimWarning, UnsupportedPolicyError
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import grid_of
 from tokentrim_hooks.policy.views import Place
+from tokentrim_hooks.pruning.account import KeyAccount, keeps_contents
 from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, anchor_frames, require_grid
 from tokentrim_hooks.pruning.fleeting import FleetingMarks
 from tokentrim_hooks.pruning.key_selection import DeadTokens
 from tokentrim_hooks.pruning.tap import CallTap
-from tokentrim_hooks.pruning.tombstones import Tombstones, Traces, alive_rows
+from tokentrim_hooks.pruning.tombstones import FOREIGN_MARKS, Tombstones, Traces, is_marked
 from tokentrim_hooks.rollout.answers import context_of
 from tokentrim_hooks.rollout.scene import Act
 from tokentrim_hooks.rollout.steering import Steering, frames_of
@@ -56,13 +60,11 @@ class Pruner:
     Args:
         adapter, patch_size: of the model.
         policy: its options ``prune_anchors`` and ``coarse`` say which rows die.
-        proof: of the model.
-        failures: what follows a failure of a tap.
+        proof: of the model. failures: what follows a failure of a tap.
         steering: says what policies hide from a single call.
 
     Attributes:
-        anchors: latent frames that the latest prune spared as sinks or anchors.
-        acts: which policies hid rows from the latest call.
+        anchors: latent frames that the latest prune spared. acts: which policies hid rows from the latest call.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Pruner:
         self._tombstones = Tombstones()
         # Weak: a sampler that drops its cache must get the memory back, marks or no marks.
         self._marked: dict[Hashable, Traces] = {}
+        self._accounts: dict[Hashable, KeyAccount] = {}
         self._last: CallTap | None = None
         self._hid = False
         self._steering, self._fleeting = steering, FleetingMarks()
@@ -114,8 +117,10 @@ class Pruner:
         if layout is not None:
             self._frames |= layout.frames
         self._tapped += self.dead
-        veil = self._fleeting if self._hid else None
-        self._last = CallTap(layout, self._dead_tokens, self.proof.layers > 0, self._failures, hidden, veil)
+        veil, gated = self._fleeting if self._hid else None, self.proof.layers > 0
+        account = self._accounts.get(call.stream) if call.stream in self._marked else None
+        own = call.frames * math.prod(grid_of(call.latents, self._patch_size))
+        self._last = CallTap(layout, self._dead_tokens, gated, self._failures, hidden, veil, account, own)
         return self._last
 
     def _hide(self, call: Call, place: Place | None) -> tuple[KeyLayout | None, tuple[DeadTokens, ...]]:
@@ -182,6 +187,7 @@ class Pruner:
         # Remembered before it is marked: whatever interrupts the marking, the marks are found again.
         before = self._marked.get(stream)
         self._marked[stream] = Traces.of(context.values)
+        self._watch_rows(context, stream)
         dead = self._tombstones.mark(context, tokens, self._policy.prune_anchors)
         if dead:
             self.proof.expected = context.attentions or len(context.values)
@@ -189,11 +195,26 @@ class Pruner:
             del self._marked[stream]
         return dead
 
+    def _watch_rows(self, context: CacheRows, stream: Hashable) -> None:
+        """Account for the keys of later calls, unless the adapter says that it keeps the model's other memory right."""
+        self._accounts = {known: account for known, account in self._accounts.items() if known in self._marked}
+        if keeps_contents(context) and not self._adapter.keeps_memory:
+            self._accounts[stream] = KeyAccount(context)
+
     def inherit(self, call: Call) -> None:
         """Find the marks in a cache that was copied from another video's: they were copied with it."""
-        context = context_of(self._adapter, call) if self.proof.proven else None
-        if isinstance(context, CacheRows) and context.stop and not bool(alive_rows(context.values[0]).all()):
-            self._marked[call.stream] = Traces.of(context.values)
+        context = context_of(self._adapter, call) if Tombstones.made else None
+        if not isinstance(context, CacheRows) or not context.stop or not is_marked(context.values[0]):
+            return
+        if not self.proof.proven:
+            warnings.warn(FOREIGN_MARKS, TokenTrimWarning, stacklevel=2)
+        self._marked[call.stream] = Traces.of(context.values)
+        self._watch_rows(context, call.stream)
+
+    def rewritten(self, context: CacheRows, stream: Hashable) -> None:
+        """A policy has rewritten rows, so their contents are new."""
+        if stream in self._accounts:
+            self._accounts[stream].read(context)
 
     def follow(self, call: Call) -> None:
         """After a call: find the marks again where the cache made its tensors anew (concatenation copies the marks)."""
@@ -264,6 +285,11 @@ class Pruner:
     def settle(self) -> None:
         """The prune is final: the pruned context goes forward."""
         self._tombstones.settle()
+
+    def clear_copies(self, memo: dict[int, Any]) -> None:
+        """:meth:`Traces.clear_copies`, of all that is marked."""
+        for traces in self._marked.values():
+            traces.clear_copies(memo)
 
     def clear(self) -> None:
         """Forget all marks and leave no cache poisoned: a new video starts, or the patch comes off."""

@@ -21,6 +21,7 @@ from tokentrim_hooks.pruning.call_scope import current_scope, open_scope, scope_
 from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.rollout.pruner import Proof
 from tokentrim_hooks.rollout.records import Recorder
+from tokentrim_hooks.rollout.repeat.snapshot import clear_kept_marks
 from tokentrim_hooks.rollout.session import Running
 from tokentrim_hooks.rollout.sessions import Sessions
 from tokentrim_hooks.rollout.shared import Probe, Shared
@@ -58,6 +59,7 @@ class Rollout:
         )
         self.unread_calls = self.foreign_calls = 0
         self._model = weakly(model)
+        self._denoisers = [weakly(denoiser) for denoiser in (match.denoiser, *match.also)]
         self._sessions = Sessions(adapter, self.shared)
 
     # ------------------------------------------------------------------------------------------ hooks
@@ -137,8 +139,16 @@ class Rollout:
 
     def abandon(self) -> None:
         """Step aside for good: leave no mark in any cache."""
+        pruned = any(session.pruner.dead for session in self._sessions)
         for session in self._sessions:
             session.abandon()
+        for denoiser in self._denoisers if pruned else ():
+            clear_kept_marks(denoiser())
+
+    def clear_copies(self, memo: dict[int, Any]) -> None:
+        """The model is being copied: a copy is not patched, so its caches carry no mark. ``memo`` is deepcopy's."""
+        for session in self._sessions:
+            session.pruner.clear_copies(memo)
 
     def snapshot(self) -> Report:
         """The report so far, chunks in progress included."""

@@ -251,19 +251,19 @@ class Session:
         context = context_of(self.adapter, call)
         assert isinstance(context, CacheRows), "only an adapter of a cache takes policies that rewrite rows"
         chunk.acts += self.steering.settle(call, place, context, video.scene)
+        self.pruner.rewritten(context, call.stream)
 
     # ------------------------------------------------------------------------------------------ branches
 
     def _replay_branch(self, module: nn.Module, step: Step, chunk: ChunkState, video: VideoState, output: Any) -> Any:
         """Prune another branch after its call, and call it again."""
         assert chunk.judgement is not None, "a branch is pruned only with a judged chunk"
-        regenerator = self._regenerator
-        chunk.judgement.proof_calls += regenerator.prove_repeatable(module, [step], output, video, chunk)
+        chunk.judgement.proof_calls += self._regenerator.prove_repeatable(module, [step], output, video, chunk)
         prune = functools.partial(self._prune_branch, step.call, chunk)
-        if not regenerator.agreed("prune of a branch", video, chunk, prune):
+        if not self._regenerator.agreed("prune of a branch", video, chunk, prune):
             return output
         chunk.judgement.extra_calls += 1
-        return regenerator.replay_branch(module, step, chunk, video, output)
+        return self._regenerator.replay_branch(module, step, chunk, video, output)
 
     def _prune_branch(self, call: Call, chunk: ChunkState) -> bool:
         """Prune another branch's context at its first call for a pruned chunk; whether that killed anything."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokentrim_hooks.pruning.tombstones import clear_marks
 from tokentrim_hooks.rollout.repeat.counters import put
 from tokentrim_hooks.rollout.repeat.keepers import items_of, keepers_of, keeps
 
@@ -42,6 +43,26 @@ class Snapshot:
                 tensor.copy_(copy)
         for generator, state in self._generators:
             generator.set_state(state)
+
+
+def clear_kept_marks(module: object) -> None:
+    """Make finite again what a denoiser keeps beside its cache that was made of marked rows, as a running mean of them.
+
+    Asked where we step aside, for nobody taps it any more. Reads the device.
+    """
+    for leaf in _leaves(items_of(keeper) for keeper in _reachable(keepers_of(module), DEPTH)):
+        if isinstance(leaf, Tensor) and leaf.ndim >= 4 and leaf.is_floating_point() and leaf.numel():
+            marks = leaf[..., 0, 0].isposinf()
+            if bool(marks.any()) and int(leaf.isfinite().logical_not().sum()) == int(marks.sum()):
+                with torch.inference_mode(leaf.is_inference()), torch.no_grad():
+                    clear_marks([_once(leaf)])
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """Each element once, of a tensor that was expanded."""
+    for dimension, stride in enumerate(tensor.stride()):
+        tensor = tensor if stride else tensor.narrow(dimension, 0, 1)
+    return tensor
 
 
 def _containers(things: Iterable[Any]) -> Iterator[Any]:

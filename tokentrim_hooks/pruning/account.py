@@ -1,0 +1,107 @@
+"""Accounts for every key that attention sees over a KV cache in which something is dead.
+
+Each key is a row of the cache that the adapter describes, or one of the chunk in the call. A model may keep other
+memory, which was made of rows: running means of what has left the window (EMA tokens), copies in a bank, a sink into
+which rows are blended. What was pruned lives on there, or its mark spreads there and kills what nobody has pruned; both
+would go wrong in silence. So rows are known by their content, which rolls, evictions and copies leave alone: a key with
+a content that no row has had is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.pruning.context import CacheRows
+
+ELEMENTS, MIXER = 4, 0x5851F42D4C957F2D
+"""Elements of a row that its content is told by, and an odd number that mixes their bits into one number."""
+KINDS = 4
+"""Kinds of calls that are remembered, the latest of each."""
+
+
+class KeyAccount:
+    """The rows of one cache by content, from call to call. Nothing here keeps the cache alive, or reads the device.
+
+    Args:
+        context: the cache, for the call that follows.
+    """
+
+    def __init__(self, context: CacheRows) -> None:
+        # By the number of queries: calls of one kind may read more of the cache than others between them.
+        self._seen: dict[int, Tensor] = {}
+        # A view by frames belongs to layers that attend per site, whose keys are one token's.
+        values = context.values[0]
+        self._most = (context.stop, int(values.shape[1])) if values.ndim == 4 else None
+        self.read(context)
+
+    def read(self, context: CacheRows) -> None:
+        """Know all rows that a cache holds: at a prune, or where rows were rewritten on purpose."""
+        self._kind = context.values[0].dtype
+        self._rows = _contents(context.values[0], self._kind).flatten()
+
+    def known(self, values: Tensor, new: int) -> Tensor:
+        """Which keys of a call have the content of a row: BoolTensor ``[B, keys]`` on the device.
+
+        Args:
+            values: V of the call's first attention, ``[B, keys, heads, head_dim]``.
+            new: keys that are the chunk's own, at most.
+        """
+        contents = _contents(values, self._kind)
+        found = _among(contents, torch.cat([self._rows.to(contents.device), *self._seen.values()]))
+        # A row that is NaN or infinite all over is no mark of ours: the model has diverged, which is told elsewhere.
+        found = found | ~values[..., 0, 1 : 1 + ELEMENTS].float().isfinite().all(-1)
+        kinds = {queries: seen for queries, seen in self._seen.items() if queries != new}
+        self._seen = dict([*kinds.items(), (new, contents.flatten())][-KINDS:])
+        return found
+
+    def require(self, alive: Tensor, known: Tensor, new: int) -> None:
+        """Once that was read: raise if something is dead, and there are keys that are rows of nothing.
+
+        Args:
+            alive: CPU BoolTensor ``[B, keys]``; what is merely hidden from the call lives. known, new: as above.
+
+        Raises:
+            UnsupportedContextError: more than ``new`` keys are unknown, or a dead one is, or there are more keys than
+                rows.
+        """
+        most, self._most = self._most, None
+        if bool(alive.all()):
+            return
+        keys = int(alive.shape[1])
+        history, size = most or (keys, keys)
+        strange, spread = (int(flags.sum(1).max()) for flags in (~known, ~known & ~alive))
+        beside = max(strange - new, keys - new - history if keys != size else 0, spread)
+        if beside > 0:
+            raise UnsupportedContextError(
+                f"{beside} of {keys} keys in self attention are no rows of the KV cache that the adapter describes: "
+                "memory made of rows (running means, a bank of copies, a blended sink) would keep what is pruned.\n"
+                "Switch that memory off, or write an adapter that keeps pruned rows out of it and says "
+                "keeps_memory = True."
+            )
+
+
+def keeps_contents(context: CacheRows) -> bool:
+    """Whether rows reach attention as they are kept: those in float8 are scaled on their way."""
+    return bool(context.values) and context.values[0].dtype.itemsize > 1
+
+
+def _contents(values: Tensor, kind: torch.dtype) -> Tensor:
+    """A number for every row of V ``[B, rows..., heads, head_dim]``: of a few elements, as they are in ``kind``.
+
+    Not of the first element, which marks change. Elements are rounded to the cache's type: some models attend to what
+    they write before it is rounded.
+    """
+    elements = values[..., 0, 1 : 1 + ELEMENTS].to(kind).float()
+    number = torch.zeros_like(elements[..., 0], dtype=torch.long)
+    for bits in elements.view(torch.int32).unbind(-1):
+        number = number * MIXER + bits
+    return number
+
+
+def _among(contents: Tensor, known: Tensor) -> Tensor:
+    """Which of ``contents`` are among ``known`` (one dimension): torch.isin, but without a host sync."""
+    ordered = known.sort().values
+    place = torch.searchsorted(ordered, contents.contiguous()).clamp(max=ordered.numel() - 1)
+    return ordered[place] == contents
