@@ -144,8 +144,9 @@ class Shell:
 
     def tokentrim(self, *options: str) -> tuple[torch.Tensor, Report]:
         """The video and the log of ``tokentrim run OPTIONS SCRIPT``."""
-        video = self.video("-m", "tokentrim_hooks", "run", "--out", self.folder / "log", *options)
-        return video, read_report(self.folder / "log")
+        log = self.folder / f"log{'-'.join(options)}"  # a run never takes the folder of another
+        video = self.video("-m", "tokentrim_hooks", "run", "--out", log, *options)
+        return video, read_report(log)
 
 
 def save_weights(repository: str, folder: Path) -> None:
@@ -254,7 +255,7 @@ def test_framepack_s_transformer(tmp_path: Path) -> None:
 
     run("save")
     run("plain.pt")
-    run("observed.pt", "-m", "tokentrim_hooks", "run", "--out", "log", "--observe")
+    run("observed.pt", "-m", "tokentrim_hooks", "run", "--out", "observed", "--observe")
     run("pruned.pt", "-m", "tokentrim_hooks", "run", "--out", "log", *EAGER)
     plain, observed, pruned = (torch.load(tmp_path / f"{name}.pt") for name in ("plain", "observed", "pruned"))
     assert torch.equal(plain, observed) and not torch.equal(plain, pruned)
