@@ -11,8 +11,8 @@ The transformer predicts flow: x0 = x_t - sigma * flow, with sigma looked up in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,10 +30,10 @@ from tokentrim_hooks import (
     hookimpl,
     lacks,
     layers_of,
-    nearest_sigma,
     parameters_of,
 )
 
+from ._flow_stage import sigma_of, stage_of, x0_of
 from ._wan import history_rows, rows_per_frame, values_of
 
 PARAMETERS = ("hidden_states", "timestep", "kv_cache", "crossattn_cache", "current_start", "start_frame")
@@ -59,7 +59,7 @@ class FastVideo(Adapter):
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:
         """Recognise the transformer by its cached forward and its ``attn1`` layers."""
-        stage = _stage(model)
+        stage = stage_of(model, _refusal)
         first, second = getattr(stage, "transformer", stage), getattr(stage, "transformer_2", None)
         transformers = [first] if second is None else [first, second]
         for transformer in transformers:
@@ -71,7 +71,7 @@ class FastVideo(Adapter):
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Tap the attention module of every self-attention layer, in all transformers."""
-        self.stage = stage = _stage(model)
+        self.stage = stage = stage_of(model, _refusal)
         self.transformer: Any = getattr(stage, "transformer", stage)
         for transformer in (self.transformer, getattr(stage, "transformer_2", None)):
             for layer in _self_attentions(transformer):
@@ -107,25 +107,7 @@ class FastVideo(Adapter):
     def prediction(self, call: Call, output: Any) -> Tensor:
         """x0 from flow, in float64 as the stage computes it."""
         assert call.timestep is not None
-        sigma = self._sigma(call.timestep).view(-1, *call.timestep.shape[1:], *[1] * (5 - call.timestep.ndim))
-        clean = call.latents.double() - sigma * output.transpose(1, 2).double()
-        return cast(Tensor, clean.to(output.dtype))
-
-    def _sigma(self, timestep: Tensor) -> Tensor:
-        """Noise level of each timestep: that of the scheduler's nearest one."""
-        scheduler: Any = getattr(self.stage, "scheduler", None)  # now: users put another one in between videos
-        if scheduler is None:
-            return timestep.double() / 1000
-        return nearest_sigma(scheduler, timestep).double()
-
-
-def _stage(model: Any) -> Any:
-    """The denoising stage of a composed pipeline; else the model itself."""
-    stages = getattr(model, "stages", None)
-    if not isinstance(stages, Sequence):
-        return model
-    causal = [stage for stage in stages if not _refusal(getattr(stage, "transformer", None))]
-    return causal[0] if causal else model
+        return x0_of(output.transpose(1, 2), call.latents, sigma_of(self.stage, call.timestep))
 
 
 def _refusal(transformer: Any) -> str:

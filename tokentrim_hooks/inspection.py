@@ -5,6 +5,7 @@ Adapters recognise models with these, and so say in the same words why one is no
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import functools
@@ -14,7 +15,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from torch.profiler import record_function
 
 MACHINERY = ("torch.", "wrapt.", "tokentrim_hooks.patching", "tokentrim_hooks.rollout", "tokentrim_hooks.pruning")
 """Modules whose methods lie between a sampler and the call that we watch."""
+GENERAL = (object, abc.ABC, Generic, Protocol, nn.Module)
+"""Classes that objects of any kind derive from."""
 
 
 def layers_of(model: object, blocks: str, name: str) -> list[Any]:
@@ -143,7 +146,7 @@ def is_driven_by(model: object, denoiser: object) -> bool:
 def _related(one: object, other: object) -> bool:
     """Whether two objects have a class in common beside the most general ones."""
     shared = set(type(one).__mro__) & set(type(other).__mro__)
-    return any(kind not in (object, nn.Module) and "Mixin" not in kind.__name__ for kind in shared)
+    return any(kind not in GENERAL and "Mixin" not in kind.__name__ for kind in shared)
 
 
 def _callers() -> Iterator[object]:

@@ -2,7 +2,9 @@
 
 import inspect
 import sys
+from abc import ABC
 from types import SimpleNamespace
+from typing import Generic, TypeVar
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import bind, home_of, lacks, layers_of, nearest_sigma, parameters_of
+from tokentrim_hooks.inspection import is_driven_by
 
 
 class Block(nn.Module):
@@ -109,3 +112,20 @@ def test_bind_is_what_pythons_own_signatures_say(function, args, kwargs):
         return found.arguments
 
     assert bound(lambda: bind(function, tuple(args), kwargs)) == bound(by_python)
+
+
+@pytest.mark.parametrize("general", [ABC, Generic[TypeVar("T")], nn.Module])
+def test_a_caller_that_has_only_general_classes_in_common_drives_no_call_of_its_own(general):
+    """A trainer, a node of a test runner: what stands around the user's loop is no second pipeline."""
+
+    class Stage(general):
+        pass
+
+    class Runner(general):
+        def run(self, stage):
+            return is_driven_by(stage, stage.transformer)
+
+    stage = Stage()
+    stage.__dict__["transformer"] = Block()
+    assert Runner().run(stage)
+    assert not type("Twin", (Stage,), {"run": Runner.run})().run(stage)
