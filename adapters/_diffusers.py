@@ -46,6 +46,12 @@ def lacking(transformer: Any, parameters: Sequence[str]) -> str:
     return reason
 
 
+def share_of(transformer: Any, names: Sequence[str]) -> float:
+    """How many of ``names`` the forward takes, 0 to 1: how near a model is that lacks some of them."""
+    taken = parameters_of(transformer)
+    return sum(name in taken for name in names) / len(names)
+
+
 def recognised(
     transformer: nn.Module,
     attentions: Sequence[nn.Module],
@@ -57,13 +63,13 @@ def recognised(
     ``patch_size`` is (frames, height, width) of a token; ``home`` finds the module whose attention function is tapped.
     """
     if not attentions:
-        return NoMatch("the transformer's blocks have no self attention where this model has it")
+        return NoMatch("the transformer's blocks have no self attention where this model has it", near=0.9)
     if not all(map(home, attentions)):
-        return NoMatch("an attention processor's module lacks the attention function to tap")
+        return NoMatch("an attention processor's module lacks the attention function to tap", near=0.9)
     if patch_size[0] != 1:
-        return NoMatch("a token spans several frames")
+        return NoMatch("a token spans several frames", near=0.9)
     reason = trouble(transformer, attentions)
-    return NoMatch(reason) if reason else Match(transformer, (int(patch_size[1]), int(patch_size[2])))
+    return NoMatch(reason, near=1.0) if reason else Match(transformer, (int(patch_size[1]), int(patch_size[2])))
 
 
 def tap_dispatch(patches: Patches, attentions: Sequence[nn.Module]) -> None:

@@ -31,6 +31,7 @@ from tokentrim_hooks import (
     UnsupportedContextError,
     UnsupportedPolicyError,
     default_phase,
+    defaults_of,
     home_of,
     lacks,
     layers_of,
@@ -44,6 +45,9 @@ PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache"
 
 OPTIONS = ("classify_mode", "concat_time_embeddings", "clean_x", "aug_t", "cache_start")
 """What most of them take besides; none of it changes the rules of the cache."""
+
+SWITCHES = ("clip_fea", "y", "discriminator_features", "return_features", "features_only", "feature_layers")
+"""What forks take besides for images and for training; left at their defaults they change nothing."""
 
 RELATIVES = {
     "updating_cache": "Rolling Forcing",
@@ -63,6 +67,8 @@ class CausalWan(Adapter):
     """Parameters that tell this relative from others; its generator's forward must take them all."""
     options: ClassVar[tuple[str, ...]] = OPTIONS
     """Further parameters that it may take."""
+    switches: ClassVar[tuple[str, ...]] = ()
+    """Optional parameters that it may take as long as every call leaves them at their defaults."""
     entries: ClassVar[tuple[str, ...]] = ("k", "v", "global_end_index", "local_end_index")
     """Entries of a layer's cache."""
     layer_attributes: ClassVar[tuple[str, ...]] = ("sink_size", "local_attn_size")
@@ -84,14 +90,19 @@ class CausalWan(Adapter):
         if not isinstance(generator, nn.Module):
             return NoMatch("neither a module nor a pipeline with a .generator module")
         taken = parameters_of(generator)
+        layers, wanted = cls._probe_layers(generator), (*PARAMETERS, *cls.own)
+        near = sum(name in taken for name in wanted) / len(wanted) / 2 + isinstance(layers, Match) / 2
         for name, relative in RELATIVES.items():
             if name in taken and name not in cls.own:
-                return NoMatch(f"the generator's forward takes {name!r}: this is {relative}")
-        reason = lacks(generator, (*PARAMETERS, *cls.own), "the generator's forward")
-        unknown = [name for name in taken if name not in (*PARAMETERS, *cls.own, *cls.options)]
+                return NoMatch(f"the generator's forward takes {name!r}: this is {relative}", near / 2)
+        reason = lacks(generator, wanted, "the generator's forward")
+        spared = [name for name in defaults_of(generator) if name in cls.switches]
+        unknown = [name for name in taken if name not in (*PARAMETERS, *cls.own, *cls.options, *spared)]
         if unknown and not reason:
             reason = f"the generator's forward takes {', '.join(unknown)}, which {cls.models[0]}'s does not"
-        return NoMatch(reason) if reason else cls._probe_layers(generator)
+        if isinstance(layers, NoMatch):
+            return NoMatch(reason or layers.reason, near)
+        return NoMatch(reason, near) if reason else layers
 
     @classmethod
     def _probe_layers(cls, generator: nn.Module) -> Match | NoMatch:
@@ -121,6 +132,7 @@ class CausalWan(Adapter):
         if arguments["kv_cache"] is None:
             return None
         self.require_entries(arguments["kv_cache"])
+        self.require_defaults(arguments)
         latents: Tensor = arguments["noisy_image_or_video"]
         return Call(
             latents,
@@ -140,6 +152,16 @@ class CausalWan(Adapter):
                 f"the KV cache is no list of dicts of {', '.join(self.entries)} (differs in: {odd}), so its rows may "
                 f"follow other rules than {self.models[0]}'s; nothing is pruned. This fork needs an adapter of its own"
             )
+
+    def require_defaults(self, arguments: Mapping[str, Any]) -> None:
+        """Raise UnsupportedContextError for a call that gives one of ``switches``: then nobody knows its rules."""
+        defaults = defaults_of(self.generator)
+        for name in self.switches:
+            if name in defaults and not _same(arguments[name], defaults[name]):
+                raise UnsupportedContextError(
+                    f"the generator was called with {name}=..., which {self.models[0]} does not take; this fork is "
+                    f"pruned only while {name} is left at its default.\nLeave it out, or write an adapter for the fork."
+                )
 
     def context(self, call: Call) -> CacheRows:
         """Rows before the current chunk: which are the last ones once the chunk has been written."""
@@ -188,6 +210,10 @@ class CausalWan(Adapter):
     def rows_per_frame(self, latents: Tensor) -> int:
         """Spatial tokens, and so cache rows, of a latent frame of ``latents`` ``[..., H, W]``."""
         return rows_per_frame(self.generator.model, latents)
+
+
+def _same(given: Any, default: Any) -> bool:
+    return given is default or (type(given) is type(default) and not isinstance(given, Tensor) and given == default)
 
 
 def _copied(layer: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from tokentrim_hooks import (
     layers_of,
 )
 
-from ._diffusers import lacking, recognised, tap_dispatch
+from ._diffusers import lacking, recognised, share_of, tap_dispatch
 
 PARAMETERS = ("chunk_partition", "r_timestep", "kv_cache", "kv_cache_flag")
 BLOCK = 128
@@ -56,17 +56,17 @@ class AnyFlowFAR(Adapter):
         """Recognise the pipeline; the transformer alone cannot tell guidance branches from samples."""
         transformer: Any = getattr(model, "transformer", None)
         if not isinstance(transformer, nn.Module):
-            return NoMatch("not a pipeline with a .transformer module")
+            return NoMatch("not a pipeline with a .transformer module", near=share_of(model, PARAMETERS))
         lacks = lacking(transformer, PARAMETERS)
         if lacks:
-            return NoMatch(lacks)
+            return NoMatch(lacks, share_of(transformer, PARAMETERS))
         if not callable(getattr(model, "encode_kv_cache", None)):
-            return NoMatch("the pipeline has no encode_kv_cache")
+            return NoMatch("the pipeline has no encode_kv_cache", near=1.0)
         config: Any = transformer.config
         if any(coarse % fine for coarse, fine in zip(config.compressed_patch_size, config.patch_size, strict=True)):
-            return NoMatch("a compressed token does not cover whole tokens")
+            return NoMatch("a compressed token does not cover whole tokens", near=1.0)
         if config.compressed_patch_size[0] != 1:
-            return NoMatch("a compressed token spans several frames")
+            return NoMatch("a compressed token spans several frames", near=1.0)
         return recognised(transformer, layers_of(transformer, "blocks", "attn1"), config.patch_size)
 
     def attach(self, model: Any, patches: Patches) -> None:

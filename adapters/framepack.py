@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokentrim_hooks import Adapter, Match, NoMatch, SessionError, hookimpl, layers_of, strand
 
-from ._diffusers import dispatcher_of, lacking, recognised
+from ._diffusers import dispatcher_of, lacking, recognised, share_of
 from ._packed_history import PackedCall, PackedHistory, Packing
 
 
@@ -26,9 +26,7 @@ class FramePack(PackedHistory):
 
     name = "framepack"
     models = ("FramePack and FramePack-F1 (diffusers)",)
-    constructors = (
-        "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_framepack:HunyuanVideoFramepackPipeline",
-    )
+    constructors = ("diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_framepack:HunyuanVideoFramepackPipeline",)
 
     clean, twice, four = "latents_clean", "latents_history_2x", "latents_history_4x"
     """Names of the arguments: first frame and 1x history, 2x history, 4x history,"""
@@ -44,9 +42,9 @@ class FramePack(PackedHistory):
         names = (cls.clean, cls.twice, cls.four, cls.frames, cls.twice_frames, cls.image, "encoder_attention_mask")
         lacks = lacking(transformer, names)
         if lacks:
-            return NoMatch(lacks)
+            return NoMatch(lacks, share_of(transformer, names))
         if getattr(transformer, "clean_x_embedder", None) is None:
-            return NoMatch("the transformer has no clean_x_embedder, so it reads no history")
+            return NoMatch("the transformer has no clean_x_embedder, so it reads no history", near=1.0)
         config: Any = transformer.config
         patch_size = (config.patch_size_t, config.patch_size, config.patch_size)
         return recognised(transformer, cls.attentions(transformer), patch_size, cls.home)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokentrim_hooks import Adapter, Match, NoMatch, UnsupportedContextError, hookimpl, layers_of
 
-from ._diffusers import lacking, recognised
+from ._diffusers import lacking, recognised, share_of
 from ._packed_history import PackedHistory, Packing
 
 HISTORY = ("latents_history_long", "latents_history_mid", "latents_history_short")
@@ -40,12 +40,14 @@ class Helios(PackedHistory):
             return NoMatch("neither a module nor a pipeline with a .transformer module")
         lacks = lacking(transformer, PARAMETERS)
         if lacks:
-            return NoMatch(lacks)
+            return NoMatch(lacks, share_of(transformer, PARAMETERS))
         if not all(hasattr(transformer, name) for name in ("patch_short", "patch_mid", "patch_long")):
-            return NoMatch("the transformer has no patch_short, patch_mid and patch_long, so it reads no history")
+            return NoMatch(
+                "the transformer has no patch_short, patch_mid and patch_long, so it reads no history", near=1.0
+            )
         sampler: Any = getattr(getattr(model, "scheduler", None), "config", None)
         if getattr(sampler, "stages", 1) > 1:
-            return NoMatch(PYRAMID)
+            return NoMatch(PYRAMID, near=1.0)
         config: Any = transformer.config
         return recognised(transformer, cls.attentions(transformer), config.patch_size)
 

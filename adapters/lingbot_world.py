@@ -53,6 +53,7 @@ class LingBotWorld(ListedLatents):
         if given is None or timestep is None or timestep.ndim != 1:
             words = "call it as its stage does: latents as x=[...], one timestep a sample as t="
             raise tokentrim.UnsupportedContextError(words)
+        self.require_entries(arguments["kv_cache"])
         latents = torch.stack([one.transpose(0, 1) for one in given])
         start = start_of(arguments) // self.rows_per_frame(latents)
         return Call(latents, start, values_of(arguments["kv_cache"]), timestep, arguments=arguments)

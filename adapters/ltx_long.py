@@ -85,16 +85,17 @@ class LTXLong(Adapter[WindowCall]):
         """Recognise the pipeline; the transformer alone does not know which of its tokens are finished."""
         transformer: Any = getattr(model, "transformer", None)
         if not isinstance(transformer, nn.Module):
-            return NoMatch("not a pipeline with a .transformer module")
+            alone = bool(layers_of(model, "transformer_blocks", "attn1"))
+            return NoMatch("not a pipeline with a .transformer module", near=alone / 2)
         home = _pipeline_home(model)
         if home is None or not hasattr(model, "_current_tile_T"):
             return NoMatch(f"the pipeline makes no temporal windows ({COORDINATES} and _current_tile_T are missing)")
         reason = lacks(getattr(home, COORDINATES), PARTS, COORDINATES)
         if reason:
-            return NoMatch(reason)
+            return NoMatch(reason, near=0.9)
         config: Any = transformer.config
         if config.patch_size != 1:
-            return NoMatch("a token covers more than one latent pixel")
+            return NoMatch("a token covers more than one latent pixel", near=1.0)
         return recognised(transformer, _self_attentions(transformer), (config.patch_size_t, 1, 1))
 
     def attach(self, model: Any, patches: Patches) -> None:

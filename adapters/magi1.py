@@ -61,7 +61,7 @@ class Magi1(Adapter):
         config: Any = dit if dit is not None else model.config  # type: ignore[attr-defined]
         reason = _refusal(config.engine_config)
         if reason:
-            return NoMatch(reason)
+            return NoMatch(reason, near=1.0)
         size = int(config.model_config.patch_size)
         return Match(Method(owner, DENOISER), (size, size))
 

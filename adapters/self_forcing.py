@@ -24,7 +24,7 @@ from tokentrim_hooks import (
     shares_storage,
 )
 
-from ._wan import CausalWan, self_attentions
+from ._wan import SWITCHES, CausalWan, self_attentions
 
 STRUCTURES = {
     "incremental_update": "Reward-Forcing",
@@ -42,6 +42,7 @@ class SelfForcing(CausalWan):
     context_kind = "rolling KV cache, K after RoPE"
 
     takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide", "commit", "correct", "settle", "guide", "weigh"})
+    switches = SWITCHES
     structure: ClassVar[str] = ""
     """The one of STRUCTURES that this adapter knows; its model must have it."""
     opens = True

@@ -63,7 +63,9 @@ class SkyReelsV2(Adapter[WindowCall]):
     def probe(cls, model: object) -> Match | NoMatch:
         """Recognise the pipeline; the transformer alone does not know which of its frames are finished."""
         if callable(getattr(model, "_set_ar_attention", None)):
-            return NoMatch("this is the transformer alone, which does not know the schedule: patch the pipeline")
+            return NoMatch(
+                "this is the transformer alone, which does not know the schedule: patch the pipeline", near=1.0
+            )
         transformer = getattr(model, "transformer", None)
         if not isinstance(transformer, nn.Module):
             return NoMatch("not a pipeline with a .transformer module")
@@ -73,9 +75,11 @@ class SkyReelsV2(Adapter[WindowCall]):
                 return NoMatch(f"no diffusion forcing here: {reason}")
         patch_size = getattr(getattr(transformer, "config", None), "patch_size", None)
         if patch_size is None:
-            return NoMatch("the transformer's configuration has no patch_size")
+            return NoMatch("the transformer's configuration has no patch_size", near=0.9)
         reason = _refusal(model)
-        return NoMatch(reason) if reason else recognised(transformer, _self_attentions(transformer), patch_size)
+        return (
+            NoMatch(reason, near=1.0) if reason else recognised(transformer, _self_attentions(transformer), patch_size)
+        )
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Listen to the schedule on the pipeline; tap the dispatcher, which cross attention calls as well."""

@@ -36,6 +36,7 @@ from .errors import (
 from .handle.handle import PatchHandle
 from .inspection import (
     bind,
+    defaults_of,
     home_of,
     is_driven_by,
     lacks,
@@ -142,6 +143,7 @@ __all__ = [
     "adapters",
     "bind",
     "default_phase",
+    "defaults_of",
     "detect",
     "home_of",
     "hookimpl",

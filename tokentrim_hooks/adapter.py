@@ -53,9 +53,14 @@ class Match:
 
 @dataclass(frozen=True)
 class NoMatch:
-    """An adapter did not recognise a model, and why, in words that help its user."""
+    """An adapter did not recognise a model, and why, in words that help its user.
+
+    ``near``: how much of what the adapter looks for is there, 0 nothing to 1 all but one thing. What ``patch`` raises
+    shows the two nearest; ``tokentrim.detect`` shows all.
+    """
 
     reason: str
+    near: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,10 @@ class Adapter(ABC, Generic[CallT]):
     """In a few words, where the model keeps its context, for the same table."""
     constructors: ClassVar[tuple[str, ...]] = ()
     """Classes (``"module:Class"``) whose new objects ``tokentrim run`` shows to the adapters."""
+
+    instead_of: ClassVar[tuple[str, ...]] = ()
+    """Names of built-in adapters that leave a model to this one where both recognise it, as a fork's base does. One
+    whose class this one derives from need not be named."""
 
     takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide"})
     """Which hooks of policies the model takes, and ``"commit"`` where it writes finished chunks in calls of their own.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -13,20 +12,18 @@ from torch.distributed import ProcessGroup
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.errors import (
     AlreadyPatchedError,
-    AmbiguousModelError,
     CompiledModelError,
     PluginError,
     TokenTrimError,
-    UnknownAdapterError,
-    UnsupportedModelError,
     UnsupportedPolicyError,
     UnsupportedProbeError,
 )
 from tokentrim_hooks.failures import OnError
 from tokentrim_hooks.handle.checkup import owners_of
+from tokentrim_hooks.handle.choice import Detection, ask_all, choose
 from tokentrim_hooks.handle.handle import PatchHandle, give_way, handle_of, judge_of
 from tokentrim_hooks.inspection import compiled_part
-from tokentrim_hooks.loading import FAILURES, asked, check_class, why
+from tokentrim_hooks.loading import FAILURES, why
 from tokentrim_hooks.patching.patches import Method
 from tokentrim_hooks.plugins import (
     AdapterInfo,
@@ -34,8 +31,6 @@ from tokentrim_hooks.plugins import (
     all_made,
     installed_adapters,
     installed_policies,
-    left_out,
-    usable_adapters,
 )
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy
@@ -52,16 +47,6 @@ NEEDS = {
     "guide": "calls that can run with gradients on a scratch cache, for a sampler that goes on from x0 alone",
 }
 """What an adapter lacks, in words."""
-
-
-@dataclass(frozen=True)
-class Detection:
-    """What one adapter says of a model."""
-
-    adapter: str
-    distribution: str
-    matches: bool
-    reason: str
 
 
 def patch(
@@ -103,7 +88,7 @@ def patch(
     """
     policies = _policies(policy)
     _check_options(probe, on_error)
-    chosen, match = _choose(model, adapter)
+    chosen, match = choose(model, adapter)
     if probe == "candidate" and chosen.carry is Adapter.carry and chosen.carry_step is Adapter.carry_step:
         raise UnsupportedProbeError(f"adapter {chosen.name!r} cannot replay a whole chunk; use probe='first-step'")
     _require_hooks(chosen, policies)
@@ -137,7 +122,7 @@ def is_patched(model: Any) -> bool:
 
 def detect(model: Any) -> list[Detection]:
     """Ask every installed adapter whether it recognises ``model``, and why or why not."""
-    return [found for found, _ in _ask_all(model)]
+    return [found for found, _ in ask_all(model)]
 
 
 def adapters() -> list[AdapterInfo]:
@@ -184,60 +169,6 @@ def _check_options(probe: str, on_error: str) -> None:
         raise ValueError(f"on_error must be 'raise' or 'warn', got {on_error!r}")
 
 
-def _ask_all(model: Any) -> list[tuple[Detection, Match | None]]:
-    return [_ask(info, model) for info in usable_adapters()]
-
-
-def _ask(info: AdapterInfo, model: Any) -> tuple[Detection, Match | None]:
-    answer = asked(info.loaded, model)
-    if isinstance(answer, Match):
-        return Detection(info.name, info.distribution, True, answer.note or "recognised"), answer
-    return Detection(info.name, info.distribution, False, answer.reason), None
-
-
-def _choose(model: Any, name: str | type[Adapter[Any]] | None) -> tuple[type[Adapter[Any]], Match]:
-    infos = usable_adapters() if name is None else [_given(name)]
-    answers = [(info, *_ask(info, model)) for info in infos]
-    hits = [(info, match) for info, _, match in answers if match is not None]
-    if len(hits) > 1:
-        names = ", ".join(f"{info.name} ({info.distribution})" for info, _ in hits)
-        raise AmbiguousModelError(f"several adapters recognise this model: {names}; choose with adapter='...'")
-    if not hits:
-        _refuse_wrapped(model)
-        raise UnsupportedModelError(_refusal(model, [found for _, found, _ in answers]))
-    info, match = hits[0]
-    return info.loaded, match
-
-
-def _given(adapter: str | type[Adapter[Any]]) -> AdapterInfo:
-    """The adapter of a name, or one that was given as a class."""
-    if isinstance(adapter, str):
-        return _named(adapter)
-    check_class(adapter)
-    return AdapterInfo(adapter.name, "given as a class", adapter)
-
-
-def _named(name: str) -> AdapterInfo:
-    """The usable adapter of that name.
-
-    Raises:
-        UnknownAdapterError: there is none. PluginError: its plugin failed, or two distributions claim the name.
-    """
-    usable = {info.name: info for info in usable_adapters()}
-    if name in usable:
-        return usable[name]
-    broken = [info for info in left_out() if info.name == name]
-    if len(broken) > 1:
-        origins = " and ".join(info.distribution for info in broken)
-        raise PluginError(
-            f"several plugins claim the name {name!r}, {origins}, so none of them is used.\n"
-            "Uninstall all but one, or name the others' distributions in TOKENTRIM_DISABLE_ADAPTERS."
-        )
-    if broken:
-        raise PluginError(f"plugin {name!r} ({broken[0].distribution}) cannot be used: {broken[0].error}")
-    raise UnknownAdapterError(f"no adapter named {name!r}; installed: {', '.join(usable) or 'none'}")
-
-
 def _made(adapter: type[Adapter[Any]]) -> Adapter[Any]:
     """An instance of the adapter's class.
 
@@ -248,35 +179,6 @@ def _made(adapter: type[Adapter[Any]]) -> Adapter[Any]:
         return adapter()
     except FAILURES as failure:
         raise PluginError(f"adapter {adapter.name!r} cannot be made: {why(failure)}") from failure
-
-
-def _refuse_wrapped(model: Any) -> None:
-    """Say so if the model, or a part of it, is inside a wrapper that hides its structure."""
-    children = dict(model.named_children()) if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
-    for name, part in {"the model": model, **{f".{key}": value for key, value in children.items()}}.items():
-        kind = type(part).__name__
-        if hasattr(part, "_orig_mod"):
-            raise CompiledModelError(
-                f"{name} is a {kind}, made by torch.compile(module), which hides the model: patch it before it is "
-                "compiled, or compile it in place with module.compile()"
-            )
-        if isinstance(getattr(part, "module", None), nn.Module) and type(part).__module__.startswith("torch."):
-            raise UnsupportedModelError(
-                f"{name} is wrapped in {kind}, which hides the model: patch what is inside, before it is wrapped"
-            )
-
-
-def _refusal(model: Any, found: list[Detection]) -> str:
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    if not found:
-        return (
-            f"cannot patch {kind}: no adapter is installed or enabled; install this package with pip "
-            "(adapters are found through entry points) and see `tokentrim adapters`"
-        )
-    lines = [f"  {item.adapter}: {item.reason}" for item in found]
-    lines += [f"  not used: {info.name} ({info.distribution}): {info.error}" for info in left_out()]
-    reasons = "\n".join(lines)
-    return f"cannot patch {kind}; the adapters say:\n{reasons}\nTo add a model, see 'Writing an adapter' in the README."
 
 
 def _patches_on(model: Any, match: Match, replace: bool) -> list[PatchHandle]:

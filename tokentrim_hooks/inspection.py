@@ -56,6 +56,12 @@ def parameters_of(function: object) -> tuple[str, ...]:
     return tuple(_signature_of(function).parameters) if callable(function) else ()
 
 
+def defaults_of(function: object) -> dict[str, Any]:
+    """Parameters as in :func:`parameters_of` that may be left out, and what they are then."""
+    taken = _signature_of(function).parameters.items() if callable(function) else ()
+    return {name: parameter.default for name, parameter in taken if parameter.default is not parameter.empty}
+
+
 def lacks(function: object, names: Iterable[str], label: str) -> str:
     """Why a function or module (``label`` in words) is not the one looked for: it does not take all of ``names``.
 

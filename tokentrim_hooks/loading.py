@@ -269,7 +269,7 @@ def check_class(cls: object) -> None:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise PluginError(f"adapter {name!r} lacks {', '.join(missing)}")
-    for member in ("models", "constructors"):
+    for member in ("models", "constructors", "instead_of"):
         value: object = getattr(cls, member)
         if not (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)):
             raise PluginError(f"{member} of adapter {name!r} must be a tuple of strings, got {value!r}")
@@ -284,7 +284,7 @@ def asked(adapter: type[Adapter[Any]], model: Any) -> Match | NoMatch:
         if isinstance(answer, Match):
             return NoMatch(f"its probe returned a Match whose {wrong}") if (wrong := _wrong_in(answer)) else answer
         if isinstance(answer, NoMatch):
-            return NoMatch(str(answer.reason))
+            return NoMatch(str(answer.reason), float(answer.near))
         return NoMatch(f"its probe returned {textwrap.shorten(repr(answer), 80)}, which is neither Match nor NoMatch")
     except FAILURES as failure:
         return NoMatch(f"its probe failed with {why(failure)}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import TokenTrimWarning, UnsupportedContextError, UnsupportedModelError
+from tokentrim_hooks import TokenTrimWarning, UnsupportedContextError, UnsupportedModelError, defaults_of
 from tokentrim_hooks.testing import ForcedPolicy
 
 HOME = "unknown_fork"
@@ -144,6 +144,72 @@ def test_unknown_parameter_is_refused() -> None:
         tokentrim.patch(Explicit())
     with pytest.raises(UnsupportedModelError, match="self-forcing: the generator's forward lacks noisy_image_or_video"):
         tokentrim.patch(Steered())
+
+
+class Featured(Fork):
+    """One-Forcing's and Self-Forcing-Plus's further parameters, all optional."""
+
+    def forward(  # type: ignore[override]
+        self, noisy_image_or_video: Tensor, conditional_dict: Any, timestep: Tensor, kv_cache: Any = None,
+        crossattn_cache: Any = None, current_start: int | None = None, cache_start: int | None = None,
+        clip_fea: Tensor | None = None, y: Tensor | None = None, discriminator_features: bool = False,
+        return_features: bool = False, features_only: bool = False, feature_layers: tuple[int, ...] = (),
+    ) -> Any:  # fmt: skip
+        return super().forward(
+            noisy_image_or_video, conditional_dict, timestep, kv_cache, crossattn_cache, current_start
+        )
+
+
+def test_switches_of_forks_may_stay_at_their_defaults() -> None:
+    """Then the fork is its base, to the bit, pruned or not."""
+    videos = []
+    for fork in (Fork(), Featured()):
+        with tokentrim.patch(fork, ForcedPolicy({2: DEAD})) as handle:
+            videos.append(rollout(fork, cache_of()))
+        assert handle.adapter.name == "self-forcing" and [r.pruned for r in handle.report][2]
+    assert torch.equal(*videos)
+
+
+GIVEN = {"clip_fea": torch.ones(1), "y": torch.ones(1), "return_features": True, "feature_layers": (1,)}
+
+
+@pytest.mark.parametrize("name", sorted(GIVEN))
+def test_a_switch_that_a_call_gives_is_refused(name: str) -> None:
+    fork, start = Featured(), (torch.zeros(1, 2, CHANNELS, *SIZE), {}, torch.full((1, 2), 500.0))
+    with tokentrim.patched(fork):
+        fork(*start, cache_of(), None, 0, **{name: defaults_of(fork)[name]})
+        with pytest.raises(UnsupportedContextError, match=rf"called with {name}=.*left at its default\.\nLeave it out"):
+            fork(*start, cache_of(), None, 0, **{name: GIVEN[name]})
+
+
+def test_a_switch_that_must_be_given_is_refused() -> None:
+    class Required(Fork):
+        def forward(  # type: ignore[override]
+            self, noisy_image_or_video: Tensor, conditional_dict: Any, timestep: Tensor, y: Tensor,
+            kv_cache: Any = None, crossattn_cache: Any = None, current_start: int | None = None,
+        ) -> Any:  # fmt: skip
+            return super().forward(noisy_image_or_video, conditional_dict, timestep, kv_cache)
+
+    with pytest.raises(UnsupportedModelError, match="self-forcing: the generator's forward takes y, which"):
+        tokentrim.patch(Required())
+
+
+def test_a_refusal_shows_the_two_nearest_adapters_and_what_differs() -> None:
+    """The one that lacks least comes first; all reasons are in ``detect``."""
+
+    class Biased(Fork):
+        def forward(  # type: ignore[override]
+            self, noisy_image_or_video: Tensor, conditional_dict: Any, timestep: Tensor, kv_cache: Any,
+            crossattn_cache: Any, current_start: int, kv_bias: float = 1.0,
+        ) -> Any:  # fmt: skip
+            return super().forward(noisy_image_or_video, conditional_dict, timestep, kv_cache)
+
+    with pytest.raises(UnsupportedModelError) as caught:
+        tokentrim.patch(Biased())
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4 and "tokentrim.detect(model)" in lines[-1]
+    assert lines[1] == "  self-forcing: the generator's forward takes kv_bias, which Self-Forcing's does not"
+    assert lines[2].startswith("  ") and len(tokentrim.detect(Biased())) > 10
 
 
 @pytest.mark.parametrize("more", [{"ring_head": 0}, {"quantized": False, "scales": None}])

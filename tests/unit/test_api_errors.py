@@ -3,6 +3,7 @@
 import pytest
 import tiny_reference as tiny
 import torch
+from tokentrim_hooks_adapters._wan import CausalWan
 from torch import nn
 
 import tokentrim_hooks as tokentrim
@@ -30,8 +31,9 @@ def test_unsupported_object(stranger):
         tokentrim.patch(stranger)
     message = str(caught.value)
     assert type(stranger).__name__ in message and "Writing an adapter" in message
-    for info in tokentrim.adapters():
-        assert f"  {info.name}: " in message, "every adapter gives its reason"
+    found = tokentrim.detect(stranger)
+    assert f"none of {len(found)} adapters" in message and "tokentrim.detect(model)" in message
+    assert len(message.splitlines()) == 2 and all(item.reason and not item.near for item in found)
 
 
 def test_unsupported_object_without_any_adapter(monkeypatch):
@@ -53,6 +55,29 @@ def test_two_adapters_matching(monkeypatch, pipeline):
         assert handle.adapter.name == "twin"
 
 
+def test_a_third_partys_more_specific_adapter_wins_over_a_built_in_one(monkeypatch, pipeline, caplog):
+    """It derives from it, or names it; of two third parties none does."""
+    from tokentrim_hooks_adapters.self_forcing import SelfForcing
+
+    def install(*infos):
+        monkeypatch.setattr(plugins, "found", lambda: plugins.Found(infos, ()))
+
+    base = AdapterInfo("self-forcing", "tokentrim-hooks 1.0", SelfForcing)
+    heir = AdapterInfo("heir", "mine 1.0", type("Heir", (SelfForcing,), {"name": "heir"}))
+    body = {**vars(SelfForcing), "name": "named", "probe": SelfForcing.probe}
+    apart = type("Apart", (CausalWan,), {**body, "_probe_layers": SelfForcing._probe_layers})
+    named = type("Named", (apart,), {"name": "named", "instead_of": ("self-forcing",)})
+    for winner in (heir, AdapterInfo("named", "mine 1.0", named)):
+        install(base, winner)
+        with caplog.at_level("INFO"), tokentrim.patched(pipeline) as handle:
+            assert handle.adapter.name == winner.name
+        assert f"self-forcing leaves the model to {winner.name}, which is more specific" in caplog.text
+    for rivals in ((base, AdapterInfo("apart", "mine 1.0", apart)), (base, heir, AdapterInfo("named", "b 1", named))):
+        install(*rivals)
+        with pytest.raises(tokentrim.AmbiguousModelError, match="instead_of"):
+            tokentrim.patch(pipeline)
+
+
 def test_unknown_adapter_name(pipeline):
     with pytest.raises(tokentrim.UnknownAdapterError, match=r"'self_forcing'; installed: .*self-forcing"):
         tokentrim.patch(pipeline, adapter="self_forcing")
@@ -67,7 +92,7 @@ def test_a_probe_that_crashes_is_a_reason(monkeypatch):
     def crash(model):
         raise RuntimeError("kaputt")
 
-    bad = type("Bad", (), {"probe": staticmethod(crash)})
+    bad = type("Bad", (), {"probe": staticmethod(crash), "constructors": ()})
     monkeypatch.setattr(plugins, "found", lambda: plugins.Found((AdapterInfo("bad", "bad 1.0", bad),), ()))
     with pytest.raises(tokentrim.UnsupportedModelError, match="bad: its probe failed with RuntimeError: kaputt"):
         tokentrim.patch(object())
