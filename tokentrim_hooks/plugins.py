@@ -201,7 +201,11 @@ def all_made(observers: Iterable[Observer | str]) -> list[Observer]:
     """The observers, names replaced by what :func:`make_observer` makes of them."""
     if isinstance(observers, str):
         raise TypeError(f"observers must be a list, got the string {observers!r}")
-    return [make_observer(item) if isinstance(item, str) else item for item in observers]
+    made = [make_observer(item) if isinstance(item, str) else item for item in observers]
+    for item in made:
+        if not callable(getattr(item, "on_chunk", None)):
+            raise TypeError(f"an observer must have on_chunk(records, latents), got {item!r}")
+    return made
 
 
 def installed_policies() -> list[PolicyInfo]:

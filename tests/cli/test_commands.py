@@ -94,6 +94,7 @@ WRONG = {
     ("detect", "no_such_package:x"): "No module named 'no_such_package'",
     ("detect", "torch.nn:Nothing"): "cannot import torch.nn:Nothing",
     ("detect", "torch.nn:Linear"): "torch.nn:Linear cannot be called without arguments: TypeError",
+    ("detect", "sys:exit"): "sys:exit cannot be called without arguments: SystemExit",
     ("completion", "cmd"): "'cmd' is not one of 'bash', 'fish', 'zsh'",
 }
 

@@ -74,7 +74,8 @@ class AdaptivePolicy(Policy):
 
     def _fresh(self, chunk: Chunk) -> Tensor:
         """Distance of every token to the most similar one of the previous chunk within reach, ``[B, N]``."""
-        size, reach = chunk.grid, self.reach
+        size = chunk.grid
+        reach = min(self.reach, max(size) - 1)  # nothing lies farther away, and each step would pad the grid
         now, before = (t.transpose(1, 2).reshape(len(t), -1, *size) for t in (chunk.summary, chunk.previous))
         padded = torch.nn.functional.pad(before, (reach,) * 4, value=math.inf)
         shifts = [(y, x) for y in range(2 * reach + 1) for x in range(2 * reach + 1)]

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokentrim_hooks.errors import UnsupportedPolicyError
 from tokentrim_hooks.policy.base import Policy, number, whole
 from tokentrim_hooks.policy.statistics import Moments, pulled
 from tokentrim_hooks.policy.views import Denoised, Place, Rows
@@ -89,6 +90,10 @@ class LatentMoments(Policy):
         moved = pulled(chunk.prediction, OVER_FRAMES_AND_PIXELS, target, self.strength)
         if self.channels is None:
             return moved
+        if max(self.channels, default=0) >= moved.shape[2]:
+            raise UnsupportedPolicyError(
+                f"LatentMoments.channels {self.channels} of latents with {moved.shape[2]}; count from 0"
+            )
         chosen = torch.zeros(moved.shape[2], dtype=torch.bool)
         chosen[list(self.channels)] = True
         return torch.where(chosen.to(moved.device).view(1, 1, -1, 1, 1), moved, chunk.prediction)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tokentrim_hooks.errors import PolicyError
+from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.views import History, Verdict
 
 
@@ -33,6 +36,45 @@ class Reading:
     drift: Tensor
     clean: bool
     waiting: list[bool]
+
+
+def checked(answer: object, policy: Policy, drift: Tensor) -> Verdict:
+    """An answer of :meth:`Policy.judge` whose kinds and shapes are a verdict's on ``drift`` ``[B, N]``; no host read.
+
+    A mask ``[B, N]`` in the place of token indices would prune tokens 0 and 1, so dtypes count.
+
+    Raises:
+        PolicyError: they are not.
+    """
+    if not isinstance(answer, Verdict):
+        raise PolicyError(f"{type(policy).__name__}.judge returned {type(answer).__name__}; return a Verdict, or None")
+    batch = (len(drift),)
+    wanted: dict[str, tuple[str, Callable[[Tensor], bool]]] = {
+        "tokens": (f"a LongTensor [{len(drift)}, k]", lambda t: t.dtype == torch.long and t.shape[:-1] == batch),
+        "severity": (f"a floating tensor [{len(drift)}]", lambda t: t.is_floating_point() and t.shape == batch),
+        "threshold": (f"a floating tensor [{len(drift)}]", lambda t: t.is_floating_point() and t.shape == batch),
+        "prune": (f"a BoolTensor [{len(drift)}]", lambda t: t.dtype == torch.bool and t.shape == batch),
+    }
+    for name, (kind, fits) in wanted.items():
+        value = getattr(answer, name)
+        if not (isinstance(value, Tensor) and fits(value)):
+            own = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise PolicyError(f"{type(policy).__name__}.judge returned {own} as Verdict.{name}; give {kind}")
+    return answer
+
+
+def check_values(reading: Reading, policy: Policy) -> None:
+    """Look at what a host read brought.
+
+    Raises:
+        PolicyError: a token that the grid does not have, or a severity or threshold that would spoil the statistics.
+    """
+    size = reading.drift.shape[-1]
+    name = f"{type(policy).__name__}.judge returned"
+    if any(not 0 <= token < size for tokens in reading.tokens for token in tokens):
+        raise PolicyError(f"{name} tokens outside of the patch grid; give indices from 0 to {size - 1}")
+    if not bool(torch.isfinite(reading.severity).all()) or bool(reading.threshold.isnan().any()):
+        raise PolicyError(f"{name} a severity that is not finite, or NaN as threshold; answer None for no opinion")
 
 
 def read(

@@ -21,7 +21,7 @@ from tokentrim_hooks.policy.views import Chunk, Verdict
 from tokentrim_hooks.rollout.answers import in_flight_of, prediction_of
 from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
-from tokentrim_hooks.rollout.reading import Reading, merged, read
+from tokentrim_hooks.rollout.reading import Reading, check_values, checked, merged, read
 from tokentrim_hooks.rollout.repeat.counters import Counters
 from tokentrim_hooks.rollout.repeat.proof import require_uncounted
 from tokentrim_hooks.rollout.replays import Replayer, select
@@ -150,9 +150,10 @@ class Regenerator:
         view = self._view(case, found)
         if view is None:
             return Opinion(given=clean is not None and bool(clean))
-        verdict = self.policy.judge(view, case.video.history())
-        if verdict is None:
+        answer = self.policy.judge(view, case.video.history())
+        if answer is None:
             return Opinion()
+        verdict = checked(answer, self.policy, view.drift)
         reading = self._read(verdict, view, case.video, clean, waiting)
         given = reading.clean or case.chunk.given
         again = not given and self._wants_more(reading, found) and self._failures.ranks.leads
@@ -206,6 +207,7 @@ class Regenerator:
                 f"the chunk at latent frame {view.start}, or the one before it, holds NaN or inf: the model itself "
                 "diverged, so no verdict is possible and none is pretended"
             )
+        check_values(reading, self.policy)
         return reading
 
     def _regenerate_while_unstable(self, case: Case, opinion: Opinion, found: Judgement) -> None:

@@ -100,9 +100,10 @@ class Steering:
             answer = policy.correct(chunk)
             if answer is None:
                 continue
-            if answer.shape != x0.shape:
+            if not isinstance(answer, Tensor) or answer.shape != x0.shape:
+                kind = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
                 raise PolicyError(
-                    f"{type(policy).__name__}.correct returned {tuple(answer.shape)} for x0 of {tuple(x0.shape)}; "
+                    f"{type(policy).__name__}.correct returned {kind} for x0 of {tuple(x0.shape)}; "
                     "return latents of the same shape, or None"
                 )
             answer = answer.to(x0.dtype)

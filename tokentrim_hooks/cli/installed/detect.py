@@ -47,6 +47,6 @@ def make_model(target: str) -> Any:
         return found
     try:
         return found()
-    except Exception as failure:
+    except (Exception, SystemExit) as failure:
         words = f"{target} cannot be called without arguments: {in_short(failure)}"
         raise TokenTrimError(f"{words}.\nName a function that makes the whole model by itself.") from failure

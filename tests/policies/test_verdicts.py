@@ -1,0 +1,90 @@
+"""An answer of `judge` that is no verdict is refused in words, before anything is pruned for it."""
+
+import dataclasses
+
+import pytest
+import torch
+from by_hand import make, run
+
+import tokentrim_hooks as tokentrim
+
+
+class Answers(tokentrim.Policy):
+    """Flags token 0 of every sample, but for the fields that a test replaces."""
+
+    def judge(self, chunk, history):
+        batch = len(chunk.drift)
+        flat = torch.ones(batch)
+        verdict = tokentrim.Verdict(torch.zeros(batch, 1, dtype=torch.long), flat, flat, flat.bool())
+        return dataclasses.replace(verdict, **self.fields(chunk)) if self.fields else True
+
+    fields = None
+
+
+def refused(words, fields=None, **patching):
+    """Run a model whose judge answers so; the error must hold ``words``, and the model be whole after it."""
+    policy = type("Wrong", (Answers,), {"fields": staticmethod(fields) if fields else None})()
+    pipeline = make()
+    clean = run(pipeline)
+    with pytest.raises(tokentrim.PolicyError, match=words), tokentrim.patched(pipeline, policy, **patching):
+        run(pipeline)
+    assert torch.equal(run(pipeline), clean)
+
+
+def test_what_is_no_verdict_is_refused():
+    refused(r"Wrong.judge returned bool; return a Verdict, or None")
+
+
+KINDS = {
+    "mask": ("tokens", lambda c: c.drift > 0, r"torch.bool \(2, \d+\) as Verdict.tokens; give a LongTensor \[2, k\]"),
+    "list": ("tokens", lambda c: [[0], [0]], r"list as Verdict.tokens"),
+    "row": ("tokens", lambda c: torch.zeros(2, dtype=torch.long), r"\(2,\) as Verdict.tokens|outside"),
+    "one": ("severity", lambda c: 1.0, r"float as Verdict.severity"),
+    "column": ("severity", lambda c: torch.ones(2, 1), r"\(2, 1\) as Verdict.severity"),
+    "nothing": ("threshold", lambda c: None, r"NoneType as Verdict.threshold"),
+    "short": ("prune", lambda c: torch.ones(1, dtype=torch.bool), r"\(1,\) as Verdict.prune; give a BoolTensor \[2\]"),
+    "numbers": ("prune", lambda c: torch.ones(2), r"torch.float32 \(2,\) as Verdict.prune"),
+    "negative": ("tokens", lambda c: torch.full((2, 1), -1), r"tokens outside of the patch grid; give indices from 0"),
+    "too many": ("tokens", lambda c: torch.full((2, 1), c.drift.shape[1]), r"tokens outside of the patch grid"),
+    "nan": ("severity", lambda c: torch.full((2,), torch.nan), r"severity that is not finite"),
+    "nan threshold": ("threshold", lambda c: torch.full((2,), torch.nan), r"NaN as threshold"),
+}
+
+
+@pytest.mark.parametrize("probe", ["first-step", "candidate"])
+@pytest.mark.parametrize("case", KINDS)
+def test_a_field_of_the_wrong_kind_is_refused(case, probe):
+    name, value, words = KINDS[case]
+    refused(words, lambda chunk: {name: value(chunk)}, probe=probe)
+
+
+def test_correct_that_returns_no_tensor_is_refused_in_words():
+    policy = type("Wrong", (tokentrim.Policy,), {"correct": lambda self, chunk: 5})()
+    pipeline = make()
+    with pytest.raises(tokentrim.PolicyError, match=r"Wrong.correct returned int"), tokentrim.patched(pipeline, policy):
+        run(pipeline)
+
+
+def test_a_reach_beyond_the_grid_is_the_whole_grid():
+    pipeline, severities = make(), []
+    for reach in (10**6, 64):
+        with tokentrim.patched(pipeline, tokentrim.AdaptivePolicy(reach=reach)) as handle:
+            run(pipeline, chunks=4)
+        severities.append([record.severity for record in handle.report])
+    assert severities[0] == severities[1] and severities[0][-1] is not None
+
+
+def test_a_channel_that_latents_do_not_have_is_refused_in_words():
+    pipeline = make()
+    with (
+        pytest.raises(tokentrim.UnsupportedPolicyError, match=r"channels \(99,\) of latents with 3"),
+        tokentrim.patched(pipeline, tokentrim.LatentMoments(channels=(99,))),
+    ):
+        run(pipeline)
+
+
+def test_what_cannot_watch_is_no_observer():
+    pipeline = make()
+    with pytest.raises(TypeError, match=r"an observer must have on_chunk\(records, latents\), got 3"):
+        tokentrim.patch(pipeline, observers=[3])
+    assert not tokentrim.is_patched(pipeline)
