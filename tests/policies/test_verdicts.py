@@ -88,3 +88,13 @@ def test_what_cannot_watch_is_no_observer():
     with pytest.raises(TypeError, match=r"an observer must have on_chunk\(records, latents\), got 3"):
         tokentrim.patch(pipeline, observers=[3])
     assert not tokentrim.is_patched(pipeline)
+
+
+@pytest.mark.parametrize("words", [r"settle returned int", r"\(1, \d+, \d+, \d+\) as Rows.values; give rows of \(2, "])
+def test_settled_rows_of_another_kind_are_refused(words):
+    def settle(self, place, rows):
+        return 5 if "int" in words else dataclasses.replace(rows, values=rows.values[:1])
+
+    policy, pipeline = type("Wrong", (tokentrim.Policy,), {"settle": settle})(), make()
+    with pytest.raises(tokentrim.PolicyError, match=words), tokentrim.patched(pipeline, policy):
+        run(pipeline)

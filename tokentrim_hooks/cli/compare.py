@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tokentrim_hooks.cli.options import FOLDER, device, need, ready_folder, whole
+from tokentrim_hooks.cli.options import FOLDER, SEED, device, need, ready_folder, whole
 from tokentrim_hooks.console import progress, show_table
 from tokentrim_hooks.extras import imported
 from tokentrim_hooks.report.files import write
@@ -23,7 +23,7 @@ KINDS = ("fading", "burning", "sink", "framewise")
 @click.option("--reference", is_flag=True, help="Compare on the small trained model instead.")
 @click.option("--out", type=FOLDER, default="runs/compare", show_default=True, help="A second call goes on in it.")
 @whole("--seeds", default=8, show_default=True, help="Number of pairs.")
-@click.option("--first-seed", type=int, default=1, show_default=True, metavar="N", help="Seed of the first pair.")
+@click.option("--first-seed", type=SEED, default=1, show_default=True, metavar="N", help="Seed of the first pair.")
 @whole("--batch", default=8, show_default=True, help="Seeds rolled out together.")
 @click.option("--only", help="Standard settings by name, separated by commas; empty for none of them.")
 @click.option("--setting", multiple=True, metavar="'NAME: key=value, ...'", help="One more; repeatable.")

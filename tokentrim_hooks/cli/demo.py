@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokentrim_hooks.cli.options import FOLDER, as_json, device, need, ready_folder, whole
+from tokentrim_hooks.cli.options import FOLDER, SEED, as_json, device, need, ready_folder, whole
 from tokentrim_hooks.console import plain_table, progress
 from tokentrim_hooks.report import files
 
@@ -31,7 +31,9 @@ FILES = {
 @click.option("--out", type=FOLDER, default="demo", show_default=True, help="Folder to write into.")
 @whole("--seeds", help="Videos, each with its own scene and noise.")
 @whole("--chunks", help="Chunks to generate where nothing is planted.")
-@click.option("--seed", type=int, default=1, show_default=True, help="First seed: other scenes, other noise.")
+@click.option(
+    "--seed", type=SEED, metavar="INTEGER", default=1, show_default=True, help="First seed: other scenes, other noise."
+)
 @click.option("--fast", is_flag=True, help="Few videos, few chunks: a look, not a measurement.")
 @device(default="cpu", show_default=True, help="Where torch computes.")
 @click.option("--untrained", is_flag=True, help="Tiny random weights: shows the plumbing, the video is noise.")

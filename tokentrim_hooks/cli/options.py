@@ -19,6 +19,10 @@ FOLDER = click.Path(path_type=Path)
 STANDARD_OUTPUT = Path("-")
 
 
+SEED = click.IntRange(-(2**63), 2**63 - 1)
+"""What torch takes as a seed."""
+
+
 def whole(*names: str, least: int = 1, **more: Any) -> Callable[[Decorated], Decorated]:
     """An option that is a whole number from ``least`` on."""
 

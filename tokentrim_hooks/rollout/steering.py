@@ -134,13 +134,27 @@ class Steering:
             for policy in self._settling:
                 answer = policy.settle(place, rows)
                 if answer is not None:
-                    rows = answer
+                    rows = _rewritten(answer, rows, policy)
                     acts[type(policy).__name__] = acts.get(type(policy).__name__, 0) + (stop - first)
             _write(written, rows)
             if (call.stream, layer) not in scene.moments:
                 of_keys = None if written.keys is None else Moments.of(written.keys, (1,))
                 scene.moments[call.stream, layer] = (Moments.of(written.values, (1,)), of_keys)
         return [Act(name, "settle", rows) for name, rows in acts.items()]
+
+
+def _rewritten(answer: object, rows: Rows, policy: Policy) -> Rows:
+    """An answer of :meth:`Policy.settle`; a shape that only broadcasts would give one sample's rows to all."""
+    if not isinstance(answer, Rows):
+        raise PolicyError(f"{type(policy).__name__}.settle returned {type(answer).__name__}; return Rows, or None")
+    for name in ("values", "keys"):
+        old, new = getattr(rows, name), getattr(answer, name)
+        if new is not None and old is not None and not (isinstance(new, Tensor) and new.shape == old.shape):
+            kind = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise PolicyError(
+                f"{type(policy).__name__}.settle returned {kind} as Rows.{name}; give rows of {tuple(old.shape)}"
+            )
+    return answer
 
 
 def view_of(context: Context, grid: tuple[int, int]) -> ContextView:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokentrim_hooks.cli.options import FOLDER, need, whole, write_json
+from tokentrim_hooks.cli.options import FOLDER, SEED, need, whole, write_json
 from tokentrim_hooks.cli.script.folders import claimed, discard
 from tokentrim_hooks.cli.script.options import NUMBERS, SCRIPT, patching, script
 
@@ -27,7 +27,7 @@ MANY = 8
               help="Folder of the page, the videos and the log; numbered where an earlier one has it.")  # fmt: skip
 @patching
 @click.option("--video", default="", metavar="PATTERN", help="Where the script writes its videos, as 'out/*.mp4'.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the (first) pair.")
+@click.option("--seed", type=SEED, default=0, show_default=True, metavar="N", help="Seed of the (first) pair.")
 @whole("--pairs", default=1, show_default=True, help="Pairs, each from a seed of its own; from 6 on a verdict.")
 @click.option("--once", is_flag=True, help="No second unpatched run, which shows if the script repeats itself.")
 @script

@@ -95,7 +95,7 @@ def _made(name: str, options: Mapping[str, Any]) -> Policy:
         # The default needs no plugin: none can take it away.
         return DriftPolicy(**given) if name == "drift" else make_policy(name, **given)
     except (TypeError, ValueError) as failure:
-        raise TokenTrimError(f"no such policy: {name}: {failure}") from failure
+        raise TokenTrimError(f"the policy {name} cannot be made so: {failure}") from failure
 
 
 def _observing(policies: Sequence[Policy]) -> list[Policy]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokentrim_hooks.cli.options import FOLDER
+from tokentrim_hooks.cli.options import FOLDER, SEED
 from tokentrim_hooks.cli.script.folders import claimed, ended
 from tokentrim_hooks.cli.script.options import SCRIPT, patching, script
 from tokentrim_hooks.console import printable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @patching
 @click.option("--observe", is_flag=True, help="Measure only; output stays bit-identical.")
 @click.option("--observer", multiple=True, metavar="NAME", help="An installed observer, by name; repeatable.")
-@click.option("--seed", type=int, metavar="N", help="Seed Python, NumPy and torch before the script begins.")
+@click.option("--seed", type=SEED, metavar="N", help="Seed Python, NumPy and torch before the script begins.")
 @click.option("--unpatched", is_flag=True, help="Patch nothing: the same run, for comparison.")
 @click.option("--quiet", is_flag=True, help="No progress line per chunk.")
 @click.option("--no-thumbnails", is_flag=True, help="No pictures of latents.")
