@@ -36,8 +36,9 @@ class LingBotWorld(ListedLatents):
         """Recognise the transformer by its forward, and self attention that calls its module's ``attention``."""
         stage = stage_of(model, _refusal)
         transformer: Any = getattr(stage, "transformer", stage)
-        reason, patch = _refusal(transformer), getattr(transformer, "patch_size", (1, 1, 1))
-        return NoMatch(reason) if reason else Match(transformer, (int(patch[1]), int(patch[2])))
+        if reason := _refusal(transformer):
+            return NoMatch(reason)
+        return Match(transformer, (int(transformer.patch_size[1]), int(transformer.patch_size[2])))
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Tap the module-global ``attention``, which only self attention calls."""

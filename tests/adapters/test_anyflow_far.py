@@ -160,11 +160,12 @@ def test_key_counts(pipe):
 
 
 def spoilt_cache(pipe, policy, garbage):
-    """Run with garbage in the cached K and V of the flagged tokens, at the calls of chunk 2."""
-    clock = Clock()
+    """Run with garbage in the cached K and V of the flagged tokens, from the first call of chunk 2 on."""
+    clock, spoilt = Clock(), []
 
     def spoil(kwargs):
-        if clock.chunk == 2 and not kwargs["kv_cache_flag"]["is_cache_step"]:
+        if clock.chunk == 2 and not kwargs["kv_cache_flag"]["is_cache_step"] and not spoilt:
+            spoilt.append(True)  # once: a call that adds to the cache each time could not be made twice
             for layer in kwargs["kv_cache"].values():
                 for frame in range(3):
                     layer["full_cache"][:, :, :, [frame * 16 + token for token in TOKENS]] += garbage

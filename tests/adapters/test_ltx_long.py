@@ -122,9 +122,10 @@ def outputs_of_window_2(pipe, policy, garbage):
             tiny.run(pipe, windows=3, cfg=3.0)
         finally:
             hook.remove()
-    # A hook sees every call once, the rejected first attempt too: that one was made before anything was pruned.
-    rejected = sum(record.regenerations for record in handle.report if record.sample == 0)
-    return torch.stack(outputs[rejected:])
+    # A hook sees every call once, also those before anything was pruned: the rejected attempt, and the proof that a call
+    # can be made twice.
+    unpruned = sum(record.extra_calls + record.proof_calls for record in handle.report if record.sample == 0)
+    return torch.stack(outputs[unpruned:])
 
 
 def test_pruned_content_cannot_be_read(pipe):
