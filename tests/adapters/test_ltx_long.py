@@ -122,8 +122,8 @@ def outputs_of_window_2(pipe, policy, garbage):
             tiny.run(pipe, windows=3, cfg=3.0)
         finally:
             hook.remove()
-    # A hook sees every call once, also those before anything was pruned: the rejected attempt, and the proof that a call
-    # can be made twice.
+    # A hook sees every call once, also those before anything was pruned: the rejected attempt, and the proof that a
+    # call can be made twice.
     unpruned = sum(record.extra_calls + record.proof_calls for record in handle.report if record.sample == 0)
     return torch.stack(outputs[unpruned:])
 
