@@ -165,6 +165,7 @@ class CausalWan(Adapter):
 
     def context(self, call: Call) -> CacheRows:
         """Rows before the current chunk: which are the last ones once the chunk has been written."""
+        self.require_entries(call.arguments["kv_cache"])  # the call may have added some, as MemRoPE's does
         per_frame = self.rows_per_frame(call.latents)
         sink = int(self.layers[0].sink_size) * per_frame
         return history_rows(call.arguments, call.frames * per_frame, per_frame, sink)

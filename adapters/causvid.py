@@ -48,6 +48,7 @@ class CausVid(CausalWan):
     def context(self, call: Call) -> CacheRows:
         """All rows before ``current_start``."""
         cache: Sequence[Mapping[str, Any]] = call.arguments["kv_cache"]
+        self.require_entries(cache)
         values, keys = ([layer[name] for layer in cache] for name in ("v", "k"))
         return CacheRows(values, 0, start_of(call.arguments), self.rows_per_frame(call.latents), keys=keys)
 

@@ -67,6 +67,7 @@ class RollingForcing(CausalWan):
 
     def context(self, call: Call) -> CacheRows:
         """Rows behind the anchor and before the window's first block, the only one that a call writes."""
+        self.require_entries(call.arguments["kv_cache"])
         anchor, per_frame = int(self.layers[0].block_length), self.rows_per_frame(call.latents)
         rows = history_rows(call.arguments, anchor, per_frame, anchor)
         # The window in flight begins here; the call's own block is its last one.

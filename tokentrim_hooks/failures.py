@@ -29,9 +29,13 @@ class FailurePolicy:
         self._on_error = on_error
         self._waiting: Exception | None = None
         self._cleanups: list[Callable[[], None]] = []
+        self._midway = False
 
     def on_step_aside(self, cleanup: Callable[[], None]) -> None:
-        """Run ``cleanup`` when we step aside: no mark may stay in a cache that nobody taps any more."""
+        """Run ``cleanup`` when we step aside: no mark may stay in a cache that nobody taps any more.
+
+        Once more when the call in which we did has come back: it may write late what it had made of marked rows.
+        """
         self._cleanups.append(cleanup)
 
     def hears(self, failure: Exception) -> bool:
@@ -59,7 +63,11 @@ class FailurePolicy:
         """A call begins or has ``ended`` while we are aside; raises a failure that has waited for the other ranks."""
         if not ended:
             self.ranks.enter()
-        elif self._waiting is not None and self.ranks.is_due():
+            return
+        if self._midway:
+            self._clean()
+            self._midway = False
+        if self._waiting is not None and self.ranks.is_due():
             self.raise_waiting()
 
     def raise_waiting(self) -> None:
@@ -70,6 +78,7 @@ class FailurePolicy:
             raise failure
 
     def _clean(self) -> None:
+        self._midway = True
         for cleanup in self._cleanups:
             cleanup()
 

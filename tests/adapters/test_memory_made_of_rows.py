@@ -150,6 +150,28 @@ class CopiedSink(Rolling):
             kv_cache[name][:, 2 * TOKENS : 3 * TOKENS] = kv_cache[name][:, 3 * TOKENS : 4 * TOKENS].clone()
 
 
+class WrittenLate(BlendedSink):
+    """Attention over a copy of the cache, put into it when attention is done: also what was made of marked rows."""
+
+    def forward(self, x: Tensor, kv_cache: dict[str, Any], current_start: int) -> Tensor:
+        copy = {name: tensor.clone() for name, tensor in kv_cache.items()}
+        out = super().forward(x, copy, current_start)
+        self.write(kv_cache, copy)
+        return out
+
+    def write(self, kv_cache: dict[str, Any], copy: dict[str, Any]) -> None:
+        """Into the cache's own memory."""
+        for name, tensor in copy.items():
+            kv_cache[name].copy_(tensor)
+
+
+class MadeAnew(WrittenLate):
+    """The copy becomes the cache."""
+
+    def write(self, kv_cache: dict[str, Any], copy: dict[str, Any]) -> None:
+        kv_cache.update(copy)
+
+
 MADE_OF_ROWS = (RunningMeans, OneMean, CleanMeans, Registers, BlendedSink, SinkWithoutMarks)
 each_memory = pytest.mark.parametrize("kind", (*MADE_OF_ROWS, BankOfTheNewest), ids=lambda kind: kind.__name__)
 each_exact = pytest.mark.parametrize("kind", (Rolling, CopiedSink, Bank), ids=lambda kind: kind.__name__)
@@ -225,7 +247,7 @@ def test_a_bank_of_living_copies_is_refused() -> None:
         pruned(Bank, ForcedPolicy({5: DEAD}))
 
 
-@pytest.mark.parametrize("kind", MADE_OF_ROWS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", (*MADE_OF_ROWS, WrittenLate, MadeAnew), ids=lambda kind: kind.__name__)
 def test_with_warn_the_video_goes_on_and_no_mark_is_left(kind: type[SelfAttention]) -> None:
     fork, cache = fork_of(kind), cache_of()
     with (

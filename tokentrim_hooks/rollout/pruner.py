@@ -234,12 +234,11 @@ class Pruner:
         """
         tap, proof = self._last, self.proof
         # What a policy hides is dropped as well, and proves nothing of a prune.
-        calls, dead, expected = (tap.calls, tap.dead_keys, max(proof.expected, 1)) if tap else (0, 0, 1)
-        tapped = f"{calls} of {expected} attention calls tapped"
-        proof.finding = f"{tapped}, {dead} dead keys dropped, output finite: {finite}"
-        if calls >= expected and not dead:
+        calls, dead, wanted = (tap.calls, tap.dead_keys, max(proof.expected, 1)) if tap else (0, 0, 1)
+        proof.finding = f"{calls} of {wanted} attention calls tapped, {dead} dead keys dropped, output finite: {finite}"
+        if calls >= wanted and not dead:
             proof.finding += "; no mark in the V that attention reads: context() must name it, neither a copy nor K"
-        holds = finite and dead > 0 and calls >= expected
+        holds = finite and dead > 0 and calls >= wanted
         if not holds:
             self.give_up()
         elif not proof.proven:
@@ -291,10 +290,11 @@ class Pruner:
         for traces in self._marked.values():
             traces.clear_copies(memo)
 
-    def clear(self) -> None:
-        """Forget all marks and leave no cache poisoned: a new video starts, or the patch comes off."""
+    def clear(self) -> list[Traces]:
+        """Forget all marks and leave no cache poisoned: a new video starts, or the patch comes off. Returns where."""
         self._tombstones.revive()
-        for traces in self._marked.values():
+        for traces in (left := list(self._marked.values())):
             traces.clear()
         self._marked.clear()
         self._dead_tokens.killed_by.clear()
+        return left

@@ -86,10 +86,8 @@ class Session:
             SessionError: one is running in another thread or task.
         """
         self.notice_end()
-        if self._scope is None:
-            return True
-        if self._scope.encloses:
-            return False
+        if self._scope is None or self._scope.encloses:
+            return self._scope is None
         raise SessionError(
             "two threads or tasks run this model at the same time, and their videos cannot be told apart: give each a "
             "model of its own, or let one wait for the other"
@@ -169,7 +167,8 @@ class Session:
 
     def abandon(self) -> None:
         """Step aside for good: leave no mark in any cache."""
-        self.timeline.abandon()
+        running = None if self._scope is None else self._scope.note
+        self.timeline.abandon(running.found.call if isinstance(running, Running) else None)
 
     def _after_step(
         self,

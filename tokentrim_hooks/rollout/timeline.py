@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase
-from tokentrim_hooks.errors import LatentsError
+from tokentrim_hooks.errors import LatentsError, TokenTrimError
 from tokentrim_hooks.inspection import shares_storage
 from tokentrim_hooks.policy.drift import RunningStatistics, Summary, grid_of
-from tokentrim_hooks.rollout.answers import accepted_of, phase_of
+from tokentrim_hooks.pruning.context import CacheRows
+from tokentrim_hooks.pruning.tombstones import Traces
+from tokentrim_hooks.rollout.answers import accepted_of, context_of, phase_of
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
+
+ASIDE = "tokentrim stepped aside"
 
 
 class Timeline:
@@ -29,6 +35,7 @@ class Timeline:
         self.adapter, self.shared, self.pruner = adapter, shared, pruner
         self.video: VideoState | None = None
         self.chunk: ChunkState | None = None
+        self._left: list[Traces] = []
         self.compares = any(policy.compares for policy in shared.policies)
         self.keeps_opening = any(policy.overrides("correct") for policy in shared.policies)
 
@@ -111,11 +118,21 @@ class Timeline:
         self.pruner.clear()
         self.video = None
 
-    def abandon(self) -> None:
-        """Step aside for good: leave no mark in any cache."""
-        if self.chunk is not None:
-            self.chunk.notes.append("tokentrim stepped aside")
-        self.pruner.clear()
+    def abandon(self, call: Call | None) -> None:
+        """Step aside for good: leave no mark in any cache. Once more when ``call``, under way, has come back.
+
+        By then it may have written what it had made of marked rows, in the same memory or in a cache made anew.
+        """
+        if self.chunk is not None and ASIDE not in self.chunk.notes:
+            self.chunk.notes.append(ASIDE)
+        left, self._left = self._left, self.pruner.clear()
+        for traces in left:
+            traces.clear()
+        if left and call is not None:
+            # A context that the adapter refuses by now was written where it was, or is nobody's that we know.
+            with contextlib.suppress(TokenTrimError):
+                context = context_of(self.adapter, call)
+                Traces.of(context.values if isinstance(context, CacheRows) else ()).clear()
 
     def _close(self, chunk: ChunkState) -> None:
         """The chunk is denoised: its prune is final or taken back; nothing kept for it holds on to the cache."""
