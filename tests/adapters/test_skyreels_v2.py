@@ -152,7 +152,7 @@ def test_keys_before_and_after(monkeypatch):
         record = handle.report.records[1]
     keys = [k for q, k in seen if k != 3][:: tiny.LAYERS]
     first = [80] * 6  # window 0: 3 steps of 2 branches
-    second = [80, 71, 71] + [71] * 4  # cond, its replay, uncond, then 2 steps
+    second = [80, 80, 71, 71] + [71] * 4  # cond, the proof that it can be made twice, its replay, uncond, then 2 steps
     third = [77] * 6  # frame 4 is column 0 now
     assert keys == first + second + third
     assert (record.dead, record.extra_calls, record.regenerations) == (9, 1, 1)
