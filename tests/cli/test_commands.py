@@ -79,6 +79,7 @@ WRONG = {
     ("run", "--policy", "drif", __file__): "no policy named 'drif'; did you mean 'drift'?",
     ("run", "--observer", "thumbnail", __file__): "no observer named 'thumbnail'; did you mean 'thumbnails'?",
     ("run", "--seed", str(10**20), __file__): "not in the range",
+    ("run", "--policy", "drift", "--policy", "adaptive", __file__): "two policies judge a chunk, DriftPolicy and",
     ("run", "--fraction", "2", __file__): "the policy drift cannot be made so: fraction must be in (0, 1]",
     ("run", "--out", f"{__file__}/x", __file__): f"cannot make the folder {__file__}/x: Not a directory",
     ("demo", "--out", f"{__file__}/x"): f"cannot make the folder {__file__}/x: Not a directory",

@@ -11,6 +11,7 @@ from typing import Any
 from tokentrim_hooks.cli.script.options import NUMBERS
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
+from tokentrim_hooks.handle.handle import judge_of
 from tokentrim_hooks.plugins import find_observer, make_policy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
@@ -77,7 +78,7 @@ def policies_of(flags: Flags, config: Mapping[str, Any]) -> list[Policy]:
     """The policies by name, in order: those of the flags, else of the file, else the paper's; flags win over the file.
 
     Raises:
-        TokenTrimError: a policy or an option that there is none of, or options of one that does not run.
+        TokenTrimError: a policy or an option that there is none of, options of one that does not run, two that judge.
     """
     tables: Mapping[str, Any] = config.get("policies", {})
     names = list(dict.fromkeys(flags["policy"] or tables or ["drift"]))
@@ -85,6 +86,10 @@ def policies_of(flags: Flags, config: Mapping[str, Any]) -> list[Policy]:
     if paper and "drift" not in names:
         raise TokenTrimError(f"{', '.join(paper)}: options of the policy drift, which does not run; add --policy drift")
     policies = [_made(name, {**tables.get(name, {}), **(paper if name == "drift" else {})}) for name in names]
+    try:
+        judge_of(policies)
+    except ValueError as failure:
+        raise TokenTrimError(str(failure)) from failure
     return _observing(policies) if flags.get("observe") else policies
 
 
