@@ -116,6 +116,8 @@ _TOKENS: dict[int, int] = {}
 def _memory(values: Tensor) -> bytearray:
     """Numbers as float32 in this machine's byte order; not by way of NumPy, which torch does without."""
     memory = bytearray(4 * values.numel())
+    if not memory:  # a rank without an opinion of its own has no drift
+        return memory
     torch.frombuffer(memory, dtype=torch.float32).copy_(values.flatten())
     return memory
 
