@@ -129,7 +129,7 @@ class LatentVideoAdapter(TransformersCacheAdapter):
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     info = tokentrim.AdapterInfo("latent-video", "this test", LatentVideoAdapter)
-    monkeypatch.setattr("tokentrim_hooks.api.usable_adapters", lambda: [info])
+    monkeypatch.setattr("tokentrim_hooks.handle.choice.usable_adapters", lambda: [info])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,9 +72,10 @@ def check_values(reading: Reading, policy: Policy) -> None:
     """
     size = reading.drift.shape[-1]
     name = f"{type(policy).__name__}.judge returned"
-    if any(not 0 <= token < size for tokens in reading.tokens for token in tokens):
+    if any(tokens and not 0 <= min(tokens) <= max(tokens) < size for tokens in reading.tokens):
         raise PolicyError(f"{name} tokens outside of the patch grid; give indices from 0 to {size - 1}")
-    if not bool(torch.isfinite(reading.severity).all()) or bool(reading.threshold.isnan().any()):
+    # As Python's floats: a handful of numbers that lie on the host, for which torch would need six operations.
+    if not all(map(math.isfinite, reading.severity.tolist())) or any(map(math.isnan, reading.threshold.tolist())):
         raise PolicyError(f"{name} a severity that is not finite, or NaN as threshold; answer None for no opinion")
 
 
