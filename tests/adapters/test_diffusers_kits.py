@@ -5,6 +5,7 @@ Seven chunks each, on a grid that is not square. References count frames by hand
 
 from __future__ import annotations
 
+import inspect
 import math
 from contextlib import contextmanager
 from itertools import accumulate
@@ -23,7 +24,8 @@ from torch.nn.attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from video_checks import Clock
 
-from tokentrim_hooks.testing import AdapterConformance, not_checked
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.testing import AdapterConformance, count_syncs, not_checked
 
 GRID, COUNT = (4, 6), 24
 
@@ -105,6 +107,18 @@ class TestFramePack(Packed):
 
     def line(self, chunk):
         return self.forwards(chunk, 1)
+
+    def test_one_synchronisation_a_chunk(self):
+        """Forwards a second one: whether a section opens a video is read from its history.
+
+        The kit counts each tensor as one of a device; the pipeline keeps its frame indices on the host, wherever the
+        model is, and reading these waits for nothing.
+        """
+        model = self.make_model()
+        with self.patch(model, tokentrim.ObservePolicy()), count_syncs([inspect.getfile(FramePack)]) as log:
+            self.run(model, 0)
+        waits = [event for event in log.ours if not (event.kind == "__int__" and "framepack.py" in event.place)]
+        assert 0 < len(waits) <= self.chunks * (1 if self.backwards else 2), log
 
 
 class TestFramePackBackwards(TestFramePack):

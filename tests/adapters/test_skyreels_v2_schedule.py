@@ -168,8 +168,9 @@ def test_a_given_image_is_an_anchor_and_no_predecessor():
         tiny.run(pipe, **settings)
         records = handle.report.records
     assert [r.start for r in records] == [1, 2, 3] and records[0].severity is None and records[1].pruned
-    roles = [(segment.role, list(segment.frames)) for segment in layouts[0][1].segments]
-    assert roles == [
+    # When a context is asked for first depends on what the process has pruned before; this one is of the second chunk.
+    told = [[(segment.role, list(segment.frames)) for segment in layout.segments] for _, layout in layouts]
+    assert next(roles for roles in told if (Role.FLIGHT, [1]) in roles) == [
         (Role.ANCHOR, [0]),
         (Role.FLIGHT, [1]),
         (Role.CURRENT, [2]),
