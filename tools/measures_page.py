@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from places import filled
 from torch import Tensor
 
 from tokentrim_hooks.console import markdown_table
@@ -198,24 +199,11 @@ def blocks() -> dict[str, str]:
     }
 
 
-def filled(text: str, block: str, content: str) -> str:
-    """``text`` with ``content`` between the two comments that name ``block``.
-
-    Raises:
-        ValueError: the comments are not there, once each.
-    """
-    pattern = re.compile(rf"(<!-- {block}: generated\b.*?-->\n).*?(<!-- end {block} -->)", re.DOTALL)
-    new, count = pattern.subn(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text)
-    if count != 1:
-        raise ValueError(f"expected one pair of {block} comments, found {count}")
-    return new
-
-
 def page() -> str:
     """The page as it should be."""
     text = PAGE.read_text(encoding="utf-8")
     for block, content in blocks().items():
-        text = filled(text, block, content)
+        text = filled(text, block, f"\n{content}\n")
     return text
 
 

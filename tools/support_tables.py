@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import places
 
 from tokentrim_hooks.api import adapters
 from tokentrim_hooks.console import markdown_table
@@ -147,11 +148,10 @@ def filled(text: str, block: str) -> str:
     Raises:
         ReportError: the comments are not there, once each.
     """
-    pattern = re.compile(r"(<!-- support-table\b.*?-->\n).*?(<!-- end support-table -->)", re.DOTALL)
-    new, count = pattern.subn(lambda found: f"{found[1]}\n{block}\n\n{found[2]}", text)
-    if count != 1:
-        raise ReportError(f"expected one pair of support-table comments, found {count}")
-    return new
+    try:
+        return places.filled(text, "support-table", f"\n{block}\n")
+    except ValueError as failure:
+        raise ReportError(str(failure)) from failure
 
 
 def _section(model: str, adapter: str, kind: str, record: Mapping[str, Any], device: str) -> str:

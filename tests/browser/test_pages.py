@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chromium import NOT_CHECKED, chromium, missing
+from chromium import NOT_CHECKED, missing
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.cli.main import main
@@ -24,15 +24,6 @@ RED = np.array([0xD6, 0x28, 0x39])
 """Colour of what was pruned, in control chart and cache map."""
 PARTS = [".chart img", ".cache img", ".maps img", ".strip img", "#verdict", "#figures", "#settings", "figcaption"]
 COMPARE = Path(__file__).parents[1] / "compare"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
-    with chromium(tmp_path_factory.mktemp("profile")) as found:
-        yield found
 
 
 def run(folder, policy, batch=1):

@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 import pytest
-from chromium import chromium, missing
 
 from tokentrim_hooks.experiments.pair.curves import Curves, apart
 from tokentrim_hooks.experiments.pair.page import write_page
@@ -31,15 +30,6 @@ def page(tmp_path_factory):
     pair = Pair(Report({"adapter": "x"}, records), *values, apart(*videos), 0.0, True, (3.0, 4.0))
     words = {"command": "tokentrim try x.py", "again": "tokentrim try --pairs 8 x.py", "report": "", "others": 0}
     return write_page(folder, pair, videos, curves, {**words, "pairs": ""})
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
-    with chromium(tmp_path_factory.mktemp("profile")) as found:
-        yield found
 
 
 def until(ask, seconds=20.0):

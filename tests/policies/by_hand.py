@@ -1,5 +1,7 @@
 """The same methods by hand, on an unpatched pipeline: what a patched one has to equal."""
 
+import copy
+
 import torch
 
 from tokentrim_hooks.reference import model as reference_model
@@ -13,6 +15,14 @@ PIXELS = 8
 def make(cls=ReferencePipeline, **settings):
     options = {"layers": 2, "dim": 16, "grid": (2, 2), "local_attn_size": 6, "num_frame_per_block": FRAMES}
     return cls.random(**{**options, **settings})
+
+
+def twin_of(pipeline):
+    """A pipeline of the same networks with caches of its own: another video, made at the same time."""
+    twin = copy.copy(pipeline)
+    twin._modules = dict(pipeline._modules)
+    twin.kv_cache1 = twin.crossattn_cache = None
+    return twin
 
 
 def run(pipeline, seed=0, batch=2, chunks=7):

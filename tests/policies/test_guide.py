@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from by_hand import FRAMES, PIXELS, make, run
+from by_hand import FRAMES, PIXELS, make, run, twin_of
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import FlowMo, UnsupportedPolicyError
@@ -387,9 +387,7 @@ def test_videos_that_alternate_are_each_guided_at_their_own_first_chunk():
     def between(index, count, chunk):
         if index == 0 and not other:
             other.append(None)
-            twin = copy.copy(pipeline)
-            twin._modules = dict(pipeline._modules)
-            twin.kv_cache1 = twin.crossattn_cache = None
+            twin = twin_of(pipeline)
             state = torch.get_rng_state()
             other[0] = video(twin)
             torch.set_rng_state(state)

@@ -1,11 +1,10 @@
 """Whatever ends a hook of a policy leaves nothing, and videos that alternate do not share what a policy remembers."""
 
-import copy
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from by_hand import FRAMES, PIXELS, make, run
+from by_hand import FRAMES, PIXELS, make, run, twin_of
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.policy.controls import AlwaysPolicy
@@ -77,9 +76,7 @@ def test_videos_that_alternate_are_each_as_if_made_alone(policy):
     def between(index, count, chunk):
         if index == 3 and not other:
             other.append(None)
-            twin = copy.copy(pipeline)
-            twin._modules = dict(pipeline._modules)
-            twin.kv_cache1 = twin.crossattn_cache = None
+            twin = twin_of(pipeline)
             state = torch.get_rng_state()
             other[0] = run(twin, seed=2)
             torch.set_rng_state(state)

@@ -5,17 +5,14 @@ As shipped: a window of 12 frames, 3 of them a sink, blocks of 3. The fifth bloc
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
-from unittest import mock
 
 import torch
-from harness import NoVae, TinyTextEncoder, checkout, in_float32, plain_attention
+from harness import NoVae, TinyTextEncoder
 from tiny_longlive import Options
-from tiny_rolling_forcing import STUBS
+from tiny_rolling_forcing import rolling_forcing
 from tiny_self_forcing import (
     HEADS,
     LAYERS,
@@ -26,24 +23,14 @@ from tiny_self_forcing import (
     Setup,
     new_cache,
     new_text_cache,
-    tiny_model,
 )
 
 SHIPPED = Setup(window=12, sink=3)
 
 
-@contextmanager
-def memrope(name: str = "MemRoPE") -> Iterator[Repository]:
+def memrope(name: str = "MemRoPE") -> AbstractContextManager[Repository]:
     """Open the checkout with the real constructors ready to build tiny models."""
-    with checkout(name, stubs=STUBS):
-        pipeline = importlib.import_module("pipeline.causal_inference")
-        causal = importlib.import_module("wan.modules.causal_model")
-        in_float32(causal.attention)
-        with (
-            mock.patch.object(importlib.import_module("wan.modules.model"), "flash_attention", plain_attention),
-            mock.patch.object(causal.CausalWanModel, "from_pretrained", classmethod(tiny_model)),
-        ):
-            yield Repository(pipeline, None, causal)
+    return rolling_forcing(name, "pipeline.causal_inference")
 
 
 def memrope_pipeline(repository: Repository, method: str, bare: bool = False, adaptive: bool = False) -> Any:

@@ -20,10 +20,12 @@ STUBS = ("torchvision", "imageio", "lmdb", "decord", "cv2", "wandb", "peft")
 
 
 @contextmanager
-def rolling_forcing(name: str = "RollingForcing") -> Iterator[Repository]:
-    """Open the checkout with the real constructors ready to build tiny models."""
+def rolling_forcing(
+    name: str = "RollingForcing", pipeline_module: str = "pipeline.rolling_forcing_inference"
+) -> Iterator[Repository]:
+    """Open the checkout, or one that is laid out alike, with the real constructors ready to build tiny models."""
     with checkout(name, stubs=STUBS):
-        pipeline = importlib.import_module("pipeline.rolling_forcing_inference")
+        pipeline = importlib.import_module(pipeline_module)
         causal = importlib.import_module("wan.modules.causal_model")
         in_float32(causal.attention)
         with (
