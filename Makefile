@@ -1,4 +1,4 @@
-# make demo   a virtual environment, the package, and the demo (about two minutes after installation)
+# make demo   a virtual environment, the package, and the demo (about three minutes after installation)
 # make test   the whole test suite
 # make test-models   adapters against foreign packages, each in a folder of its own (their pins never resolved)
 # make test-observers   the example observers with their libraries: TensorBoard, W&B, rerun (260 MB to download)

@@ -27,8 +27,8 @@ def demo(tmp_path_factory):
 def test_sentences_come_first_then_the_table_then_the_files(demo):
     said = demo[1].splitlines()
     assert [said[i].partition(":")[0] for i in (0, 2, 4)] == ["What drifts", "The fault", "Slow drift"]
-    assert said[6].startswith("Another policy, row moments, on the burning model: ")
-    assert said[8].startswith("Another policy, commit window 6, on the fading model: ")
+    assert said[6].startswith("Another policy, commit window 6 + row moments, on the burning model: ")
+    assert said[8].startswith("Another policy, commit window 6 + row moments, on the fading model: ")
     assert said[10].split()[:3] == ["measure", "unpatched", "patched"]
     assert demo[1].startswith((demo[0] / "table.txt").read_text()) and "Files in " in demo[1]
 

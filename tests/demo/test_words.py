@@ -8,7 +8,7 @@ from tokentrim_hooks.experiments.compare.settings import STANDARD
 from tokentrim_hooks.experiments.compare.store import Outcome
 from tokentrim_hooks.experiments.compare.table import number, percent, summarise
 from tokentrim_hooks.experiments.compare.trials import Column, drift_columns, fault_columns
-from tokentrim_hooks.experiments.demo.acts import WINDOW
+from tokentrim_hooks.experiments.demo.acts import MOVES
 from tokentrim_hooks.experiments.demo.words import COLUMNS, sentences, table
 from tokentrim_hooks.reference.fault import FAULTS
 
@@ -32,7 +32,7 @@ def act(name, columns, change, pruned=(), watch=None, pairs=PAIRS, other=None):
         return [value + by * (1 + 0.1 * (i % 2)) for i, value in enumerate(base)]
 
     outcomes = [outcome(STANDARD[0], columns, base, []), outcome(STANDARD[1], columns, moved(change), list(pruned))]
-    outcomes += [] if other is None else [outcome(WINDOW, columns, moved(other), [])]
+    outcomes += [] if other is None else [outcome(MOVES, columns, moved(other), [])]
     rows = summarise(outcomes, columns, watch)
     return SimpleNamespace(name=name, trial=SimpleNamespace(columns=columns), rows=rows)
 
@@ -67,23 +67,24 @@ def test_nothing_is_said_to_be_nothing(acts):
 def test_an_effect_on_slow_drift_would_be_told(acts):
     said = sentences([*acts, act("burning", DRIFT, -0.4, [3])])[2]
     assert "0.0 % of the chunks (fading) and 10.0 % of the chunks (burning)" in said
-    assert "burning: saturation error -0.420 [-0.438, -0.402] (better)" in said
+    assert "burning: background error -0.420 [-0.438, -0.402] (better)" in said
     assert "burning: sprites alive (identity) -0.420 [-0.438, -0.402] (worse)" in said and "does not move" not in said
 
 
 def test_what_another_policy_did_is_told_beside_the_papers(acts):
     both = sentences([*acts, act("burning", DRIFT, 0.0, other=0.4)])
     assert "no measure got better or worse" in both[2], "the paper's did nothing"
-    assert both[3].startswith("Another policy, commit window 6, on the burning model: saturation error +0.420")
+    named = "Another policy, commit window 6 + row moments, on the burning model: "
+    assert both[3].startswith(named) and "background error +0.420" in both[3]
     assert "sprites alive (identity) +0.420 [+0.402, +0.438] (better)" in both[3]
     neither = sentences([*acts, act("burning", DRIFT, 0.4, other=0.0)])
-    assert "saturation error +0.420" in neither[2] and "(worse)" in neither[2]
+    assert "background error +0.420" in neither[2] and "(worse)" in neither[2]
     assert neither[3].endswith("on the burning model: no measure got better or worse over 8 videos.")
 
 
 def test_the_table_names_a_policy_that_is_not_the_papers(acts):
     rows = table([*acts, act("burning", DRIFT, 0.0, other=0.4)])
-    assert [row[0] for row in rows[8:]] == ["burning", "", "", "burning, commit window 6", "", ""]
+    assert [row[0] for row in rows[8:]] == ["burning", "", "", "burning, commit window 6 + row moments", "", ""]
 
 
 def test_few_videos_give_no_verdict():

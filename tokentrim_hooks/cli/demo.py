@@ -1,4 +1,4 @@
-"""``tokentrim demo``: see and measure what pruning does to a small trained video model, in about two minutes."""
+"""``tokentrim demo``: see and measure what pruning does to a small trained video model, in about three minutes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FILES = {
 @device(default="cpu", show_default=True, help="Where torch computes.")
 @click.option("--untrained", is_flag=True, help="Tiny random weights: shows the plumbing, the video is noise.")
 def demo(out: Path, untrained: bool, **options: Any) -> None:
-    """See and measure it on a small trained model, in about two minutes.
+    """See and measure it on a small trained model, in about three minutes.
 
     Says in a few sentences what came of it, then shows a table, then where the films and pages are.
     """

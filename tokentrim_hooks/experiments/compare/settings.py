@@ -91,6 +91,10 @@ METHODS: tuple[Setting, ...] = (
     Setting("late mean", methods=(LateMean(),)),
     Setting("row moments", methods=(RowMoments(),)),
     Setting("commit window 6 + row moments", methods=(CommitWindow(frames=6), RowMoments())),
+    Setting(
+        "adaptive + commit window 6 + row moments",
+        methods=(AdaptivePolicy(), CommitWindow(frames=6), RowMoments()),
+    ),
     Setting("paper + commit window 6", methods=(DriftPolicy(), CommitWindow(frames=6))),
     Setting("control: oldest window 6", methods=(OldestWindow(frames=6),)),
 )

@@ -13,7 +13,7 @@ from tokentrim_hooks.metrics.intervals import LEAST_PAIRS, Difference, adjusted
 COLUMNS = ("", "measure", "unpatched", "patched", "difference", "95 % interval", "verdict")
 SHOWN = (
     *("error around the fault, +1", "error around the fault, +4"),
-    *("saturation error", "sprites alive (identity)", "motion error"),
+    *("background error", "sprites alive (identity)", "motion error"),
 )
 """Measures of the small table; of those that a rollout has in several windows, the last window's."""
 COURSE = {"contrast / true contrast": "contrast", "sprites alive (identity)": "share of sprites alive"}
