@@ -7,9 +7,11 @@ new prompt. With ``use_infinite_attention`` K is kept before RoPE and placed by 
 
 from __future__ import annotations
 
-from tokentrim_hooks import Adapter, Call, Phase, Seen, hookimpl
+from torch import nn
 
-from ._wan import CausalWan
+from tokentrim_hooks import Adapter, Call, Match, NoMatch, Phase, Seen, hookimpl
+
+from ._wan import CausalWan, self_attentions
 
 
 class LongLive(CausalWan):
@@ -24,6 +26,14 @@ class LongLive(CausalWan):
     )
     takes = frozenset({"judge", "hide", "commit", "correct", "settle", "guide", "weigh"})
     own = ("sink_recache_after_switch",)
+    remembers = False
+    """Whether this is the adapter of the relative whose self attention has a ``compression_method``."""
+
+    @classmethod
+    def _probe_layers(cls, generator: nn.Module) -> Match | NoMatch:
+        if not cls.remembers and any(hasattr(layer, "compression_method") for layer in self_attentions(generator)):
+            return NoMatch("self attention has compression_method: this is MemRoPE")
+        return super()._probe_layers(generator)
 
     def phase(self, call: Call, seen: Seen) -> Phase:
         """A prompt switch writes frames up to the latest committed one again, and so rebuilds the context."""

@@ -25,6 +25,7 @@ UPSTREAM = {
     "RollingForcing": "rolling-forcing",
     "LongLive-v1": "longlive",
     "MemFlow": "memflow",
+    "MemRoPE": "memrope",
     "CausVid": "causvid",
     "MAGI-1": "magi-1",
     "FramePack": "framepack-original",

@@ -11,16 +11,19 @@ import tiny_causvid
 import tiny_forks
 import tiny_longlive
 import tiny_memflow
+import tiny_memrope
 import tiny_rolling_forcing
 import torch
 from harness import noise_of
 from masked_reference import MaskedReference, Prune
-from tiny_self_forcing import Repository, Setup, few_step_pipeline, self_forcing
+from memrope_reference import without_dead_rows
+from tiny_self_forcing import Repository, Setup, few_step_pipeline, self_forcing, source_of
 from tokentrim_hooks_adapters.causvid import CausVid
 from tokentrim_hooks_adapters.infinity_rope import InfinityRope
 from tokentrim_hooks_adapters.krea import KreaRealtime
 from tokentrim_hooks_adapters.longlive import LongLive
 from tokentrim_hooks_adapters.memflow import MemFlow
+from tokentrim_hooks_adapters.memrope import MemRope
 from tokentrim_hooks_adapters.reward_forcing import RewardForcing
 from tokentrim_hooks_adapters.rolling_forcing import RollingForcing
 from tokentrim_hooks_adapters.self_forcing import SelfForcing
@@ -171,6 +174,28 @@ class TestMemFlow(Kit):
     def test_hidden_from_one_call_and_from_no_other(self) -> None:
         """The kit's own reference goes by value; ``test_policies.py`` hides from any call by place."""
         pytest.skip("NOT CHECKED: the bank holds copies of rows, which the kit takes for the rows themselves")
+
+
+class TestMemRope(Kit):
+    """Its memory's rows are nobody's, and it keeps dead rows out; ``test_memrope.py`` writes both out."""
+
+    adapter = MemRope
+    chunks, late_chunk = 8, 7
+    opened = staticmethod(tiny_memrope.memrope)
+
+    def setup_of(self) -> Setup:
+        return tiny_memrope.SHIPPED
+
+    def make_model(self) -> Any:
+        return tiny_memrope.memrope_pipeline(self.repository, "ema")
+
+    def reference(self, model: Any, seed: int) -> Tensor:
+        prunes = [Prune(3 * self.chunk_to_prune, [self.tokens])]
+        masked = MaskedReference(source_of(self.repository, model), prunes, range(self.anchor_frames))
+        with masked, without_dead_rows(masked) as off:
+            latents = self.run(model, seed)
+        assert off and max(off) < 1e-6
+        return latents
 
 
 class TestRollingForcing(Kit):

@@ -12,6 +12,7 @@ import tiny_causvid
 import tiny_forks
 import tiny_longlive
 import tiny_memflow
+import tiny_memrope
 import tiny_rolling_forcing
 import torch
 from comparison import TOLERANCE, difference
@@ -41,6 +42,8 @@ class Rig:
     steps: int = 2
     window: int = 0
     """Frames of a window beside which the kernel sees a bank of older frames; 0 where there is none."""
+    memory: tuple[int, int] = (0, 0)
+    """(Frames of memory behind the sink that are kept as it is, the frame from which on they are there)."""
 
     def run(self) -> Tensor:
         """A video from a known random stream."""
@@ -129,6 +132,17 @@ def memflow() -> Iterator[Rig]:
         yield Rig(pipeline, generate, source, 1, window=tiny_memflow.SETUP.window)
 
 
+@contextmanager
+def memrope() -> Iterator[Rig]:
+    with tiny_memrope.memrope() as repository:
+        pipeline = tiny_memrope.memrope_pipeline(repository, "ema")
+
+        def generate() -> Tensor:
+            return pipeline.inference(noise_of(1, 18), PROMPTS[:1], return_latents=True)[1]
+
+        yield Rig(pipeline, generate, source_of(repository, pipeline), 3, memory=(2, 12))
+
+
 RIGS = {
     "self-forcing": like_self_forcing("Self-Forcing", few_step_pipeline, Setup(window=9, sink=3, batch=2)),
     "self-forcing, global window": like_self_forcing("Self-Forcing", few_step_pipeline, Setup()),
@@ -141,6 +155,7 @@ RIGS = {
     "longlive, infinite": longlive_infinite,
     "rolling-forcing": rolling,
     "memflow": memflow,
+    "memrope": memrope,
 }
 
 
@@ -178,7 +193,8 @@ def test_a_commit_window_equals_minus_infinity(rig: Any, frames: int, anchors: b
 
     def dead(calls: Calls, context: int, own: int) -> Tensor | None:
         bank = max(context - min(calls.start, made.window - own), 0) if made.window else 0
-        return commit_window(frames, made.sink, anchors, made.source.tokens, bank)(calls, context, own)
+        sink = made.sink + (made.memory[0] if calls.start >= made.memory[1] else 0)
+        return commit_window(frames, sink, anchors, made.source.tokens, bank)(calls, context, own)
 
     with hiding(made.source, dead) as hidden:
         expected = made.run()
@@ -214,7 +230,7 @@ def test_tokens_hidden_from_any_call_equal_minus_infinity(
 ) -> None:
     name, made, plain = rig
     require(made, "hide", *(["commit"] if "commit" in phases else []))
-    if name == "reward-forcing" and "first" in phases:
+    if name in ("reward-forcing", "memrope") and "first" in phases:
         with pytest.raises(UnsupportedPolicyError, match="HideSome hides rows from a 'first' call"):
             made.patched(HideSome(phases, plain.shape[0]))
         return
