@@ -13,8 +13,9 @@ from tokentrim_hooks.cli import bench
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.experiments.bench import measure, targets
+from tokentrim_hooks.experiments.bench.break_even import break_even, forced
 from tokentrim_hooks.experiments.bench.ideal import ideal
-from tokentrim_hooks.experiments.bench.measure import IDEAL, _ratio, arms, forced_chunks, pairs, rollouts
+from tokentrim_hooks.experiments.bench.measure import IDEAL, Ratio, _ratio, arms, forced_chunks, pairs, rollouts
 from tokentrim_hooks.experiments.bench.memory import Alive, peak_bytes
 from tokentrim_hooks.experiments.bench.profile import MODEL, profile
 from tokentrim_hooks.experiments.bench.target import Size, Target
@@ -145,6 +146,48 @@ def test_command_prints_and_writes_everything(tmp_path, capsys, monkeypatch):
     assert len(found["ratios"]) == 6 and found["triggers"] == 1
     added = 1000 * (found["seconds"]["observing"] - found["seconds"]["unpatched"]) / 5
     assert f"observing {added:+.2f} ms, forced trigger " in text.partition("Added per chunk: ")[2].splitlines()[0]
+
+
+def test_shares_of_dead_tokens_are_arms(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(targets.TARGETS, "reference", tiny)
+    monkeypatch.setattr(measure, "profile", lambda run, device: run() or {MODEL: 1.0})  # has a test of its own
+    file = tmp_path / "bench.json"
+    more = ["--dead", "0.3", "--dead", "0.5", "--dtype", "float32", "--json", str(file)]
+    assert main(["bench", "--device", "cpu", "--chunks", "5", "--rounds", "1", *more]) == 0
+    found, text = json.loads(file.read_text()), capsys.readouterr().out
+    assert {"forced trigger, 30 %", "forced trigger, 50 %", "forced trigger"} <= found["seconds"].keys()
+    assert found["settings"]["dead"] == [0.3, 0.5] and "A forced trigger breaks even " in text
+    # ceil of 4 tokens, in the 4 frames before chunk 2; the report is that of the run's own forced arm.
+    assert found["dead"] == 4
+
+
+def test_arms_of_shares_prune_where_the_forced_arm_does():
+    more = forced([0.3, 0.5], 30)
+    assert [policy.at for policy in more.values()] == [{8: 0.3, 28: 0.3}, {8: 0.5, 28: 0.5}]
+    target = tiny()
+    for share, policy in zip((0.3, 0.5), forced([0.3, 0.5], CHUNKS).values(), strict=True):
+        report = measure._once(target, policy, lambda: None)[1]
+        assert sum(record.dead for record in report) == 4 * -(-int(10 * share * 4) // 10)
+
+
+@pytest.mark.parametrize(("ratios", "share"), [
+    ([1.02, 0.98, 0.94], 0.2), ([0.99, 0.98, 0.97], None), ([1.1, 1.2, 1.3], None), ([1.02], None),
+])  # fmt: skip
+def test_the_share_that_breaks_even(ratios, share):
+    names = ["forced trigger", "forced trigger, 30 %", "forced trigger, 50 %"]
+    found = [Ratio(f"{name} / unpatched", value, 0, 2, 1) for name, value in zip(names, ratios, strict=False)]
+    noise = [Ratio("observing / unpatched", 5, 0, 9, 1), Ratio("forced trigger / observing", 5, 0, 9, 1)]
+    assert break_even([*noise, *found], [0.3, 0.5]) == (share if share is None else pytest.approx(share))
+
+
+def test_the_attention_target_is_attention():
+    """As large a part as in Self-Forcing: keys over eight times the width, within two percent."""
+    for full in (False, True):
+        with torch.device("meta"):
+            words = targets.attention(Size("meta", 3, full, "bfloat16")).words
+        keys, width = 21 * words["tokens per frame"], words["dim"]
+        assert 2 * keys / (8 * width) == pytest.approx(2 * 21 * 1560 / (8 * 12 * 128), rel=0.02)
+    assert Size("cpu").dtype == torch.float32 and Size("cpu", precision="bfloat16").dtype == torch.bfloat16
 
 
 def test_wrong_use_and_a_missing_engine_are_explained(capsys, monkeypatch):

@@ -18,7 +18,7 @@ from tokentrim_hooks.console import progress, show_table
 if TYPE_CHECKING:
     from tokentrim_hooks.experiments.bench.measure import Results
 
-NAMES = ("reference", "skyreels", "fastvideo")
+NAMES = ("reference", "attention", "skyreels", "fastvideo")
 GOALS = {"observing / unpatched": 1.002, "forced trigger / unpatched": 1.015}
 """What the project aims for, at full size on an H100-class GPU; shown beside the figures, never asserted."""
 
@@ -32,6 +32,10 @@ GOALS = {"observing / unpatched": 1.002, "forced trigger / unpatched": 1.015}
 @whole("--rounds", default=8, show_default=True, help="Rounds of all arms.")
 @whole("--threads", help="CPU threads of torch.")
 @click.option("--policy", multiple=True, metavar="NAME", help="An installed policy as one more arm; repeatable.")
+@click.option("--dead", multiple=True, type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
+              help="Share of tokens to prune in one more arm, to find where it pays; repeatable.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16")),
+              help="What the model computes in; by default bfloat16 on a GPU, float32 on a CPU.")  # fmt: skip
 @json_option
 def bench(**options: Any) -> None:
     """Measure what being patched costs, in one run.
@@ -42,7 +46,7 @@ def bench(**options: Any) -> None:
     out = ready_file(options["file"])
     made_with, results = _measured(options)
     if options["file"] is not None:
-        write_json(out, {"settings": made_with, **dataclasses.asdict(results)})
+        write_json(out, {"settings": made_with, **dataclasses.asdict(results), "break_even": _even(results, made_with)})
     if options["file"] != STANDARD_OUTPUT:
         show(results, made_with)
 
@@ -50,16 +54,17 @@ def bench(**options: Any) -> None:
 def _measured(options: dict[str, Any]) -> tuple[dict[str, Any], Results]:
     import torch
 
+    from tokentrim_hooks.experiments.bench.break_even import forced
     from tokentrim_hooks.experiments.bench.measure import arms, measure, rollouts
     from tokentrim_hooks.experiments.bench.target import Size
     from tokentrim_hooks.experiments.bench.targets import TARGETS
     from tokentrim_hooks.plugins import make_policy
 
-    more = {name: make_policy(name) for name in options["policy"]}
+    more = {name: make_policy(name) for name in options["policy"]} | forced(options["dead"], options["chunks"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     place = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = Size(place, options["chunks"], options["full"])
+    size = Size(place, options["chunks"], options["full"], options["dtype"])
     target = TARGETS[options["target"]](size)
     made_with = {**settings(place, options), "model": {**target.words, "dtype": str(size.dtype)}}
     count = rollouts(options["rounds"], len(arms(size.chunks, target, more)), 2 + len(more))
@@ -83,6 +88,7 @@ def settings(place: str, options: dict[str, Any]) -> dict[str, Any]:
         "full": options["full"],
         "chunks": options["chunks"],
         "rounds": options["rounds"],
+        "dead": list(options.get("dead", ())),
         "versions": versions(),
     }
 
@@ -115,6 +121,10 @@ def show(results: Results, made_with: dict[str, Any]) -> None:
         for r in results.ratios
     ]
     show_table([clock, "median ratio", "95 % interval", "rounds", "aim (H100, full size)"], rows)
+    if made_with["dead"]:
+        share = _even(results, made_with)
+        told = "at no share between 0 and 1" if share is None else f"with {100 * share:.1f} % of the tokens pruned"
+        print(f"A forced trigger breaks even {told} (line through the arms' ratios to unpatched).")
     arms = list(results.shares)
     scopes = dict.fromkeys(scope for shares in results.shares.values() for scope in shares)
     show_table(["share of time", *arms],
@@ -126,6 +136,12 @@ def show(results: Results, made_with: dict[str, Any]) -> None:
     rows = [[arm, f"{peak / 2**20:.2f} MiB", f"x {peak / light:.4f}"] for arm, peak in results.memory.items()]
     show_table(["peak memory", "bytes", "to unpatched (aim: x 1.02)"], rows)
     print(f"Peak memory: {WORDS[made_with['kind']]}.")
+
+
+def _even(results: Results, made_with: dict[str, Any]) -> float | None:
+    from tokentrim_hooks.experiments.bench.break_even import break_even
+
+    return break_even(results.ratios, made_with["dead"])
 
 
 def _goal(name: str) -> str:

@@ -18,16 +18,20 @@ class Size:
         device: a torch device.
         chunks: chunks of one rollout.
         full: the real model's size instead of one for a CPU.
+        precision: name of a floating type of torch's; default: bfloat16 on a GPU, float32 on a CPU.
     """
 
     device: str = "cpu"
     chunks: int = 20
     full: bool = False
+    precision: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16 on a GPU, float32 on a CPU."""
-        return torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16
+        """What ``precision`` says."""
+        default = "float32" if torch.device(self.device).type == "cpu" else "bfloat16"
+        found: torch.dtype = getattr(torch, self.precision or default)
+        return found
 
 
 @dataclass(frozen=True)

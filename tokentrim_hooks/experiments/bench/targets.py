@@ -14,18 +14,31 @@ from tokentrim_hooks.extras import require
 
 def reference(size: Size) -> Target:
     """The reference model at the trained size; ``full``: with 12 layers of 6 x 64 on a 16 x 16 grid."""
-    from tokentrim_hooks.reference.pipeline import ReferencePipeline
-
     shape = {"layers": 12, "dim": 384, "heads": 6} if size.full else {"layers": 6, "dim": 128, "heads": 4}
     side = 16 if size.full else 8
-    pipeline = ReferencePipeline.random(grid=(side, side), device=size.device, dtype=size.dtype, **shape)
+    return _of_reference(size, shape, (side, side))
+
+
+def attention(size: Size) -> Target:
+    """Two layers with self attention as large a part as in Self-Forcing's: five times the linear layers' work.
+
+    ``full``: two of its layers as they are, 12 heads of 128, 1,560 tokens a frame.
+    """
+    heads, dim, grid = (12, 1536, (30, 52)) if size.full else (2, 128, (8, 16))
+    return _of_reference(size, {"layers": 2, "dim": dim, "heads": heads}, grid)
+
+
+def _of_reference(size: Size, shape: dict[str, int], grid: tuple[int, int]) -> Target:
+    from tokentrim_hooks.reference.pipeline import ReferencePipeline
+
+    pipeline = ReferencePipeline.random(grid=grid, device=size.device, dtype=size.dtype, **shape)
 
     def run() -> Any:
         torch.manual_seed(0)
-        noise = torch.randn(1, 3 * size.chunks, 3, 4 * side, 4 * side).to(size.device, size.dtype)
+        noise = torch.randn(1, 3 * size.chunks, 3, 4 * grid[0], 4 * grid[1]).to(size.device, size.dtype)
         return pipeline.inference(noise)
 
-    words = {**shape, "tokens per frame": side * side, "window": "21 frames", "calls per chunk": 5}
+    words = {**shape, "tokens per frame": grid[0] * grid[1], "window": "21 frames", "calls per chunk": 5}
     return Target(pipeline, run, words, pipeline.generator, calls=5, patch=4)
 
 
@@ -68,6 +81,7 @@ def skyreels(size: Size) -> Target:
 
 TARGETS: dict[str, Callable[[Size], Target]] = {
     "reference": reference,
+    "attention": attention,
     "skyreels": skyreels,
     "fastvideo": fastvideo_target.make,
 }
