@@ -65,7 +65,7 @@ class FastVideo(Adapter):
         for transformer in transformers:
             reason = _refusal(transformer)
             if reason:
-                return NoMatch(reason)
+                return NoMatch(reason, _nearness(transformer))
         _, height, width = first.patch_size
         return Match(first, (int(height), int(width)), also=tuple(transformers[1:]))
 
@@ -119,6 +119,13 @@ def _refusal(transformer: Any) -> str:
     if foreign:
         return f"the transformer's _forward_inference takes {', '.join(foreign)}: a relative with other caches"
     return lacks(cached, PARAMETERS, "the transformer's _forward_inference") or _layer_refusal(transformer)
+
+
+def _nearness(transformer: Any) -> float:
+    """How much of a causal Wan of FastVideo is there, 0 to 1."""
+    taken = parameters_of(getattr(transformer, "_forward_inference", None))
+    layers = isinstance(transformer, nn.Module) and bool(_self_attentions(transformer))
+    return sum(name in taken for name in PARAMETERS) / len(PARAMETERS) / 2 + layers / 2
 
 
 def _layer_refusal(transformer: nn.Module) -> str:

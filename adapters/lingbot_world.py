@@ -37,7 +37,8 @@ class LingBotWorld(ListedLatents):
         stage = stage_of(model, _refusal)
         transformer: Any = getattr(stage, "transformer", stage)
         if reason := _refusal(transformer):
-            return NoMatch(reason)
+            taken = tokentrim.parameters_of(transformer) if isinstance(transformer, nn.Module) else ()
+            return NoMatch(reason, sum(name in taken for name in PARAMETERS) / len(PARAMETERS))
         return Match(transformer, (int(transformer.patch_size[1]), int(transformer.patch_size[2])))
 
     def attach(self, model: Any, patches: Patches) -> None:

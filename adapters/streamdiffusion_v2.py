@@ -68,15 +68,16 @@ class StreamDiffusionV2(Adapter):
         generator = getattr(pipeline, "generator", None)
         missing = [name for name in METHODS if not callable(getattr(pipeline, name, None))]
         if missing or not isinstance(generator, nn.Module):
-            return NoMatch(f"no pipeline with a .generator module and methods {', '.join(METHODS)}")
+            near = (1 - len(missing) / len(METHODS)) / 2
+            return NoMatch(f"no pipeline with a .generator module and methods {', '.join(METHODS)}", near)
         reason = lacks(generator, PARAMETERS, "the generator's forward")
         if reason:
-            return NoMatch(reason)
+            return NoMatch(reason, near=0.5)
         layers = self_attentions(generator)
         if not layers or not all(hasattr(layer, "evict_idx") for layer in layers):
-            return NoMatch("generator.model.blocks[i].self_attn has no evict_idx: the cache is no ring buffer")
+            return NoMatch("generator.model.blocks[i].self_attn has no evict_idx: the cache is no ring buffer", 0.9)
         if home_of(layers[0], FALLBACK) is None:
-            return NoMatch(f"the module of self_attn has no function {FALLBACK}")
+            return NoMatch(f"the module of self_attn has no function {FALLBACK}", near=1.0)
         _, height, width = generator.model.patch_size  # type: ignore[union-attr, misc]
         return Match(generator, (int(height), int(width)))
 

@@ -234,3 +234,36 @@ def test_two_models_of_the_same_code_do_not_disturb_each_other():
         second.unpatch()
         tiny.run(one)
         assert torch.equal(plain, tiny.run(other))
+
+
+class AlmostFastVideo(nn.Module):
+    def _forward_inference(self, hidden_states, timestep, kv_cache, crossattn_cache, current_start):
+        """Lacks start_frame."""
+
+
+class AlmostLingBot(nn.Module):
+    def forward(self, x, t, dit_cond_dict, kv_cache, crossattn_cache, current_start):
+        """Lacks max_attention_size, and layers."""
+
+
+class AlmostStreamDiffusion(nn.Module):
+    prepare = inference_wo_batch = inference_stream = print
+
+
+class AlmostSanaWM(nn.Module):
+    def forward(self, hidden_states, timestep, video_rotary_emb, kv_cache):
+        """Lacks kv_cache_mode."""
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [
+        (AlmostFastVideo, "fastvideo"),
+        (AlmostLingBot, "lingbot-world"),
+        (AlmostStreamDiffusion, "streamdiffusion-v2"),
+        (AlmostSanaWM, "sana-wm"),
+    ],
+)
+def test_the_nearest_adapter_is_shown(model, adapter):
+    with pytest.raises(tokentrim.UnsupportedModelError, match=f"(?m)^ *{adapter}: "):
+        tokentrim.patch(model())
