@@ -11,8 +11,9 @@ The transformer predicts flow: x0 = x_t - sigma * flow, with sigma looked up in 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from tokentrim_hooks import (
     Patches,
     Phase,
     Seen,
+    UnsupportedPolicyError,
     bind,
     home_of,
     hookimpl,
@@ -33,28 +35,29 @@ from tokentrim_hooks import (
     parameters_of,
 )
 
-from ._flow_stage import sigma_of, stage_of, x0_of
+from ._flow_stage import flow_of, sigma_of, stage_of, x0_of
 from ._wan import history_rows, rows_per_frame, values_of
 
 PARAMETERS = ("hidden_states", "timestep", "kv_cache", "crossattn_cache", "current_start", "start_frame")
 FOREIGN = ("kv_cache_mouse", "kv_cache_keyboard")
 """Parameters of Matrix-Game 2, whose action caches follow other rules."""
 POLICIES = ("absolute", "relativistic")
+CONVERT = "pred_noise_to_pred_video"
 
 
 class FastVideo(Adapter):
     """Causal Wan in FastVideo: give the composed pipeline, its causal denoising stage, or the bare transformer.
 
-    Only a pipeline or stage shows the second transformer of Wan2.2 and the scheduler; without a scheduler sigma is
-    timestep / 1000. The whole-chunk probe is refused: the stage turns flow into x0 with its own noisy latents.
+    Only a pipeline or stage shows the scheduler; without it sigma is timestep / 1000.
     """
 
     name = "fastvideo"
-    models = ("FastVideo causal Wan2.1", "FastVideo causal Wan2.2 (two transformers)")
+    models: ClassVar[tuple[str, ...]] = ("FastVideo causal Wan2.1",)
     context_kind = "rolling KV cache, K after RoPE (absolute) or before it (relativistic)"
-    takes = frozenset({"judge"})
-    """Its rows roll as Self-Forcing's do, but no other hook was tried on its real code yet: none is declared."""
+    takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide", "commit", "correct", "settle", "weigh"})
     constructors = ("fastvideo.pipelines.stages.causal_denoising:CausalDMDDenosingStage",)
+    transformers: ClassVar[int] = 1
+    """How many transformers its stage has."""
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:
@@ -66,6 +69,8 @@ class FastVideo(Adapter):
             reason = _refusal(transformer)
             if reason:
                 return NoMatch(reason, _nearness(transformer))
+        if len(transformers) != cls.transformers:
+            return NoMatch(f"the stage has {'a second' if second is not None else 'no second'} transformer", 0.5)
         _, height, width = first.patch_size
         return Match(first, (int(height), int(width)), also=tuple(transformers[1:]))
 
@@ -109,6 +114,50 @@ class FastVideo(Adapter):
         assert call.timestep is not None
         return x0_of(output.transpose(1, 2), call.latents, sigma_of(self.stage, call.timestep))
 
+    def with_prediction(self, call: Call, output: Any, x0: Tensor) -> Any:
+        """The flow of which the few-step stage makes ``x0``; a stage that follows the flow itself is refused."""
+        assert call.timestep is not None
+        if not _makes_x0(self.stage):
+            raise UnsupportedPolicyError(
+                f"{type(self.stage).__name__}.forward does not call {CONVERT}: it may follow the flow, so a changed x0 "
+                "would be lost.\nLeave such policies out, or patch a CausalDMDDenosingStage."
+            )
+        return flow_of(x0, call.latents, sigma_of(self.stage, call.timestep)).transpose(1, 2)
+
+    def with_latents(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Other latents, as ``[B, C, F, H, W]`` again: the stage gives them by position."""
+        hidden_states = latents.transpose(1, 2)
+        return ((hidden_states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_states})
+
+    def carry(self, call: Call, before: Tensor, after: Tensor) -> Tensor:
+        """The stage re-noises x0: x_t = (1 - sigma) x0 + sigma noise, so keep the noise and move x0."""
+        assert call.timestep is not None
+        kept = 1 - sigma_of(self.stage, call.timestep).view(-1, 1, 1, 1, 1)
+        return (call.latents.double() + kept * (after.double() - before.double())).to(call.latents.dtype)
+
+
+class FastVideoPair(FastVideo):
+    """Wan2.2: a transformer for high noise and one for low, each with a cache of its own, both of which are pruned.
+
+    The second is followed as a branch of the first. It commits before the first does, so which of its calls is a
+    commit, or its chunk's last, is not told apart: no policy but those that judge, and no whole-chunk probe.
+    """
+
+    name = "fastvideo-pair"
+    models = ("FastVideo causal Wan2.2 (two transformers)",)
+    takes = frozenset({"judge"})
+    transformers = 2
+
+    carry = Adapter.carry  # refused: a step may be made by the other transformer, on its own cache
+
+
+def _makes_x0(stage: Any) -> bool:
+    """Whether a stage's loop makes x0 of flow, as its code says: then it goes on with that and with nothing else."""
+    code = getattr(inspect.unwrap(type(stage).forward), "__code__", None)
+    return code is not None and CONVERT in code.co_names
+
 
 def _refusal(transformer: Any) -> str:
     """Why this is not a causal Wan of FastVideo; empty if it is."""
@@ -147,4 +196,4 @@ def _self_attentions(transformer: Any) -> list[Any]:
 @hookimpl
 def tokentrim_adapters() -> list[type[Adapter]]:
     """Built-in adapter for FastVideo."""
-    return [FastVideo]
+    return [FastVideo, FastVideoPair]

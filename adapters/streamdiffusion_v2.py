@@ -11,7 +11,7 @@ chunks are counted where the pipeline's methods are entered, on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -56,9 +56,9 @@ class StreamDiffusionV2(Adapter):
     name = "streamdiffusion-v2"
     models = ("StreamDiffusionV2 (one stream, without batched denoising)",)
     context_kind = "ring-buffer KV cache, K after RoPE"
-    takes = frozenset({"judge"})
-    """Nothing commits, so nothing can be settled or hidden from a commit. Hiding was not tried on its ring yet: a call
-    may overwrite a slot that holds marks."""
+    takes = frozenset({"judge", "hide", "correct", "weigh"})
+    """Nothing commits, so nothing can be settled or hidden from a commit. A corrected x0 is what the stream shows;
+    later chunks read K and V of the call that predicted it, as it was."""
     constructors = ("models.wan.causal_stream_inference:CausalStreamInferencePipeline",)
 
     @classmethod
@@ -86,7 +86,7 @@ class StreamDiffusionV2(Adapter):
         pipeline = _pipeline(model)
         self.generator: Any = pipeline.generator
         self.layers = self_attentions(self.generator)
-        self.start, self.frames, self.before = 0, 0, list[Before]()
+        self.start, self.frames, self.made, self.before = 0, 0, 0, list[Before]()
         home = home_of(self.layers[0])
         names: dict[str, Any] = {"k": "k_cache", "v": "v_cache", "lengths": "cache_seqlens"}
         patches.tap(home, FALLBACK, **names)
@@ -96,14 +96,14 @@ class StreamDiffusionV2(Adapter):
         patches.wrap(pipeline, "inference_wo_batch", self._next_chunk)
         for name in BATCHED:
             patches.wrap(pipeline, name, _refuse)
-        patches.hook(self.generator, before=self._note)
+        patches.hook(self.generator, before=self._note, after=self._count)
 
     def _new_video(self, wrapped: Any, _pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.start, self.frames, self.before = 0, 0, []
+        self.start, self.frames, self.made, self.before = 0, 0, 0, []
         return wrapped(*args, **kwargs)
 
     def _next_chunk(self, wrapped: Any, _pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.start, self.before = self.start + self.frames, []
+        self.start, self.made, self.before = self.start + self.frames, 0, []
         return wrapped(*args, **kwargs)
 
     def _note(self, _generator: Any, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -115,6 +115,9 @@ class StreamDiffusionV2(Adapter):
             slots = None if layer.evict_idx is None else [list(queue) for queue in layer.evict_idx]
             ends = (cache["global_end_index"].clone(), cache["local_end_index"].clone())
             self.before.append(Before(slots, cache["current_step"], ends))
+
+    def _count(self, *_: Any) -> None:
+        self.made += 1
 
     def parse(self, arguments: Mapping[str, Any]) -> Call | None:
         """Read one generator call. There is no clean-context call, so none commits."""
@@ -141,7 +144,17 @@ class StreamDiffusionV2(Adapter):
         current = (slots[0][0] - new, slots[0][0]) if full and slots else (0, 0)
         stop = size if full else filled
         anchors = min(int(self.layers[0].sink_size) * per_frame, stop)
-        return CacheRows([layer["v"] for layer in cache], 0, stop, per_frame, anchors, current)
+        ahead = self._slot_ahead(full or filled + new >= size, new)
+        frames = _ages(slots[0], new, per_frame, anchors, self.start) if full and slots else ()
+        if ahead:
+            frames = frames or tuple((row // per_frame, row) for row in range(anchors, stop, per_frame))
+            frames = tuple((frame, row) for frame, row in frames if not ahead[0] <= row < ahead[1])
+        return CacheRows([layer["v"] for layer in cache], 0, stop, per_frame, anchors, current, frames=frames)
+
+    def _slot_ahead(self, full: bool, new: int) -> tuple[int, int] | None:
+        """The slot that a chunk's later calls write, which is the next one: the counter of steps begins a call late."""
+        slots = self.layers[0].evict_idx
+        return (slots[0][0] - new, slots[0][0]) if self.made and full and slots and slots[0] else None
 
     def replay(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put queues, counters and end indices back as they were before the first attempt."""
@@ -161,6 +174,18 @@ BATCHED_REASON = (
 
 def _refuse(wrapped: Any, _pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     raise UnsupportedContextError(BATCHED_REASON)
+
+
+def _ages(queue: Sequence[int], new: int, per_frame: int, anchors: int, start: int) -> tuple[tuple[int, int], ...]:
+    """(latent frame, first row) behind the sinks in a full ring, oldest first, for the chunk at frame ``start``.
+
+    The queue has the slots in the order in which they are overwritten, this chunk's first. A first chunk of more frames
+    than later ones leaves rows between sinks and ring that never are: they keep the frames of the beginning.
+    """
+    turned = [row for end in queue for row in range(end - new, end, per_frame)]
+    stuck = ((row // per_frame, row) for row in range(anchors, min(turned), per_frame))
+    ring = turned[new // per_frame :]
+    return (*stuck, *enumerate(ring, start - len(ring)))
 
 
 def _pipeline(model: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from test_reference_conformance import Reference
 from tokentrim_hooks_adapters.self_forcing import SelfForcing
 
-from tokentrim_hooks.pruning import fleeting
+from tokentrim_hooks.pruning import fleeting, tap
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.rollout import steering
 from tokentrim_hooks.rollout.guidance import Guidance
@@ -21,7 +21,9 @@ SETTLE = "test_rows_that_a_policy_settles_are_those_of_the_commit"
 NEUTRAL = "test_policies_without_an_answer_change_no_bit"
 GUIDE = "test_a_guided_call_is_made_from_the_latents_that_a_policy_moves"
 LOOK = "test_a_look_ahead_touches_nothing"
-ALL = {HIDE, ONCE, CORRECT, SETTLE, NEUTRAL, GUIDE, LOOK}
+WEIGH, WEIGH_ONCE = "test_a_weighed_token_gets_that_share_of_attention", "test_weighed_in_one_call_and_in_no_other"
+WEIGH_ONE = "test_a_weight_of_one_changes_no_bit"
+ALL = {HIDE, ONCE, CORRECT, SETTLE, NEUTRAL, GUIDE, LOOK, WEIGH, WEIGH_ONCE, WEIGH_ONE}
 
 
 class Rolling(Reference):
@@ -199,7 +201,83 @@ def draws_a_random_number(patch):
     patch.setattr(Guidance, "guided", guided)
 
 
+def sums_are_not_made_one_again(patch):
+    def weighing(attend):
+        return lambda q, k, v, mask: attend(q, k, v[..., :-1].contiguous(), mask)
+
+    patch.setattr(tap, "weighing", weighing)
+
+
+def weighs_the_sum_alone(patch):
+    """As if w stood in the denominator only."""
+    def weighing(attend):
+        def twice(q, k, v, mask):
+            values, weights = v[..., :-1] / v[..., -1:], v[..., -1:].expand_as(v[..., :-1]).contiguous()
+            return attend(q, k, values, mask) / attend(q, k, weights, mask)
+
+        return twice
+
+    patch.setattr(tap, "weighing", weighing)
+
+
+def weights_of_other_tokens(patch):
+    true = fleeting._in_order_of_rows
+    patch.setattr(fleeting, "_in_order_of_rows", lambda *given: true(*given)[::-1])
+
+
+def hides_what_should_weigh(patch):
+    true = fleeting.FleetingMarks.hide
+    patch.setattr(fleeting.FleetingMarks, "hide", lambda self, context, hidden, weights=None: true(
+        self, context, hidden if weights is None else hidden | (weights < 1)))  # fmt: skip
+
+
+def weighs_in_the_first_layer_only(patch):
+    true = fleeting.FleetingMarks.weighed
+
+    def weighed(self, layer, values, rows):
+        if layer:
+            rows = dataclasses.replace(rows, on_device=torch.ones_like(rows.on_device))
+        return true(self, layer, values, rows)
+
+    patch.setattr(fleeting.FleetingMarks, "weighed", weighed)
+
+
+def marked_elements_are_lost(patch):
+    """For the kernel 0 is put in the place of marks, not the elements that were there."""
+    true = fleeting.FleetingMarks.weighed
+
+    def weighed(self, layer, values, rows):
+        kept = self._layers[layer]
+        self._layers[layer] = dataclasses.replace(kept, old=torch.zeros_like(kept.old))
+        try:
+            return true(self, layer, values, rows)
+        finally:
+            self._layers[layer] = kept
+
+    patch.setattr(fleeting.FleetingMarks, "weighed", weighed)
+
+
+def one_is_nearly_one(patch):
+    true = Steering.hidden
+
+    def hidden(self, call, place, context):
+        found, acts = true(self, call, place, context)
+        view = steering.view_of(context, place.grid)
+        self.weights = torch.full((1, view.frames, view.tokens), 1 - 1e-6) if view.frames else None
+        return found, acts
+
+    patch.setattr(Steering, "hidden", hidden)
+
+
 @pytest.mark.parametrize(("break_it", "tests"), [
+    (sums_are_not_made_one_again, {WEIGH, WEIGH_ONCE}),
+    (weighs_the_sum_alone, {WEIGH, WEIGH_ONCE}),
+    (weights_of_other_tokens, {WEIGH, WEIGH_ONCE}),
+    (hides_what_should_weigh, {WEIGH, WEIGH_ONCE}),
+    (weighs_in_the_first_layer_only, {WEIGH, WEIGH_ONCE}),
+    (marked_elements_are_lost, {WEIGH, WEIGH_ONCE}),
+    (whatever_the_phase, {WEIGH_ONCE}),
+    (one_is_nearly_one, {WEIGH_ONE}),
     (looks_at_the_cache_itself, {LOOK}),
     (copies_the_list_and_not_the_rows, {LOOK}),
     (copies_all_but_the_counters, {LOOK}),

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.commit_window import CommitWindow
+from tokentrim_hooks.policy.flowmo import FlowMo
+from tokentrim_hooks.policy.frame_eviction import FrameEviction
+from tokentrim_hooks.policy.soft_prune import SoftPrune
 from tokentrim_hooks.policy.token_trim import DriftPolicy, measured
-from tokentrim_hooks.policy.views import Chunk, ContextView, History, Place, Verdict
+from tokentrim_hooks.policy.views import Chunk, ContextView, History, Noisy, Place, Verdict
 
 Choice = Literal["random", "least", "none"]
 
@@ -134,6 +137,59 @@ class OldestWindow(CommitWindow):
         anchors = torch.tensor(context.anchors, dtype=torch.bool)
         hidden = (~anchors).cumsum(0) > max(self.frames - chunk.frames, 0)
         return torch.where(anchors, torch.tensor(not self.anchors), hidden)
+
+
+@dataclass(frozen=True)
+class NewestLight(SoftPrune):
+    """Control for :class:`SoftPrune`: as many frames weigh less, but the newest ones."""
+
+    def hide(self, chunk: Place, context: ContextView) -> Tensor | None:
+        """The weight of each frame, ``[frames]``."""
+        weights = super().hide(chunk, context)
+        if weights is None:
+            return None
+        others = ~torch.tensor(context.anchors, dtype=torch.bool)
+        weights[others] = weights[others].flip(0)
+        return weights
+
+
+@dataclass(frozen=True)
+class RandomFrames(FrameEviction):
+    """Control for :class:`FrameEviction`: as many frames are not read, but random ones of those that could be.
+
+    Args:
+        seed: of the choice, which differs by chunk and is the same in all of its calls.
+    """
+
+    seed: int = 0
+
+    def hide(self, chunk: Place, context: ContextView) -> Tensor | None:
+        """The flags of each sample, dealt out anew among the frames behind the anchors and before the newest."""
+        hidden = super().hide(chunk, context)
+        if hidden is None:
+            return None
+        rng = torch.Generator().manual_seed(_mixed(self.seed, chunk.start))
+        free = torch.arange(context.frames) < max(context.frames - self.keep, 0)
+        if not self.prune_anchors:
+            free &= ~torch.tensor(context.anchors, dtype=torch.bool)
+        places = free.nonzero()[:, 0].to(hidden.device)
+        dealt = places[torch.randperm(len(places), generator=rng).to(hidden.device)]
+        return hidden.clone().index_copy(1, places, hidden[:, dealt])
+
+
+@dataclass(frozen=True)
+class RandomStep(FlowMo):
+    """Control for :class:`FlowMo`: every element of the first chunk's latents moves as far, but up or down at random.
+
+    Args:
+        seed: of the direction.
+    """
+
+    seed: int = 0
+
+    def _slope(self, latents: Tensor, chunk: Noisy, level: float) -> Tensor:
+        rng = torch.Generator(latents.device).manual_seed(self.seed)
+        return torch.randn(latents.shape, generator=rng, device=latents.device, dtype=latents.dtype)
 
 
 def _mixed(seed: int, place: int) -> int:

@@ -86,6 +86,8 @@ class CacheRows:
         attentions: attention calls over these rows in one denoiser call, where it is not one per tensor in ``values``.
         end: latent frame behind the newest one that is finished, for policies that compare frames; default: the frame
             at which the call starts.
+        frames: (latent frame, first row) of every finished frame behind the anchors, oldest first, where rows lie in
+            another order: a ring whose slots are not all overwritten in turn.
     """
 
     values: Sequence[Tensor]
@@ -97,11 +99,14 @@ class CacheRows:
     keys: Sequence[Tensor] = ()
     attentions: int = 0
     end: int | None = None
+    frames: Sequence[tuple[int, int]] = ()
 
     @property
     def frame_rows(self) -> list[int]:
         """First row of every finished frame, oldest first: sinks, then what lies behind the current chunk in a ring."""
         step, head = self.rows_per_frame, self.start + self.anchors
+        if self.frames:
+            return [*range(self.start, head - step + 1, step), *(row for _, row in self.frames)]
         runs = [(self.start, head)]
         if self.current[1] > self.current[0]:
             runs += [(max(self.current[1], head), self.stop), (head, min(self.current[0], self.stop))]

@@ -172,7 +172,7 @@ def _numbers(context: Context, view: ContextView, start: int) -> list[int | None
         return [frame for frame, _ in frames_of(context)]
     # The other frames of a cache are the newest finished ones, in order.
     end = start if context.end is None else context.end
-    recent = iter(range(end - view.anchors.count(False), end))
+    recent = iter([frame for frame, _ in context.frames] or range(end - view.anchors.count(False), end))
     return [None if anchor else next(recent) for anchor in view.anchors]
 
 

@@ -8,7 +8,7 @@ rotary embedding changes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -47,13 +47,13 @@ class Attention:
         return len(self.rows)
 
 
-Edit = Callable[[Attention], "list[int]"]
-"""Names the key positions to hide from a kernel call."""
+Edit = Callable[[Attention], "Mapping[int, float]"]
+"""Names key positions of a kernel call and what they weigh there: 0 for those that it may not see."""
 
 
 @contextmanager
 def watch_attention(denoisers: Sequence[Denoiser], edit: Edit | None = None) -> Iterator[list[Attention]]:
-    """Record every kernel call inside the denoisers; with ``edit``, put -inf at the keys that it names."""
+    """Record every kernel call inside the denoisers; with ``edit``, add log w to the scores of the keys it names."""
     watch = _Watch(edit)
     with around_calls(denoisers, watch.enter, watch.leave), watch:
         yield watch.seen
@@ -121,9 +121,9 @@ class _Watch(TorchFunctionMode):
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         seen = self._record(given["query"], given["value"])
-        hidden = self.edit(seen) if self.edit is not None else []
-        if hidden:
-            given["attn_mask"] = _hide(given, hidden)
+        weights = self.edit(seen) if self.edit is not None else {}
+        if weights:
+            given["attn_mask"] = _weighed(given, weights)
             given["is_causal"] = False
         return func(**given)
 
@@ -155,8 +155,8 @@ def _numbers(rows: Tensor) -> list[int]:
     return numbers
 
 
-def _hide(given: dict[str, Any], hidden: list[int]) -> Tensor:
-    """The call's attention mask as a float mask, with -inf at the hidden keys."""
+def _weighed(given: dict[str, Any], weights: Mapping[int, float]) -> Tensor:
+    """The call's attention mask as a float mask, plus log w at the keys named: -inf where the weight is 0."""
     query, key, mask = given["query"], given["key"], given.get("attn_mask")
     bias = torch.zeros(query.shape[-2], key.shape[-2], dtype=query.dtype, device=query.device)
     if given.get("is_causal"):
@@ -166,7 +166,7 @@ def _hide(given: dict[str, Any], hidden: list[int]) -> Tensor:
         bias = bias + (zeros.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask)
     else:
         bias = bias.clone()
-    bias[..., hidden] = float("-inf")
+    bias[..., list(weights)] += torch.tensor(list(weights.values())).log().to(bias)
     return bias
 
 

@@ -22,10 +22,11 @@ from tokentrim_hooks.testing.laws.exactness import PruningTests
 from tokentrim_hooks.testing.laws.guided import GuideConformance
 from tokentrim_hooks.testing.laws.hooks import HooksConformance
 from tokentrim_hooks.testing.laws.statements import StatementTests
+from tokentrim_hooks.testing.laws.weights import WeighConformance
 from tokentrim_hooks.testing.syncs import count_syncs
 
 
-class AdapterConformance(StatementTests, PruningTests, HooksConformance, GuideConformance):
+class AdapterConformance(StatementTests, PruningTests, HooksConformance, GuideConformance, WeighConformance):
     """What every adapter must pass. Subclasses set ``adapter`` and write :meth:`make_model` and :meth:`run`.
 
     All settings, and what else can be overridden, are those of :class:`tokentrim_hooks.testing.laws.trial.Trial`.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny
 import torch
-from tokentrim_hooks_adapters.fastvideo import FastVideo
+from tokentrim_hooks_adapters.fastvideo import FastVideo, FastVideoPair
 from torch import Tensor, nn
 
 import tokentrim_hooks as tokentrim
@@ -22,7 +23,22 @@ PHASES = {"first": 1, "refine": 2, "commit": 1}
 DEAD = (0, 5, 11, 20)
 
 
-class TestAbsolute(AdapterConformance):
+class Kit(AdapterConformance):
+    """The kit cannot know that the denoiser predicts flow: what is halved is x0, as the loop makes it of the flow."""
+
+    def _halved(self, call: int, seed: int) -> Tensor:
+        model, count = self.make_model(), [-1]
+        convert = tiny.causal_denoising.pred_noise_to_pred_video
+
+        def halve(*given: Any, **named: Any) -> Tensor:
+            count[0] += 1
+            return convert(*given, **named) / (2 if count[0] + count[0] // len(tiny.STEPS) == call else 1)
+
+        with mock.patch.object(tiny.causal_denoising, "pred_noise_to_pred_video", halve):
+            return self.run(model, seed)
+
+
+class TestAbsolute(Kit):
     """Roped K in the cache; 7 chunks of 2 frames through a window of 6 with one sink frame, so rows roll."""
 
     adapter = FastVideo
@@ -35,7 +51,14 @@ class TestAbsolute(AdapterConformance):
         return model(seed, self.chunks)
 
 
-class TestRealStage(AdapterConformance):
+class TestRelativistic(TestAbsolute):
+    """Raw K in the cache, roped anew at every call."""
+
+    def make_model(self) -> Any:
+        return tiny.Float32Stage("relativistic")
+
+
+class TestRealStage(Kit):
     """FastVideo's own CausalDMDDenosingStage. It computes in bfloat16, and so does the comparison."""
 
     adapter = FastVideo
@@ -49,24 +72,25 @@ class TestRealStage(AdapterConformance):
         return tiny.run_real_stage(model, seed, self.chunks)
 
 
-# Name, options, chunk that is pruned, anchors, rows that die a layer: 4 tokens of 3 (2) chunks' prunable frames.
+# Name, options, probe, chunk that is pruned, anchors, rows that die a layer: 4 tokens of 3 (2) chunks' prunable frames.
 CONFIGURATIONS = [
-    ("absolute", {}, 4, 1, 4 * 3),
-    ("relativistic", {"policy": "relativistic"}, 4, 1, 4 * 3),
-    ("relativistic, no sink", {"policy": "relativistic", "sinks": 0}, 5, 0, 4 * 4),
-    ("int indices, window not full", {"sinks": 0, "ints": True}, 2, 0, 4 * 4),
+    ("absolute", {}, "first-step", 4, 1, 4 * 3),
+    ("absolute, whole-chunk probe", {}, "candidate", 4, 1, 4 * 3),
+    ("relativistic", {"policy": "relativistic"}, "first-step", 4, 1, 4 * 3),
+    ("relativistic, no sink", {"policy": "relativistic", "sinks": 0}, "first-step", 5, 0, 4 * 4),
+    ("int indices, window not full", {"sinks": 0, "ints": True}, "first-step", 2, 0, 4 * 4),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "chunk", "anchors", "dead"), CONFIGURATIONS)
+@pytest.mark.parametrize(("name", "options", "probe", "chunk", "anchors", "dead"), CONFIGURATIONS)
 def test_equals_minus_infinity(
-    name: str, options: dict[str, Any], chunk: int, anchors: int, dead: int, record_property: Any
+    name: str, options: dict[str, Any], probe: Any, chunk: int, anchors: int, dead: int, record_property: Any
 ) -> None:
     """Largest difference to the kit's -inf reference, which finds keys by value, beside the effect of the prune."""
     model = tiny.Float32Stage(**options)
     plain = model(9, 7)
     expected = run_with_dead_keys(lambda: model(9, 7), [model.transformer], chunk, DEAD, tiny.TOKENS, anchors)
-    with tokentrim.patch(model, ForcedPolicy({chunk: DEAD})) as handle:
+    with tokentrim.patch(model, ForcedPolicy({chunk: DEAD}), probe=probe) as handle:
         actual = model(9, 7)
     error, effect = float((actual - expected).abs().max()), float((expected - plain).abs().max())
     record_property("figure", f"fastvideo {name}: effect {effect:.2e} error {error:.1e}")
@@ -165,7 +189,8 @@ def test_two_transformers_have_two_contexts_and_both_are_pruned(record_property:
     stage = tiny.real_stage(boundary=0.9)
     plain = tiny.run_real_stage(stage, 1, 5, 0.9)
     before = fingerprint(stage)
-    match = FastVideo.probe(stage)
+    match = FastVideoPair.probe(stage)
+    assert isinstance(FastVideo.probe(stage), tokentrim.NoMatch)
     assert isinstance(match, tokentrim.Match) and match.also == (stage.transformer_2,)
     with (
         watch_attention([stage.transformer]) as high,
@@ -192,10 +217,26 @@ def test_two_transformers_have_two_contexts_and_both_are_pruned(record_property:
     assert effect > 1e-2 and torch.equal(pruned, expected)
 
 
-def test_whole_chunk_probe_is_refused() -> None:
-    """The stage makes x0 of flow and of its own noisy latents, which a replay cannot change."""
+def test_two_transformers_take_policies_that_judge_and_no_others() -> None:
+    """Which calls of the second commit is not told apart, and a whole chunk cannot be replayed on one of two caches."""
+    stage = tiny.real_stage(boundary=0.9)
     with pytest.raises(tokentrim.UnsupportedProbeError, match="first-step"):
-        tokentrim.patch(tiny.Float32Stage(), ForcedPolicy({3: DEAD}), probe="candidate")
+        tokentrim.patch(stage, ForcedPolicy({3: DEAD}), probe="candidate")
+    for policy in (tokentrim.CommitWindow(), tokentrim.LatentMoments(), tokentrim.RowMoments()):
+        with pytest.raises(tokentrim.UnsupportedPolicyError, match="fastvideo-pair"):
+            tokentrim.patch(stage, policy)
+
+
+def test_a_loop_that_follows_the_flow_takes_no_correction() -> None:
+    """FastVideo's other stage hands the flow to its scheduler: a corrected x0 would be lost, and that is said."""
+    stage = tiny.causal_denoising.CausalDenoisingStage(tiny.transformer(), tiny.scheduler())
+    call, x0 = SimpleNamespace(timestep=torch.ones(1, 1)), torch.zeros(1, 2, 16, 8, 12)
+    words = r"CausalDenoisingStage\.forward does not call"
+    with (
+        tokentrim.patch(stage, tokentrim.LatentMoments()) as handle,
+        pytest.raises(tokentrim.UnsupportedPolicyError, match=words),
+    ):
+        handle.adapter.with_prediction(call, None, x0)
 
 
 def test_a_composed_pipeline_is_recognised_by_its_stage() -> None:

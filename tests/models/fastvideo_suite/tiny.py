@@ -84,16 +84,17 @@ class Float32Stage(nn.Module):
         """Latents ``[B, C, F, H, W]``; all noise comes from the global random stream."""
         torch.manual_seed(seed)
         kv, cross = caches(self.transformer, batch, self.ints)
-        video = [self._chunk(index * PER_CHUNK, kv, cross, batch) for index in range(chunks)]
+        convert = causal_denoising.pred_noise_to_pred_video  # named in forward, as in the stage's
+        video = [self._chunk(index * PER_CHUNK, kv, cross, batch, convert) for index in range(chunks)]
         return torch.cat(video, dim=2)
 
-    def _chunk(self, start: int, kv: Any, cross: Any, batch: int) -> Tensor:
+    def _chunk(self, start: int, kv: Any, cross: Any, batch: int, convert: Any) -> Tensor:
         x = torch.randn(batch, 16, PER_CHUNK, HEIGHT, WIDTH)
         for step, timestep in enumerate(STEPS):
             if step:
                 x = self._convert(self.scheduler.add_noise, x, torch.randn_like(x), timestep)
             flow = self._call(x, timestep, step, start, kv, cross)
-            x = self._convert(causal_denoising.pred_noise_to_pred_video, flow, x, timestep, self.scheduler)
+            x = self._convert(convert, flow, x, timestep, self.scheduler)
         self._call(x, 0, 0, start, kv, cross)
         return x
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,10 +24,16 @@ KERNEL = "attention_with_kvcache_fallback"
 class Reference:
     """Unpatched run with -inf at dead keys. A row belongs to the chunk in whose call its V was seen to change.
 
-    ``drop=True`` takes the keys out instead and calls the package's own kernel, to compare bit for bit.
+    ``drop=True`` takes the keys out instead and calls the package's own kernel, to compare bit for bit. ``weights``,
+    by token, are used in the place of 0, with ``once`` in the first call only.
     """
 
-    def __init__(self, first_call: int, sinks: int, drop: bool = False) -> None:
+    def __init__(
+        self, first_call: int, sinks: int, drop: bool = False, weights: Any = None, once: bool = False
+    ) -> None:
+        self.weights, self.once = torch.zeros(tiny_stream.TOKENS), once
+        for token, weight in (weights or {}).items():
+            self.weights[token] = weight
         self.first_call, self.sinks, self.drop = first_call, sinks * tiny_stream.TOKENS, drop
         self.native = getattr(tiny_stream.causal_model, KERNEL)
         self.kernels = 0
@@ -46,7 +53,8 @@ class Reference:
             return self.native(q, k_cache[:, live], v_cache[:, live], lengths)
         assert cache_seqlens.tolist() == [length]
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k_cache) * q.shape[-1] ** -0.5
-        scores = scores.masked_fill(dead, float("-inf"))
+        weights = torch.where(dead, self.weights.repeat(length // tiny_stream.TOKENS), 1.0)
+        scores = scores + weights.log() * (call == self.first_call or not self.once)
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v_cache)
 
     def _dead(self, call: int, layer: int, now: Tensor) -> Tensor:
@@ -108,10 +116,14 @@ def test_equals_the_reference(
 
 
 class TestRing(AdapterConformance):
-    """The conformance kit on a stream whose ring turns."""
+    """The conformance kit on a stream whose ring turns.
+
+    Up to chunk 7: later the ring drops newer frames before the one that is stuck, which the kit's policies, who count
+    from the newest on, cannot tell.
+    """
 
     adapter = StreamDiffusionV2
-    chunks, chunk_to_prune, tokens = 9, 6, DEAD
+    chunks, chunk_to_prune, tokens, anchor_frames = 8, 6, DEAD, tiny_stream.SINKS
 
     def make_model(self) -> Any:
         return tiny_stream.pipeline()
@@ -122,6 +134,57 @@ class TestRing(AdapterConformance):
     def reference(self, model: Any, seed: int) -> Tensor:
         with mock.patch.object(tiny_stream.causal_model, KERNEL, Reference(12, tiny_stream.SINKS).attend):
             return self.run(model, seed)
+
+    def weighed_reference(self, model: Any, seed: int, weights: Any, calls: Any) -> Tensor:
+        reference = Reference(12, tiny_stream.SINKS, weights=weights, once=calls is not None)
+        with mock.patch.object(tiny_stream.causal_model, KERNEL, reference.attend):
+            return self.run(model, seed)
+
+
+@dataclass(frozen=True)
+class HidesOldest(tokentrim.Policy):
+    """Hides the two oldest frames behind the sinks, from one chunk on."""
+
+    chunk: int = 0
+
+    def hide(self, chunk: Any, context: Any) -> Any:
+        age = (~torch.tensor(context.anchors)).cumsum(0)
+        return (age == 1) | (age == 2) if chunk.index >= self.chunk else None
+
+
+class OldestDead(Reference):
+    """-inf at the two frames behind the sinks whose rows changed longest ago, those of the call's chunk aside."""
+
+    steps = 2
+
+    def _dead(self, call: int, layer: int, now: Tensor) -> Tensor:
+        known = torch.full_like(now, float("nan"))
+        old = self.rows.get(layer, now[:0])
+        known[: len(old)] = old
+        when = torch.zeros(len(now), dtype=torch.long)
+        before = self.dead.get(layer, when[:0])
+        when[: len(before)] = before
+        self.dead[layer] = torch.where((now != known).any(1), call, when)
+        self.rows[layer] = now.clone()
+        frames = self.dead[layer].view(-1, tiny_stream.TOKENS)[:, 0]
+        free = [n for n in range(2, len(frames)) if frames[n] // self.steps < call // self.steps]
+        oldest = sorted(free, key=lambda n: int(frames[n]))[:2] if call >= self.first_call else []
+        return torch.tensor([n in oldest for n in range(len(frames))]).repeat_interleave(tiny_stream.TOKENS)
+
+
+@pytest.mark.parametrize("steps", [(700, 0), (700, 400, 0), (700, 500, 300, 0)], ids=len)
+@pytest.mark.parametrize("chunk", [3, 4, 6])
+def test_frames_of_the_ring_are_told_by_age(steps: tuple[int, ...], chunk: int) -> None:
+    """Also in calls behind a chunk's first, which write the next slot, and where rows of the beginning are stuck."""
+    pipe, count = tiny_stream.pipeline(steps=steps), len(steps) - 1
+    plain, reference = tiny_stream.run(pipe, 9, 11), OldestDead(chunk * count, tiny_stream.SINKS)
+    reference.steps = count
+    with mock.patch.object(tiny_stream.causal_model, KERNEL, reference.attend):
+        expected = tiny_stream.run(pipe, 9, 11)
+    with tokentrim.patch(pipe, HidesOldest(chunk=chunk)):
+        actual = tiny_stream.run(pipe, 9, 11)
+    assert (expected - plain).abs().max() > 1e-2
+    assert (actual - expected).abs().max() <= 1e-5
 
 
 def test_batched_streams_are_refused() -> None:

@@ -75,16 +75,17 @@ class Sampler(nn.Module):
         """One video, latents ``[1, 16, F, H, W]``."""
         torch.manual_seed(seed)
         kv, cross = self._caches()
-        return torch.cat([self._chunk(FRAMES * i, kv, cross) for i in range(self.size.chunks)], dim=2)
+        convert = pred_noise_to_pred_video  # named here, as in the stage's forward: by that a loop like its own is told
+        return torch.cat([self._chunk(FRAMES * i, kv, cross, convert) for i in range(self.size.chunks)], dim=2)
 
-    def _chunk(self, start: int, kv: Any, cross: Any) -> Tensor:
+    def _chunk(self, start: int, kv: Any, cross: Any, convert: Any) -> Tensor:
         x = self._noise()
         clean = x
         for index, step in enumerate(STEPS):
             sigma = step / 1000
             if index:
                 x = (1 - sigma) * clean + sigma * self._noise()
-            clean = x - sigma * self._call(x, step, index, start, kv, cross)
+            clean = convert(self._call(x, step, index, start, kv, cross), x, sigma)
         self._call(clean, 0, 0, start, kv, cross)
         return clean
 
@@ -109,6 +110,11 @@ class Sampler(nn.Module):
         kv = [{"k": torch.zeros(rows, **place), "v": torch.zeros(rows, **place),  # type: ignore[call-overload]
                "global_end_index": 0, "local_end_index": 0} for _ in layers]  # fmt: skip
         return kv, [{"k": None, "v": None, "is_init": False} for _ in layers]
+
+
+def pred_noise_to_pred_video(flow: Tensor, latents: Tensor, sigma: float) -> Tensor:
+    """x0, as FastVideo's function of that name has it."""
+    return latents - sigma * flow
 
 
 def _transformer(parts: Any, shape: Shape, size: Size) -> Any:

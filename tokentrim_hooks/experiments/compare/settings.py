@@ -10,8 +10,19 @@ from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.commit_window import CommitWindow
-from tokentrim_hooks.policy.controls import AlwaysPolicy, ChooseTokens, FreshNoise, OldestWindow
+from tokentrim_hooks.policy.controls import (
+    AlwaysPolicy,
+    ChooseTokens,
+    FreshNoise,
+    NewestLight,
+    OldestWindow,
+    RandomFrames,
+    RandomStep,
+)
+from tokentrim_hooks.policy.flowmo import FlowMo
+from tokentrim_hooks.policy.frame_eviction import FrameEviction
 from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
+from tokentrim_hooks.policy.soft_prune import SoftPrune
 from tokentrim_hooks.policy.token_trim import DriftPolicy
 from tokentrim_hooks.rollout.shared import Probe
 
@@ -97,8 +108,14 @@ METHODS: tuple[Setting, ...] = (
     ),
     Setting("paper + commit window 6", methods=(DriftPolicy(), CommitWindow(frames=6))),
     Setting("control: oldest window 6", methods=(OldestWindow(frames=6),)),
+    Setting("frame eviction", methods=(FrameEviction(),)),
+    Setting("control: random frames", methods=(RandomFrames(),)),
+    Setting("soft prune", methods=(SoftPrune(),)),
+    Setting("control: newest light", methods=(NewestLight(),)),
+    Setting("flowmo", methods=(FlowMo(),)),
+    Setting("control: random step", methods=(RandomStep(),)),
 )
-"""Other methods than the paper's, and a control for one of them: run where ``--only`` names them."""
+"""Other methods than the paper's, and controls for some of them: run where ``--only`` names them."""
 
 OWN = {name: kind for name, kind in get_type_hints(Setting).items() if name not in ("name", "options", "methods")}
 OPTIONS = get_type_hints(DriftPolicy)

@@ -22,6 +22,7 @@ from tokentrim_hooks.testing.checks.keys import (
     evictions,
     require_followed,
     run_with_dead_keys,
+    run_with_weights,
 )
 from tokentrim_hooks.testing.checks.records import (
     check_calls,
@@ -48,4 +49,5 @@ __all__ = [
     "replaced_forward",
     "require_followed",
     "run_with_dead_keys",
+    "run_with_weights",
 ]

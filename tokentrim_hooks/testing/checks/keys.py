@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -128,22 +128,36 @@ def run_with_dead_keys(
     With ``calls``, ordinals of denoiser calls, only in those of them that are the chunk's. Keys are followed by
     value, layer by layer; see :class:`KeyTracker`. Raises SkipTest where that is impossible.
     """
-    trackers: dict[int, KeyTracker] = {}
-    hidden: set[int] = set()
+    return run_with_weights(run, denoisers, chunk, dict.fromkeys(tokens, 0.0), per_frame, anchors, calls)
 
-    def edit(one: Attention) -> list[int]:
+
+def run_with_weights(
+    run: Callable[[], Tensor],
+    denoisers: Sequence[Denoiser],
+    chunk: int,
+    weights: Mapping[int, float],
+    per_frame: int,
+    anchors: int,
+    calls: Collection[int] | None = None,
+) -> Tensor:
+    """The same with log w, w by token, added to the scores of these keys, for every query."""
+    trackers: dict[int, KeyTracker] = {}
+    changed: set[int] = set()
+
+    def edit(one: Attention) -> dict[int, float]:
         tracker = trackers.setdefault(one.layer, KeyTracker())
         tracker.see(one.rows)
         chunks = len(tracker.chunks)
         if chunks < chunk or (calls is not None and (chunks > chunk or one.call not in calls)):
-            return []
-        dead = tracker.written_by(chunk, tokens, per_frame, anchors)
-        hidden.add(one.layer)
-        return [place for place, row in enumerate(one.rows) if row in dead]
+            return {}
+        changed.add(one.layer)
+        written = {token: tracker.written_by(chunk, [token], per_frame, anchors) for token in weights}
+        by_row = {row: weights[token] for token, rows in written.items() for row in rows}
+        return {place: by_row[row] for place, row in enumerate(one.rows) if row in by_row}
 
     with watch_attention(denoisers, edit) as seen:
         result = run()
-    require_followed(trackers, hidden, seen, per_frame)
+    require_followed(trackers, changed, seen, per_frame)
     return result
 
 
