@@ -199,8 +199,8 @@ def make_observer(name: str, folder: str | Path | None = None) -> Observer:
 
 def all_made(observers: Iterable[Observer | str]) -> list[Observer]:
     """The observers, names replaced by what :func:`make_observer` makes of them."""
-    if isinstance(observers, str):
-        raise TypeError(f"observers must be a list, got the string {observers!r}")
+    if isinstance(observers, str) or not isinstance(observers, Iterable):
+        raise TypeError(f"observers must be a list (of objects with on_chunk, or of names), got {observers!r}")
     made = [make_observer(item) if isinstance(item, str) else item for item in observers]
     for item in made:
         if not callable(getattr(item, "on_chunk", None)):

@@ -5,8 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import os
 import pickletools
+import subprocess
+import sys
+import textwrap
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import tiny_reference
@@ -14,8 +19,10 @@ import torch
 from own_loop import CHUNKS, STEPS, calls, last
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, Role, Segment
 from tokentrim_hooks.pruning.tombstones import alive_rows
-from tokentrim_hooks.testing import ForcedPolicy
+from tokentrim_hooks.rollout.pruner import Proof, Pruner
+from tokentrim_hooks.testing import ForcedPolicy, count_syncs
 
 POLICY = ForcedPolicy({2: [0, 3]})
 BEHIND = 4 * (len(STEPS) + 1)
@@ -118,3 +125,67 @@ def test_a_later_patch_goes_on_from_a_copy(policy):
     with tokentrim.patched(pipeline, policy), said:
         assert torch.equal(last(video), right)
     assert CHUNKS > 4 and min(marked(found[-1])) == 0, "unpatch leaves no mark in what it has seen"
+
+
+FRESH = """
+    import itertools, sys, torch, tiny_reference
+    from own_loop import calls, last
+    import tokentrim_hooks as tokentrim
+
+    cache = torch.load(sys.argv[1], weights_only=True)
+    pipeline, found = tiny_reference.make(), []
+    video = calls(pipeline, 1, handed=lambda own: found[-1] if found else own)
+    for _ in itertools.islice(video, int(sys.argv[2])):
+        pass
+    found.append(cache)
+    with tokentrim.patched(pipeline, tokentrim.ObservePolicy()):
+        torch.save(last(video), sys.argv[1])
+"""
+
+
+def test_a_process_that_has_never_pruned_goes_on_from_a_saved_cache(tmp_path):
+    """And says whose the marks are."""
+    pipeline, file = tiny_reference.make(), tmp_path / "cache.pt"
+    with tokentrim.patched(pipeline, POLICY):
+        video = calls(pipeline, 1)
+        for _ in itertools.islice(video, BEHIND):
+            pass
+        torch.save(pipeline.kv_cache1, file)
+    assert min(marked(torch.load(file))) > 0
+    command = [sys.executable, "-c", textwrap.dedent(FRESH), str(file), str(BEHIND)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "tokentrim.unmark" in done.stderr, done.stderr
+    frames = pipeline.num_frame_per_block
+    assert torch.equal(torch.load(file)[:, -frames:], alone()[:, -frames:]), "the fifth chunk, on the loaded cache"
+
+
+ROWS = torch.ones(1, 8, 2, 4)
+CONTEXTS = {
+    "in the sequence": (KeyLayout((Segment(Role.CURRENT, (0,), 2, 2),)), 1, 0),
+    "an empty cache": (CacheRows([ROWS], 0, 0, 4), 3, 0),
+    "a cache with history": (CacheRows([ROWS], 0, 4, 4), 3, 3),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_what_it_costs_to_look_for_marks(name):
+    """Of three videos that begin amid: questions to the adapter, and reads of the device."""
+    context, questions, reads = CONTEXTS[name]
+    asked = []
+    adapter = SimpleNamespace(name="tried", context=lambda call: asked.append(call) or context)
+    proof = Proof()
+    with count_syncs() as log:
+        for _ in range(3):
+            Pruner(adapter, (1, 1), POLICY, proof).inherit(SimpleNamespace(stream=0))
+    assert (len(asked), sum(event.ours for event in log.events)) == (questions, reads)
+
+
+def test_a_video_from_the_beginning_is_not_looked_into(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Pruner, "inherit", lambda pruner, call: asked.append(call.start))
+    pipeline = tiny_reference.make()
+    with tokentrim.patched(pipeline, POLICY):
+        for seed in range(2):
+            last(calls(pipeline, seed))
+    assert not asked

@@ -156,6 +156,24 @@ def interrupted_amid_a_prune(target, pipeline):
     assert BUSY.now, "nobody has looked yet"
 
 
+def test_ctrl_c_in_compiled_code_amid_a_prune_is_seen_at_once():
+    """Nobody looks: what is compiled of others is not compiled again."""
+    target = WITH_ONE_GRAPH["skyreels-v2"]
+    pipeline, other = target.make(), target.make()
+    blocks(target, other)
+    with tokentrim.patched(pipeline, POLICY):
+        plain = target.run(other)
+        target.run(pipeline)
+        with Events(target.denoiser(pipeline)) as run:
+            target.run(pipeline)
+        last = max(event.number for event in run.seen if event.where == "in an attention kernel")
+        with Events(target.denoiser(pipeline), last, raising(KeyboardInterrupt)), pytest.raises(KeyboardInterrupt):
+            target.run(pipeline)
+        assert not BUSY.now
+        before = len(graphs)
+        assert torch.equal(target.run(other), plain) and len(graphs) == before
+
+
 def test_ctrl_c_amid_a_prune_leaves_others_in_one_graph():
     """Another pipeline of the same code, never patched, is called next."""
     target = WITH_ONE_GRAPH["skyreels-v2"]

@@ -18,6 +18,8 @@ from torch import Tensor
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.pruning.account import KeyAccount
+from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.pruning.tombstones import alive_rows
 from tokentrim_hooks.testing import ForcedPolicy, count_syncs
 
@@ -290,6 +292,63 @@ def test_what_is_rounded_on_its_way_is_no_other_memory(dtype: torch.dtype) -> No
     with tokentrim.patched(fork, ForcedPolicy({2: DEAD, 4: DEAD})) as handle:
         rollout(fork, cache_of(dtype))
     assert [record.chunk for record in handle.report if record.pruned] == [2, 4]
+
+
+class Scaled(Rolling):
+    """Rows are kept in float8, twice as small as attention sees them; other memory is made of the latter."""
+
+    def leaving(self, rows: dict[str, Tensor], kv_cache: dict[str, Any]) -> None:
+        super().leaving({name: 2 * part.float() for name, part in rows.items()}, kv_cache)
+
+    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return super().seen(2 * k.float(), 2 * v.float())
+
+
+EIGHTS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", EIGHTS, ids=str)
+def test_rows_of_float8_are_known_by_their_signs(dtype: torch.dtype) -> None:
+    fork = fork_of(Scaled)
+    with tokentrim.patched(fork, ForcedPolicy({2: DEAD, 4: DEAD})) as handle:
+        rollout(fork, cache_of(dtype))
+    assert [record.chunk for record in handle.report if record.pruned] == [2, 4]
+
+
+@pytest.mark.parametrize("dtype", EIGHTS, ids=str)
+def test_other_memory_beside_float8_is_refused(dtype: torch.dtype) -> None:
+    fork = fork_of(type("ScaledRegisters", (Scaled, Registers), {}))
+    with pytest.raises(UnsupportedContextError, match=WORDS), tokentrim.patched(fork, POLICY):
+        rollout(fork, cache_of(dtype))
+
+
+@pytest.mark.parametrize("dtype", EIGHTS, ids=str)
+def test_a_mean_of_rows_of_float8_has_other_signs(dtype: torch.dtype) -> None:
+    """With heads as wide as models have them: rows are known at any scale and before they are rounded."""
+    torch.manual_seed(0)
+    unrounded = torch.randn(1, 12, 2, 64)
+    rows = unrounded.to(dtype)
+    account = KeyAccount(CacheRows([rows], 0, 12, 4))
+    for same in (rows.float(), 0.3 * rows.bfloat16(), unrounded):
+        assert account.known(same, new=1).all()
+    mean = rows.float().unflatten(1, (-1, 4)).mean(1)
+    for new, other in ((2, mean), (3, 0.9 * rows.float()[:, :4] + 0.1 * rows.float()[:, 4:8]), (4, -rows.float())):
+        assert not account.known(other, new).any()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *EIGHTS), ids=str)
+def test_padding_is_no_memory(dtype: torch.dtype) -> None:
+    """As flex attention pads keys: with zeros, behind the others."""
+    torch.manual_seed(0)
+    rows = torch.randn(1, 8, 2, 8).to(dtype)
+    account, alive = KeyAccount(CacheRows([rows], 0, 8, 4)), torch.arange(16)[None] > 0
+    seen = torch.cat([rows.float(), torch.zeros(1, 8, 2, 8)], dim=1)
+    known = account.known(seen, new=4)
+    assert known.all()
+    account.require(alive, known, new=4, padded=True)
+    other = torch.cat([rows.float(), torch.randn(1, 8, 2, 8)], dim=1)
+    with pytest.raises(UnsupportedContextError, match="4 of 16 keys"):
+        account.require(alive, account.known(other, new=4), new=4, padded=True)
 
 
 def test_accounting_costs_no_synchronisation() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from tokentrim_hooks.adapter import Adapter, Match
-from tokentrim_hooks.errors import TokenTrimWarning
+from tokentrim_hooks.errors import PolicyError, TokenTrimWarning
 from tokentrim_hooks.failures import FailurePolicy, OnError
 from tokentrim_hooks.handle.checkup import (
     ATTRIBUTE,
@@ -118,6 +118,7 @@ class PatchHandle:
         """Start a new video at the next call: statistics and marks are forgotten."""
         self._rollout.reset()
         self._warn(self._replaced())
+        self._raise_fault()
 
     def unpatch(self) -> None:
         """Restore the model, to the attribute. Idempotent.
@@ -145,6 +146,7 @@ class PatchHandle:
         self._warn(words or ("" if quiet else self._idle()), stacklevel=4)
         if not quiet:
             self._failures.raise_waiting()
+            self._raise_fault()
 
     def _replaced(self, at_end: bool = False) -> str:
         """What became of the denoiser, unless it is in order; said once while the patch is on, and once at its end."""
@@ -172,6 +174,14 @@ class PatchHandle:
         # Not for ever: the report is looked through, and at the end it is once more.
         self._unsure = not judged and not words and len(chunks_of(report)) < 4 * FEW
         self._warn(words)
+
+    def _raise_fault(self) -> None:
+        """What the last chunk's record has shown follows ``on_error`` like any failure."""
+        try:
+            self._rollout.shared.recorder.raise_fault()
+        except PolicyError as failure:
+            if not self._failures.forgives(failure):
+                raise
 
     def _warn(self, words: str, stacklevel: int = 3) -> None:
         if words:
@@ -222,8 +232,11 @@ class PatchHandle:
             if self._failures.stepped_aside:
                 self._failures.stand_by(ended=bool(output))
                 return None
+            recorder = self._rollout.shared.recorder
+            recorder.refuse_observers()
             try:
                 found = function(module, args, kwargs, *output)
+                recorder.raise_fault()
             except Exception as failure:
                 if not self._failures.forgives(failure):
                     raise

@@ -22,7 +22,7 @@ from torch import nn
 from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.patching.hooks import Switch
 from tokentrim_hooks.patching.tap_site import as_itself, eagerly
-from tokentrim_hooks.pruning.call_scope import BUSY, executes
+from tokentrim_hooks.pruning.call_scope import BUSY, end_with, executes
 
 COMPILED = "_compiled_call_impl"
 """Where ``module.compile()`` leaves what it made."""
@@ -39,7 +39,7 @@ class Spared:
     def __init__(self, compiled: Callable[..., Any], plain: Callable[..., Any], tell: Callable[[], None]) -> None:
         self.compiled = compiled
         self._plain, self._tell = plain, tell
-        self._eager, self._gives_up = eagerly(self._run), eagerly(self._give_up)
+        self._eager, self._gives_up, self._ended = eagerly(self._run), eagerly(self._give_up), eagerly(end_with)
         self._no_graph = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,6 +52,9 @@ class Spared:
             # Nothing was computed: with fullgraph=True there is one graph of everything, or none.
             if not self._gives_up(failure):
                 raise
+        except BaseException as failure:
+            self._ended(failure)
+            raise
         return self._eager(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokentrim_hooks.errors import AttachError, UnsupportedContextError
 from tokentrim_hooks.patching.tap_names import TapNames, described, label_of
-from tokentrim_hooks.pruning.call_scope import BUSY, current_scope
+from tokentrim_hooks.pruning.call_scope import BUSY, current_scope, end_with
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import clear_marks
 
@@ -167,6 +167,13 @@ class TapSite:
         return tapped
 
     def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._attend_in_scope(args, kwargs)
+        except BaseException as failure:
+            end_with(failure)
+            raise
+
+    def _attend_in_scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scope = current_scope()
         tap = None if scope is None else scope.tap
         if scope is None or tap is None or tap.off or not self.users or (tap.gated and not scope.depth):

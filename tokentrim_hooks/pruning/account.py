@@ -17,6 +17,8 @@ from tokentrim_hooks.pruning.context import CacheRows
 
 ELEMENTS, MIXER = 4, 0x5851F42D4C957F2D
 """Elements of a row that its content is told by, and an odd number that mixes their bits into one number."""
+SIGNS = 62
+"""Elements whose signs tell a row of float8: they outlive the scale, and the rounding, that it is kept with."""
 KINDS = 4
 """Kinds of calls that are remembered, the latest of each."""
 
@@ -51,16 +53,19 @@ class KeyAccount:
         contents = _contents(values, self._kind)
         found = _among(contents, torch.cat([self._rows.to(contents.device), *self._seen.values()]))
         # A row that is NaN or infinite all over is no mark of ours: the model has diverged, which is told elsewhere.
-        found = found | ~values[..., 0, 1 : 1 + ELEMENTS].float().isfinite().all(-1)
+        # One that is 0 all over is no memory: it pads keys.
+        some = values[..., 0, : 1 + ELEMENTS].float()
+        found = found | ~some[..., 1:].isfinite().all(-1) | (some == 0).all(-1)
         kinds = {queries: seen for queries, seen in self._seen.items() if queries != new}
         self._seen = dict([*kinds.items(), (new, contents.flatten())][-KINDS:])
         return found
 
-    def require(self, alive: Tensor, known: Tensor, new: int) -> None:
+    def require(self, alive: Tensor, known: Tensor, new: int, padded: bool = False) -> None:
         """Once that was read: raise if something is dead, and there are keys that are rows of nothing.
 
         Args:
             alive: CPU BoolTensor ``[B, keys]``; what is merely hidden from the call lives. known, new: as above.
+            padded: whether keys that are 0 may lie behind the others.
 
         Raises:
             UnsupportedContextError: more than ``new`` keys are unknown, or a dead one is, or there are more keys than
@@ -72,7 +77,8 @@ class KeyAccount:
         keys = int(alive.shape[1])
         history, size = most or (keys, keys)
         strange, spread = (int(flags.sum(1).max()) for flags in (~known, ~known & ~alive))
-        beside = max(strange - new, keys - new - history if keys != size else 0, spread)
+        more = 0 if padded or keys == size else keys - new - history
+        beside = max(strange - new, more, spread)
         if beside > 0:
             raise UnsupportedContextError(
                 f"{beside} of {keys} keys in self attention are no rows of the KV cache that the adapter describes: "
@@ -83,8 +89,8 @@ class KeyAccount:
 
 
 def keeps_contents(context: CacheRows) -> bool:
-    """Whether rows reach attention as they are kept: those in float8 are scaled on their way."""
-    return bool(context.values) and context.values[0].dtype.itemsize > 1
+    """Whether a row in attention can be known by its content: float8 without a negative zero loses signs as well."""
+    return bool(context.values) and not str(context.values[0].dtype).endswith("fnuz")
 
 
 def _contents(values: Tensor, kind: torch.dtype) -> Tensor:
@@ -93,11 +99,20 @@ def _contents(values: Tensor, kind: torch.dtype) -> Tensor:
     Not of the first element, which marks change. Elements are rounded to the cache's type: some models attend to what
     they write before it is rounded.
     """
+    if kind.itemsize == 1:
+        return _signs(values)
     elements = values[..., 0, 1 : 1 + ELEMENTS].to(kind).float()
     number = torch.zeros_like(elements[..., 0], dtype=torch.long)
     for bits in elements.view(torch.int32).unbind(-1):
         number = number * MIXER + bits
     return number
+
+
+def _signs(values: Tensor) -> Tensor:
+    """A number for every row of V, of its signs."""
+    rows = values[..., 0, :] if values.shape[-1] > SIGNS else values.flatten(-2)
+    signs = rows[..., 1 : 1 + SIGNS].float().signbit().long()
+    return (signs << torch.arange(signs.shape[-1], device=signs.device)).sum(-1)
 
 
 def _among(contents: Tensor, known: Tensor) -> Tensor:

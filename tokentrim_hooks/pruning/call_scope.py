@@ -110,7 +110,8 @@ class Busy:
     ``now`` is a plain attribute, which compiled code can guard on: while it is False, tapped functions run as if they
     were not tapped, without a graph break. Nothing runs when Ctrl-C ends a call, so it may stay True until somebody
     looks: whatever reads the handle or calls the denoiser, a tapped function (which asks for its scope before it does
-    anything), and torch before it compiles, so that no graph is made for a call that has ended.
+    anything), and torch before it compiles, so that no graph is made for a call that has ended. Where Ctrl-C comes in
+    attention or in compiled code, as it mostly does, :func:`end_with` sees it on its way out.
     """
 
     def __init__(self) -> None:
@@ -171,6 +172,17 @@ def scope_left() -> CallScope | None:
     if scope is None or not scope.open:
         return None
     return scope if not scope.runs or scope.belongs_to(_frame_of_call()) else None
+
+
+def end_with(failure: BaseException) -> None:
+    """Where ``failure`` comes out of a part of a denoiser: Ctrl-C, a timeout or a cancelled task ends all calls around.
+
+    No hook sees them, and what is noticed here is not left to whoever looks next: compiled code finds nothing busy.
+    """
+    scope = None if isinstance(failure, Exception) else _current.get()
+    while scope is not None:
+        scope.close()
+        scope = scope.outer
 
 
 def open_scope(tap: CallTap | None, replayer: object = None, note: object = None) -> CallScope:

@@ -266,12 +266,12 @@ class CallTap:
             flags.append(flags[0] | hidden_rows(v))
         # Accounted for in the first attention only, for all layers have the same rows; flex attention pads its keys.
         account, self._account, new = self._account, None, max(q.shape[1], self._own)
-        account = None if is_block_mask(mask) else account
+        padded = is_block_mask(mask)
         known = [] if account is None else [account.known(v, new)]
         read = torch.stack([*flags, *known]).cpu()
         alive = read[len(flags) - 1]
         if account is not None:
-            account.require(alive, read[-1], new)
+            account.require(alive, read[-1], new, padded)
         self._count_dead(alive)
         return alive, read[0]
 

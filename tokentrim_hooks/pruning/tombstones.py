@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +47,6 @@ def is_marked(values: Any) -> bool:
 class Tombstones:
     """Marks in the V rows of one or more KV caches, and what they replaced, for as long as rows have not moved."""
 
-    made: ClassVar[bool] = False
-    """Whether anything was ever marked in this process."""
     replaced: list[tuple[Tensor, tuple[Any, ...], Tensor]] = field(default_factory=list)
 
     def mark(self, rows: CacheRows, tokens: Sequence[Sequence[int]], prune_anchors: bool = False) -> int:
@@ -58,7 +56,6 @@ class Tombstones:
         sample, row = _positions(tokens, first, rows.stop, rows.rows_per_frame, range(*rows.current))
         if not sample:
             return 0
-        Tombstones.made = True
         places = torch.tensor([sample, row])
         on_device = {device: places.to(device) for device in {values.device for values in rows.values}}
         for values in rows.values:

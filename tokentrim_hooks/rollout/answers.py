@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase, Seen
-from tokentrim_hooks.errors import PluginError
+from tokentrim_hooks.errors import LatentsError, PluginError, PolicyError
 from tokentrim_hooks.pruning.context import CacheRows, Context, KeyLayout, Segment
 
 LASTING = "a tensor of the cache (lists and dicts are made anew at any call), an object or a number"
@@ -23,6 +24,8 @@ def parsed(adapter: Adapter, arguments: Mapping[str, Any]) -> Call | None:
     answer: Any = adapter.parse(arguments)
     if answer is not None and not isinstance(answer, Call):
         raise _wrong(adapter, "parse", answer, "a Call, or None for a call that is no rollout's")
+    if answer is not None and isinstance(answer.latents, Tensor) and answer.latents.shape[:1] == (0,):
+        raise LatentsError("the denoiser was called with a batch of 0: there is nothing to judge; leave such calls out")
     if answer is not None and (fault := _call_fault(answer)):
         raise _wrong(adapter, "parse", *fault)
     return answer
@@ -163,6 +166,29 @@ def moved_arguments(
     if not (isinstance(answer, tuple) and [type(part) for part in answer] == [tuple, dict]):
         raise _wrong(adapter, "with_latents", answer, "a pair: the positional arguments (a tuple), the others (a dict)")
     return answer
+
+
+@contextlib.contextmanager
+def unwritten(policy: object, hook: str, *tensors: Tensor) -> Iterator[None]:
+    """While a policy is asked: what it is shown is the model's own, so it must not be written into.
+
+    Told by torch's count of writes, which costs nothing, and which tensors of inference mode do not have.
+
+    Raises:
+        PolicyError: it was.
+    """
+    counted = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+    yield
+    if any(tensor._version != before for tensor, before in counted):
+        raise PolicyError(
+            f"{type(policy).__name__}.{hook} has written into what it was shown, which is the model's own.\n"
+            "Let it work on a copy (tensor.clone()), and return what shall be different."
+        )
+
+
+def shown(tensor: Tensor) -> Tensor:
+    """What a policy is shown of a tensor: a copy where a write into it could not be noticed."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _is_container(part: Any) -> bool:

@@ -19,7 +19,7 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.views import Noisy, Place
 from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.ranks.agreement import Alone
-from tokentrim_hooks.rollout.answers import prediction_of
+from tokentrim_hooks.rollout.answers import prediction_of, shown, unwritten
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.repeat.counters import Counters
 from tokentrim_hooks.rollout.repeat.proof import require_uncounted
@@ -76,7 +76,8 @@ class Guidance:
             return given, []
         acts: list[Act] = []
         for policy in self._guiding:
-            answer = policy.guide(self._view(given, given.place))
+            with unwritten(policy, "guide", given.call.latents):
+                answer = policy.guide(self._view(given, given.place))
             if answer is None:
                 continue
             name, before = type(policy).__name__, given.call.latents
@@ -108,7 +109,7 @@ class Guidance:
     def _view(self, given: Given, place: Place) -> Noisy:
         return Noisy(
             **{f.name: getattr(place, f.name) for f in dataclasses.fields(Place)},
-            latents=given.call.latents,
+            latents=shown(given.call.latents),
             level=lambda: float(self._adapter.noise_level(given.call).max()),
             predict=functools.partial(self._predict, given, place),
         )

@@ -37,9 +37,9 @@ class Proof:
     Attributes:
         layers: self-attention modules whose tapped function also serves cross attention; 0 if it does not.
         expected: attention calls over the context in one denoiser call, as far as is known.
-        enabled: False once the self-check of a prune failed. proven: True once it passed.
-        finding: what the self-check found, in words.
+        enabled: False once the self-check of a prune failed. proven: True once it passed. finding: what it found.
         repeated: denoisers (referred to weakly) whose calls were shown to give the same when they are made twice.
+        in_sequence: whether the context lies in the sequence, as far as is known: copies of it carry no mark.
     """
 
     layers: int = 0
@@ -48,6 +48,7 @@ class Proof:
     proven: bool = False
     finding: str = ""
     repeated: list[Callable[[], object]] = field(default_factory=list)
+    in_sequence: bool = False
 
     def repeats(self, denoiser: object) -> bool:
         """Whether a call of it was shown to give the same when it is made twice."""
@@ -81,16 +82,14 @@ class Pruner:
         self._adapter, self._patch_size, self._policy, self._failures = adapter, patch_size, policy, failures
         self._dead_tokens = DeadTokens(policy.prune_anchors, policy.coarse)
         self._tombstones = Tombstones()
-        # Weak: a sampler that drops its cache must get the memory back, marks or no marks.
-        self._marked: dict[Hashable, Traces] = {}
+        self._marked: dict[Hashable, Traces] = {}  # weak: who drops a cache gets the memory back, marks or no marks
         self._accounts: dict[Hashable, KeyAccount] = {}
         self._last: CallTap | None = None
-        self._hid = False
         self._steering, self._fleeting = steering, FleetingMarks()
         self.acts: list[Act] = []
         # Of the chunk in progress: frames that had a key, calls with a tap, and whether any of them dropped a dead key.
         self._frames: set[int] = set()
-        self._tapped, self._dropped = 0, False
+        self._tapped, self._dropped, self._hid = 0, False, False
 
     @property
     def dead(self) -> bool:
@@ -202,8 +201,9 @@ class Pruner:
             self._accounts[stream] = KeyAccount(context)
 
     def inherit(self, call: Call) -> None:
-        """Find the marks in a cache that was copied from another video's: they were copied with it."""
-        context = context_of(self._adapter, call) if Tombstones.made else None
+        """Find the marks in a cache that was copied from another video's, or loaded: they were copied with it."""
+        context = None if self.proof.in_sequence else context_of(self._adapter, call)
+        self.proof.in_sequence = not isinstance(context, CacheRows)
         if not isinstance(context, CacheRows) or not context.stop or not is_marked(context.values[0]):
             return
         if not self.proof.proven:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokentrim_hooks.errors import PolicyError, SessionError
 from tokentrim_hooks.report.floats import Floats
 from tokentrim_hooks.report.observers import Observer, progress_line, tell
 from tokentrim_hooks.report.record import ChunkRecord, Report
@@ -25,11 +26,17 @@ _logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Keeps the report of one patched model and tells its observers."""
+    """Keeps the report of one patched model and tells its observers.
+
+    Attributes:
+        fault: what a record has brought to light, for the next hook to raise.
+    """
 
     def __init__(self, report: Report, observers: Sequence[Observer] = ()) -> None:
         self.report, self.observers = report, list(observers)
+        self.fault: PolicyError | None = None
         self._videos = 0
+        self._telling: int | None = None
         # Videos that are made at the same time, in several threads, share one report and its observers.
         self._lock = threading.RLock()
 
@@ -44,6 +51,7 @@ class Recorder:
         if video is None or chunk is None or chunk.published:
             return
         chunk.published = True
+        self._read_acts(chunk)
         records = records_of(video, chunk)
         with self._lock:
             self.report.records.extend(records)
@@ -51,7 +59,50 @@ class Recorder:
             if _logger.isEnabledFor(logging.DEBUG):
                 _logger.debug("%s", progress_line(records))
             if chunk.latents is not None:
-                tell(self.observers, "on_chunk", records, chunk.latents)
+                self._tell(records, chunk.latents)
+
+    def _tell(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
+        before, self._telling = self._telling, threading.get_ident()
+        try:
+            tell(self.observers, "on_chunk", records, latents)
+        finally:
+            self._telling = before
+
+    def refuse_observers(self) -> None:
+        """A call of the model begins.
+
+        Raises:
+            SessionError: an observer makes it, amid the video that it is told of.
+        """
+        if self._telling == threading.get_ident():
+            raise SessionError(
+                "an observer runs the model that it observes, amid a video: that one would end here.\n"
+                "Run it when the video is done, or give the observer a model of its own."
+            )
+
+    def _read_acts(self, chunk: ChunkState) -> None:
+        """Bring what policies did beside judging to the host, in one read, and find numbers that are not finite."""
+        numbers = [act.norm if act.total is None else act.total for act in chunk.acts]
+        waiting = [number for number in numbers if isinstance(number, Tensor)]
+        if not waiting:
+            return
+        read = iter(torch.stack([n.detach().to(waiting[0].device, torch.float32) for n in waiting]).tolist())
+        for place, (act, number) in enumerate(zip(chunk.acts, numbers, strict=True)):
+            value = next(read) if isinstance(number, Tensor) else 0.0
+            if act.total is None and act.norm is not None:
+                chunk.acts[place] = dataclasses.replace(act, norm=value)
+            if self.fault is None and not math.isfinite(value):
+                self.fault = PolicyError(
+                    f"{act.policy}.{act.hook} gave numbers that are not finite for the chunk at latent frame "
+                    f"{chunk.start}, or was given such.\nMend it, or leave it out: without it the model shows whether "
+                    "it diverged by itself."
+                )
+
+    def raise_fault(self) -> None:
+        """Raise what records have brought to light, once."""
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            raise fault
 
     def _shorten(self, count: int) -> None:
         """Let go of the drift of ``count`` records, the latest of those that are not to be kept in full."""
@@ -105,7 +156,9 @@ def _acts(chunk: ChunkState, batch: int) -> tuple[dict[str, Any], ...]:
         entry["calls"] += 1
         entry["rows"] += act.rows // batch if act.hook == "hide" else act.rows
         if act.norm is not None:
-            entry["norm"] = float(act.norm)
+            norm = float(act.norm)
+            # A later call's may be finite again.
+            entry["norm"] = norm if math.isfinite(entry.get("norm", 0.0)) else entry["norm"]
     return tuple(found.values())
 
 

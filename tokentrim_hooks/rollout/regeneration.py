@@ -18,7 +18,7 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.policy.views import Chunk, Verdict
-from tokentrim_hooks.rollout.answers import in_flight_of, prediction_of
+from tokentrim_hooks.rollout.answers import in_flight_of, prediction_of, shown, unwritten
 from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, check_values, checked, merged, read
@@ -150,7 +150,9 @@ class Regenerator:
         view = self._view(case, found)
         if view is None:
             return Opinion(given=clean is not None and bool(clean))
-        answer = self.policy.judge(view, case.video.history())
+        history = case.video.history()
+        with unwritten(self.policy, "judge", view.prediction, view.drift, history.mean, history.std):
+            answer = self.policy.judge(view, history)
         if answer is None:
             return Opinion()
         verdict = checked(answer, self.policy, view.drift)
@@ -190,7 +192,7 @@ class Regenerator:
             start=chunk.start,
             frames=chunk.frames,
             grid=chunk.grid,
-            prediction=found.prediction,
+            prediction=shown(found.prediction),
             summary=summary,
             previous=previous,
             first=previous if video.first is None else video.first,

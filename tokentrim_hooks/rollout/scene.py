@@ -20,13 +20,15 @@ class Act:
     Attributes:
         policy, hook: names.
         rows: of the context, hidden or rewritten, of all samples.
-        norm: Euclidean norm of what was added to x0, on the device.
+        norm: Euclidean norm of what was added to x0, on the device until it is read.
+        total: sum of the rows that were rewritten, on the device: finite where they are.
     """
 
     policy: str
     hook: str
     rows: int = 0
-    norm: Tensor | None = None
+    norm: Tensor | float | None = None
+    total: Tensor | None = None
 
 
 @dataclass

@@ -14,6 +14,7 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.statistics import Moments
 from tokentrim_hooks.policy.views import ContextView, Denoised, Place, Rows
 from tokentrim_hooks.pruning.context import CacheRows, Context, KeyLayout, Role
+from tokentrim_hooks.rollout.answers import shown, unwritten
 from tokentrim_hooks.rollout.scene import Act, Scene
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
 
@@ -96,8 +97,9 @@ class Steering:
         acts: list[Act] = []
         fields = {f.name: getattr(place, f.name) for f in dataclasses.fields(Place)}
         for policy in self._correcting:
-            chunk = Denoised(**fields, prediction=x0, earlier=tuple(earlier), opening=scene.opening)
-            answer = policy.correct(chunk)
+            chunk = Denoised(**fields, prediction=shown(x0), earlier=tuple(earlier), opening=scene.opening)
+            with unwritten(policy, "correct", x0, *earlier, *([] if scene.opening is None else [scene.opening])):
+                answer = policy.correct(chunk)
             if answer is None:
                 continue
             if not isinstance(answer, Tensor) or answer.shape != x0.shape:
@@ -117,6 +119,7 @@ class Steering:
         """Rewrite the rows that ``call`` has committed; remember those of the scene's first chunk."""
         first, stop = context.own_rows(call.frames)
         acts: dict[str, int] = {}
+        sums: dict[str, Tensor] = {}
         for layer, values in enumerate(context.values):
             keys = context.keys[layer] if context.keys else None
             first_values, first_keys = scene.moments.get((call.stream, layer), (None, None))
@@ -135,12 +138,14 @@ class Steering:
                 answer = policy.settle(place, rows)
                 if answer is not None:
                     rows = _rewritten(answer, rows, policy)
-                    acts[type(policy).__name__] = acts.get(type(policy).__name__, 0) + (stop - first)
+                    name = type(policy).__name__
+                    acts[name] = acts.get(name, 0) + (stop - first)
+                    sums[name] = _sum_of(rows) + sums.get(name, 0.0)
             _write(written, rows)
             if (call.stream, layer) not in scene.moments:
                 of_keys = None if written.keys is None else Moments.of(written.keys, (1,))
                 scene.moments[call.stream, layer] = (Moments.of(written.values, (1,)), of_keys)
-        return [Act(name, "settle", rows) for name, rows in acts.items()]
+        return [Act(name, "settle", rows, total=sums[name]) for name, rows in acts.items()]
 
 
 def _rewritten(answer: object, rows: Rows, policy: Policy) -> Rows:
@@ -155,6 +160,12 @@ def _rewritten(answer: object, rows: Rows, policy: Policy) -> Rows:
                 f"{type(policy).__name__}.settle returned {kind} as Rows.{name}; give rows of {tuple(old.shape)}"
             )
     return answer
+
+
+def _sum_of(rows: Rows) -> Tensor:
+    """A number that is finite where all of the rows are."""
+    total = rows.values.float().sum()
+    return total if rows.keys is None else total + rows.keys.float().sum()
 
 
 def view_of(context: Context, grid: tuple[int, int]) -> ContextView:
