@@ -21,6 +21,7 @@ from tokentrim_hooks import (
     Seen,
     home_of,
     hookimpl,
+    parameters_of,
     shares_storage,
 )
 
@@ -30,6 +31,7 @@ STRUCTURES = {
     "incremental_update": "Reward-Forcing",
     "block_relativistic_rope": "Infinity-RoPE",
     "fuse_projections": "Krea's realtime-video",
+    "block_id": "Rolling Sink",
 }
 """Attributes of self attention, or names in its module, of forks that bend the rules of the cache."""
 
@@ -53,6 +55,8 @@ class SelfForcing(CausalWan):
         for layer in self_attentions(generator)[:1]:
             for mark, relative in STRUCTURES.items():
                 has = hasattr(layer, mark) or hasattr(home_of(layer), mark)
+                # Others may number their blocks, too; Rolling Sink's attention asks besides whether it commits.
+                has = has and (mark != "block_id" or "timestep" in parameters_of(layer))
                 if has and mark != cls.structure:
                     return NoMatch(f"self attention has {mark}: this is {relative}")
                 if mark == cls.structure and not has:

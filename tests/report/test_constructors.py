@@ -26,6 +26,7 @@ UPSTREAM = {
     "LongLive-v1": "longlive",
     "MemFlow": "memflow",
     "MemRoPE": "memrope",
+    "RollingSink": "rolling-sink",
     "CausVid": "causvid",
     "MAGI-1": "magi-1",
     "FramePack": "framepack-original",

@@ -137,7 +137,7 @@ class TinyTextEncoder(nn.Module):
 class NoVae(nn.Module):
     """Decodes latents to themselves."""
 
-    def decode_to_pixel(self, latent: Tensor, use_cache: bool = False) -> Tensor:
+    def decode_to_pixel(self, latent: Tensor, **_options: bool) -> Tensor:
         """Return the latents."""
         return latent
 
