@@ -1,4 +1,4 @@
-"""The real Reward-Forcing (YepicAI's copy: the original has the same Python files): a sink that absorbs rows, but no dead ones."""
+"""The real Reward-Forcing, in YepicAI's copy of its Python files: a sink that absorbs rows, but no dead ones."""
 
 from __future__ import annotations
 
