@@ -119,6 +119,22 @@ def phase_of(adapter: Adapter, call: Call, seen: Seen) -> Phase:
     return answer
 
 
+def restarts_of(adapter: Adapter, call: Call, seen: Seen) -> bool:
+    """Whether the call begins a new video, by :meth:`Adapter.restarts`."""
+    answer: Any = adapter.restarts(call, seen)
+    if not isinstance(answer, bool):
+        raise _wrong(adapter, "restarts", answer, "True or False, told on the host")
+    return answer
+
+
+def replayed(adapter: Adapter, denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the denoiser returns, called again by :meth:`Adapter.replay`."""
+    answer: Any = adapter.replay(denoiser, args, kwargs)
+    if answer is None:
+        raise _wrong(adapter, "replay", answer, "what the denoiser returned")
+    return answer
+
+
 def prediction_of(adapter: Adapter, call: Call, output: Any) -> Tensor:
     """x0 of the newest chunk, by :meth:`Adapter.prediction`, of the shape of the call's latents."""
     answer: Any = adapter.prediction(call, output)

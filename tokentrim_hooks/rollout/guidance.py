@@ -19,7 +19,7 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.views import Noisy, Place
 from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.ranks.agreement import Alone
-from tokentrim_hooks.rollout.answers import prediction_of, shown, unwritten
+from tokentrim_hooks.rollout.answers import prediction_of, replayed, shown, unwritten
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.repeat.counters import Counters
 from tokentrim_hooks.rollout.repeat.proof import require_uncounted
@@ -127,7 +127,7 @@ class Guidance:
         counters = Counters(given.module)
         try:
             with torch.enable_grad(), scoped(self._pruner.tap(look.call, place), replayer=self._pruner.proof):
-                output = self._adapter.replay(look.module, look.args, look.kwargs)
+                output = replayed(self._adapter, look.module, look.args, look.kwargs)
                 x0 = prediction_of(self._adapter, look.call, output)
         except BaseException:
             counters.put_back()

@@ -19,7 +19,7 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.inspection import bind, profiled, weakly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import scoped
-from tokentrim_hooks.rollout.answers import carried, moved_arguments, prediction_of
+from tokentrim_hooks.rollout.answers import carried, moved_arguments, prediction_of, replayed
 from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.repeat.proof import NullReplay, random_stream_kept
@@ -133,7 +133,7 @@ class Replayer:
             args, kwargs = moved_arguments(self._adapter, step.call, args, kwargs, latents)
         tap, device = self._pruner.tap(step.call, step.place), step.call.latents.device
         with scoped(tap, replayer=self._pruner.proof), random_stream_kept(device):
-            output = self._adapter.replay(module, args, kwargs)
+            output = replayed(self._adapter, module, args, kwargs)
         self._pruner.unhide(step.call)
         return output
 

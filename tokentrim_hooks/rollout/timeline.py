@@ -13,7 +13,7 @@ from tokentrim_hooks.inspection import shares_storage
 from tokentrim_hooks.policy.drift import RunningStatistics, Summary, grid_of
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.pruning.tombstones import Traces
-from tokentrim_hooks.rollout.answers import accepted_of, context_of, phase_of
+from tokentrim_hooks.rollout.answers import accepted_of, context_of, phase_of, restarts_of
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
@@ -65,7 +65,7 @@ class Timeline:
 
     def _begin_chunk(self, call: Call, new_video: bool) -> None:
         if not new_video and self.video is not None:
-            new_video = self.adapter.restarts(call, self.video.seen(self.chunk))
+            new_video = restarts_of(self.adapter, call, self.video.seen(self.chunk))
         self.finish_chunk()
         if new_video:
             self.reset()
