@@ -20,6 +20,7 @@ from PIL import Image
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.experiments.compare.trials import ReferenceMaker
 from tokentrim_hooks.policy.adaptive import nearest
+from tokentrim_hooks.policy.flowmo import temporal_variance
 from tokentrim_hooks.policy.statistics import Moments
 from tokentrim_hooks.report.page.charts import border
 
@@ -219,6 +220,55 @@ def frame_eviction() -> Path:
     return saved(figure, "frame-eviction")
 
 
+def soft_prune() -> Path:
+    """How much of each frame's share of attention a late chunk's calls read."""
+    policy = tokentrim.SoftPrune()
+    seen: list[tuple[Any, ...]] = []
+    rolled_out([watched(policy, "hide", seen)], 1, 9, kind="sink")
+    late = [(place, view, answer) for place, view, answer in seen if place.index == 9]
+    place, weights = late[-1][0], late[-1][2].tolist()
+    others = [weight for weight, anchor in zip(weights, late[-1][1].anchors, strict=True) if not anchor]
+    assert others[-policy.keep :] == [1.0] * policy.keep and set(others[: -policy.keep]) == {policy.weight}
+    figure, axes = panels("weight of a key, by frame, oldest first", height=2.1)
+    colours = [FIRST if anchor else READ for anchor in late[-1][1].anchors] + [OWN] * place.frames
+    axes[0].bar(range(len(colours)), [*weights, *[1.0] * place.frames], color=colours)
+    axes[0].set_ylim(0, 1.1)
+    axes[0].set_xticks([])
+    _key(figure, [("sink", FIRST), ("context", READ), ("the chunk's own", OWN)])
+    return saved(figure, "soft-prune")
+
+
+# ------------------------------------------------------------------------------------------------ guide
+
+
+def flowmo() -> Path:
+    """How unevenly the first chunk is predicted to move, from the latents as drawn and as FlowMo moved them."""
+
+    def unevenness(chunk: Any, answer: Any) -> list[float]:
+        level = chunk.level()
+        both = (chunk.latents, answer) if answer is not None else ()
+        with torch.no_grad():
+            return [float(temporal_variance((x - chunk.predict(x)) / level)) for x in both]
+
+    pairs = []
+    for seed in range(16):
+        seen: list[Any] = []
+        torch.manual_seed(seed)
+        model = ReferenceMaker.load(2, None, None, trained=True, device="cpu", kind="fading")([seed]).model
+        with torch.no_grad(), tokentrim.patched(model, watched(tokentrim.FlowMo(), "guide", seen, unevenness)):
+            model.inference(torch.randn(1, 3, 3, 32, 32), ["a scene"])
+        pairs += [pair for pair in seen if pair]
+    falls = sum(after < before for before, after in pairs)
+    assert len(pairs) == 16 and falls >= 12, pairs
+    changes = [100 * (after / before - 1) for before, after in pairs]
+    figure, axes = panels("unevenness of the first chunk's motion as predicted: change by FlowMo, in %", height=2.2)
+    axes[0].bar(range(len(changes)), changes, color=[OWN if change < 0 else CUT for change in changes])
+    axes[0].axhline(0, color=INK, lw=0.8)
+    axes[0].set_xlabel("seed", fontsize=8)
+    print(f"flowmo: lower in {falls} of {len(pairs)}, mean {sum(changes) / len(changes):.2f} %")
+    return saved(figure, "flowmo")
+
+
 # ------------------------------------------------------------------------------------------------ correct and settle
 
 
@@ -291,6 +341,8 @@ PICTURES: dict[str, Callable[[], Path]] = {
     "adaptive": adaptive,
     "commit-window": commit_window,
     "frame-eviction": frame_eviction,
+    "soft-prune": soft_prune,
+    "flowmo": flowmo,
     "latent-moments": latent_moments,
     "late-mean": late_mean,
     "row-moments": row_moments,
