@@ -1,0 +1,48 @@
+"""Counts what does not depend on the machine: operations on tensors, and host syncs, with a policy and without.
+
+The model's own are counted in the same run of the same model without a patch, and taken off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.testing import SyncLog, count_syncs
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations that reach a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def added_ops(make: Callable[[], Any], run: Callable[[Any], Any], **options: Any) -> float:
+    """Operations per chunk that observing adds. ``options`` are those of ``patch``."""
+    plain, pipeline = make(), make()
+    with Counter() as own:
+        run(plain)
+    with Counter() as watched, tokentrim.patched(pipeline, tokentrim.ObservePolicy(), **options) as handle:
+        run(pipeline)
+    return (watched.count - own.count) / len({record.chunk for record in handle.report})
+
+
+def syncs_of_rollout(make: Callable[[], Any], run: Callable[[Any], Any], **options: Any) -> tuple[float, SyncLog]:
+    """Host syncs of the rollout per chunk, observing: one is the design's. And all of them, to be shown.
+
+    What an adapter reads of indices that live on the host stalls no device, and is not counted.
+    """
+    pipeline = make()
+    with tokentrim.patched(pipeline, tokentrim.ObservePolicy(), **options) as handle, count_syncs() as log:
+        run(pipeline)
+    found = sum(event.ours and "rollout/" in event.place for event in log.events)
+    return found / len({record.chunk for record in handle.report}), log

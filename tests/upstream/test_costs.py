@@ -1,0 +1,39 @@
+"""What watching a chunk of a real model costs, in numbers that do not depend on the machine.
+
+Operations on tensors and host syncs per chunk, of every adapter that has a checkout. They may fall, and then the bound
+falls; they may not grow unseen.
+"""
+
+from __future__ import annotations
+
+import pytest
+import test_kits
+import test_magi1_kit
+from counting import added_ops, syncs_of_rollout
+from magi1_tiny import magi1
+
+pytestmark = pytest.mark.upstream
+
+OPS = {
+    "TestSelfForcing": 64, "TestSelfForcingWithoutSink": 64, "TestCausalForcing": 64, "TestRewardForcing": 78,
+    "TestInfinityRope": 65, "TestKrea": 67, "TestLongLive": 64, "TestCausVid": 67, "TestMemFlow": 64,
+    "TestMemRope": 131, "TestRollingForcing": 69, "TestOneAfterTheOther": 105,
+}  # fmt: skip
+"""Operations per chunk at most, observing, by kit."""
+
+
+def opened(name):
+    """A kit's class, and its checkout."""
+    kit = getattr(test_kits, name, None) or getattr(test_magi1_kit, name)
+    return kit, magi1() if kit.__module__ == test_magi1_kit.__name__ else kit.opened()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_what_observing_adds(name, record_property):
+    kit, checkout = opened(name)
+    with checkout as kit.repository:
+        own = kit()
+        ops = added_ops(own.make_model, lambda model: own.run(model, 0))
+        syncs, log = syncs_of_rollout(own.make_model, lambda model: own.run(model, 0))
+    record_property("figure", f"{ops:.1f} operations and {syncs:.2f} host syncs per chunk")
+    assert 0 < ops <= OPS[name] and syncs <= 1, (ops, syncs, str(log))
