@@ -150,7 +150,7 @@ class CausalWan(Adapter):
             odd = ", ".join(sorted(map(str, entries ^ set(self.entries))))
             raise UnsupportedContextError(
                 f"the KV cache is no list of dicts of {', '.join(self.entries)} (differs in: {odd}), so its rows may "
-                f"follow other rules than {self.models[0]}'s; nothing is pruned. This fork needs an adapter of its own"
+                f"follow other rules than {self.models[0]}'s; nothing is pruned. Write an adapter for this fork"
             )
 
     def require_defaults(self, arguments: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from ._packed_history import PackedHistory, Packing
 
 HISTORY = ("latents_history_long", "latents_history_mid", "latents_history_short")
 PARAMETERS = (*HISTORY, "indices_hidden_states", "indices_latents_history_mid", "indices_latents_history_short")
-PYRAMID = "pyramid stages predict a stage's end point on a smaller grid, not x0: only single-stage Helios is supported"
+PYRAMID = "pyramid stages predict a stage's end point on a smaller grid, not x0: use single-stage Helios"
 
 
 class Helios(PackedHistory):

@@ -153,7 +153,7 @@ def attend_ranges(
     if meta_args.range_num == 1:
         return attention(query, key, value, bs, meta_args)
     if bs != 1:
-        raise UnsupportedContextError(f"cannot prune a packed batch of {bs} videos")
+        raise UnsupportedContextError(f"cannot prune a packed batch of {bs} videos; make one at a time")
     params = meta_args.core_attn_params
     frames = meta_args.clip_token_nums // (meta_args.H * meta_args.W)
     outputs, dropped = [], False

@@ -352,7 +352,7 @@ class Adapter(ABC, Generic[CallT]):
         if not any(argument is call.latents for argument in (*args, *kwargs.values())):
             raise UnsupportedProbeError(
                 f"adapter {self.name!r} cannot put other latents into this call, where they are a part of an argument: "
-                "neither probe='candidate' nor a policy with redraw() works with it"
+                "use probe='first-step', and no policy with redraw()"
             )
         swap = {id(call.latents): latents}
         return tuple(swap.get(id(a), a) for a in args), {k: swap.get(id(a), a) for k, a in kwargs.items()}

@@ -178,7 +178,10 @@ def _made(adapter: type[Adapter[Any]]) -> Adapter[Any]:
     try:
         return adapter()
     except FAILURES as failure:
-        raise PluginError(f"adapter {adapter.name!r} cannot be made: {why(failure)}") from failure
+        raise PluginError(
+            f"adapter {adapter.name!r} cannot be made: {why(failure)}.\nMend its plugin, or choose another with "
+            "adapter=."
+        ) from failure
 
 
 def _patches_on(model: Any, match: Match, replace: bool) -> list[PatchHandle]:

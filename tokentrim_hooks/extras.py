@@ -63,7 +63,10 @@ def imported(target: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except Exception as failure:
-        raise TokenTrimError(f"cannot import {target}: {in_short(failure)}") from failure
+        raise TokenTrimError(
+            f"cannot import {target}: {in_short(failure)}.\nRun it where that can be imported, or correct the "
+            "name."
+        ) from failure
     return found
 
 

@@ -221,8 +221,8 @@ def contents(plugin: object) -> Contents:
         found.policies.update(answer)
     if not (found.adapters or found.observers or found.policies):
         raise PluginError(
-            "the plugin provides no adapter, no observer and no policy: does it have a hookimpl named "
-            "tokentrim_adapters, tokentrim_observers or tokentrim_policies?"
+            "the plugin provides no adapter, no observer and no policy: give it a hookimpl named "
+            "tokentrim_adapters, tokentrim_observers or tokentrim_policies"
         )
     return found
 
@@ -263,12 +263,12 @@ def check_class(cls: object) -> None:
         raise PluginError(f"an adapter must be one of the Adapter subclasses, got {cls!r}")
     name: object = getattr(cls, "name", "")
     if not (isinstance(name, str) and name.strip()):
-        raise PluginError(f"adapter class {cls.__name__} has no name")
+        raise PluginError(f"adapter class {cls.__name__} has no name; give it one")
     if hasattr(cls, "reference"):
         raise PluginError(f"adapter {name!r} has a method reference(), which is called in_flight() now: rename it")
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
-        raise PluginError(f"adapter {name!r} lacks {', '.join(missing)}")
+        raise PluginError(f"adapter {name!r} lacks {', '.join(missing)}; write what is missing")
     for member in ("models", "constructors", "instead_of"):
         value: object = getattr(cls, member)
         if not (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)):

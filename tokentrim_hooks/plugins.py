@@ -193,7 +193,7 @@ def make_observer(name: str, folder: str | Path | None = None) -> Observer:
         message = f"observer {name!r} ({info.distribution}) cannot be made: {why(failure)}"
         raise PluginError(message) from failure
     if not watches:
-        raise PluginError(f"observer {name!r} ({info.distribution}) has no on_chunk: {made!r}")
+        raise PluginError(f"observer {name!r} ({info.distribution}) has no on_chunk; give it one: {made!r}")
     return made  # type: ignore[no-any-return]
 
 

@@ -56,7 +56,7 @@ def test_the_tutorial_ends_with_a_green_kit(site):
         forget()
         info = {info.name: info for info in plugins.found().adapters}["ribbon"]
         missing.append(info.error)
-    assert all("does it have a hookimpl" in error for error in missing[:-1]), "an unfinished file says what it lacks"
+    assert all("give it a hookimpl" in error for error in missing[:-1]), "an unfinished file says what it lacks"
     assert missing[-1] == "" and len(missing) > 3
 
 

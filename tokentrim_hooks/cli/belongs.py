@@ -62,13 +62,13 @@ def _size(video: Path) -> tuple[int, int, int]:
     """Frames (0 where the file does not say), height and width."""
     av = require("av", "metrics")
     if not video.is_file():
-        raise VideoError(f"no such video: {video}")
+        raise VideoError(f"no such video: {video}; give the path of a file")
     try:
         with av.open(str(video)) as container:
             stream = container.streams.video[0]
             return int(stream.frames), int(stream.height), int(stream.width)
     except (av.error.FFmpegError, IndexError, ValueError) as failure:
-        raise VideoError(f"{video} cannot be read as a video: {failure}") from failure
+        raise VideoError(f"{video} cannot be read as a video: {failure}.\nGive one that ffmpeg plays.") from failure
 
 
 def _refuse(video: Path, why: str) -> None:

@@ -27,7 +27,7 @@ def report(
     FOLDER is a run's, with chunks.jsonl in it, or one of its logs.
     """
     if unpatched and not video:
-        raise click.UsageError("--unpatched needs --video, the decoded video of the patched run")
+        raise click.UsageError("--unpatched needs --video; add it, with the video of the patched run")
     if video and not unchecked:
         from tokentrim_hooks.cli.belongs import require_own
 
@@ -63,6 +63,6 @@ def page_of(
     from tokentrim_hooks.report.page import write_page
 
     if not folder.exists():
-        raise ReportError(f"no such folder: {folder}")
+        raise ReportError(f"no such folder: {folder}; give the folder of a run")
     clips = [None if path is None else VideoFile.of(path) for path in (video, unpatched)]
     return write_page(folder, *clips, sections=[section(folder, what_if)])

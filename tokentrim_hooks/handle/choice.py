@@ -117,7 +117,10 @@ def _named(name: str) -> AdapterInfo:
             "Uninstall all but one, or name the others' distributions in TOKENTRIM_DISABLE_ADAPTERS."
         )
     if broken:
-        raise PluginError(f"plugin {name!r} ({broken[0].distribution}) cannot be used: {broken[0].error}")
+        raise PluginError(
+            f"plugin {name!r} ({broken[0].distribution}) cannot be used: {broken[0].error}.\nInstall a version that "
+            "works, or uninstall it."
+        )
     raise UnknownAdapterError(f"no adapter named {name!r}; installed: {', '.join(usable) or 'none'}")
 
 

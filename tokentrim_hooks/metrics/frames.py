@@ -25,7 +25,7 @@ def as_frames(video: npt.NDArray[Any] | Tensor) -> Frames:
     if array.ndim != 4 or array.shape[-1] != 3:
         raise VideoError(f"frames must be [T, H, W, 3], got shape {array.shape}")
     if not len(array):
-        raise VideoError("the video has no frame")
+        raise VideoError("the video has no frame; give one that plays")
     return _in_range(array)
 
 
@@ -49,5 +49,5 @@ def one_by_one(frames: Iterable[npt.NDArray[Any]]) -> Iterator[Frames]:
 def _in_range(array: npt.NDArray[Any]) -> Frames:
     scaled = array.astype(np.float32) / 255 if array.dtype == np.uint8 else array.astype(np.float32)
     if not np.isfinite(scaled).all():
-        raise VideoError("the video holds NaN or inf")
+        raise VideoError("the video holds NaN or inf; give one of finite values")
     return np.ascontiguousarray(np.clip(scaled, 0, 1))

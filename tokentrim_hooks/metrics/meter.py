@@ -54,7 +54,7 @@ def metered(frames: Iterable[npt.NDArray[Any]], fps: float = 16.0, period: int |
     for frame in one_by_one(frames):
         meter.add(frame)
     if not len(meter):
-        raise VideoError("the video has no frame")
+        raise VideoError("the video has no frame; give one that plays")
     return meter
 
 

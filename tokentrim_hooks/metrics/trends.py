@@ -35,7 +35,7 @@ class Contrast:
 def start_end(series: Array, share: float = 0.15, frames: int | None = None) -> Contrast:
     """Contrast of the first and last ``share`` of a series (FramePack: 15 %), or of so many ``frames`` (5 s, say)."""
     if not len(series):
-        raise VideoError("cannot contrast the start and end of an empty series")
+        raise VideoError("cannot contrast the start and end of an empty series; give values")
     size = max(1, min(len(series), round(share * len(series)) if frames is None else frames))
     return Contrast(float(np.mean(series[:size])), float(np.mean(series[-size:])))
 

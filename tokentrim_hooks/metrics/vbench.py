@@ -64,7 +64,10 @@ def read_results(paths: Iterable[str | Path]) -> dict[str, float]:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             raw.update({str(name).replace(" ", "_"): float(value[0]) for name, value in data.items()})
         except (OSError, ValueError, AttributeError, TypeError, LookupError) as failure:
-            raise VideoError(f"{path} is not a VBench result file: {failure}") from failure
+            raise VideoError(
+                f"{path} is not a VBench result file: {failure}.\nGive the *_eval_results.json that VBench "
+                "writes."
+            ) from failure
     return raw
 
 

@@ -105,7 +105,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """
     av = require("av", "metrics")
     if not path.is_file():
-        raise VideoError(f"no such video: {path}")
+        raise VideoError(f"no such video: {path}; give the path of a file")
     try:
         with av.open(str(path)) as container:
             yield container, container.streams.video[0]

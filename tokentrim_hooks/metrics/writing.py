@@ -35,10 +35,10 @@ def write_video(path: str | Path, frames: Iterable[npt.NDArray[Any]], fps: float
                     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
                     stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
                 elif frame.shape[:2] != (stream.height, stream.width):
-                    raise VideoError(f"cannot write {path}: its frames differ in size.")
+                    raise VideoError(f"cannot write {path}: its frames differ in size; scale them to one.")
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             if stream is None:
-                raise VideoError(f"cannot write {path}: there is no frame.")
+                raise VideoError(f"cannot write {path}: there is no frame; give one at least.")
             container.mux(stream.encode())
     except (av.error.FFmpegError, OSError) as failure:
         raise VideoError(f"cannot write {path}: {failure}.\nGive another place, or see to this one.") from failure

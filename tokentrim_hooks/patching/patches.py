@@ -245,7 +245,10 @@ class Patches:
     def require_tap(self, adapter: str) -> None:
         """Raise AttachError if the adapter attached nothing that could prune."""
         if not self.taps:
-            raise AttachError(f"adapter {adapter!r} found no attention function to tap; nothing was patched")
+            raise AttachError(
+                f"adapter {adapter!r} found no attention function to tap; nothing was patched. Report it as a "
+                "bug"
+            )
 
     def undo(self) -> None:
         """Take everything off, last first; runs to the end even if a step fails, then raises the first failure."""

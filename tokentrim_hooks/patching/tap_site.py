@@ -111,7 +111,7 @@ class TapSite:
         self.before = _place_of(namespace).get(name, MISSING)
         self.original: Any = namespace.get(name) if isinstance(namespace, dict) else getattr(namespace, name, None)
         if not callable(self.original):
-            raise AttachError(f"there is no function {name!r} to tap in {label_of(namespace)}")
+            raise AttachError(f"there is no function {name!r} to tap in {label_of(namespace)}; correct the name")
         self.signature, self.names = described(self.original, names, f"{label_of(namespace)}.{name}")
         self.tapped = self._make_tapped()
 
@@ -205,7 +205,7 @@ class TapSite:
         given, names = bound.arguments, self.names
         for name in names.refuse:
             if given.get(name) is not None and given[name] is not False:
-                raise UnsupportedContextError(f"cannot prune while {self.name}() is called with {name}")
+                raise UnsupportedContextError(f"cannot prune while {self.name}() is called with {name}; leave it out")
 
         rest: tuple[Any, ...] = ()
 

@@ -56,7 +56,7 @@ class Summary:
             raise LatentsError(f"latents must be [B, F, C, H, W], got shape {tuple(latents.shape)}")
         (height, width), (p, q) = latents.shape[-2:], patch_size
         if height % p or width % q:
-            raise LatentsError(f"a {height}x{width} latent is not divisible into {p}x{q} patches")
+            raise LatentsError(f"a {height}x{width} latent is not divisible into {p}x{q} patches; correct patch_size")
         wide = latents.dtype if latents.dtype in (torch.float32, torch.float64) else torch.float32
         return cls(latents.mean(dim=1, dtype=wide), patch_size)
 
@@ -103,7 +103,7 @@ def _require_alike(current: Tensor, previous: Tensor) -> None:
     if current.shape != previous.shape:
         raise LatentsError(
             f"chunk summaries differ in shape: {tuple(current.shape)} against {tuple(previous.shape)}; "
-            "the batch size or the frame size changed in the middle of a rollout"
+            "the batch size or the frame size changed in the middle of a rollout; call handle.reset()"
         )
 
 

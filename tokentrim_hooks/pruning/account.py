@@ -81,10 +81,9 @@ class KeyAccount:
         beside = max(strange - new, more, spread)
         if beside > 0:
             raise UnsupportedContextError(
-                f"{beside} of {keys} keys in self attention are no rows of the KV cache that the adapter describes: "
-                "memory made of rows (running means, a bank of copies, a blended sink) would keep what is pruned.\n"
-                "Switch that memory off, or write an adapter that keeps pruned rows out of it and says "
-                "keeps_memory = True."
+                f"{beside} of {keys} keys in self attention are no rows of the KV cache: memory made of rows (a mean, "
+                "a bank) would keep what is pruned.\n"
+                "Switch that memory off, or write an adapter that spares it and says keeps_memory = True."
             )
 
 

@@ -47,8 +47,8 @@ class Weighed:
 
 
 _NOT_BY_LAYER = (
-    "this model's attention does not read its KV cache layer by layer, row for row: rows can be hidden from it, but "
-    "not weighed"
+    "this model's attention does not read its KV cache layer by layer, row for row, so rows cannot be weighed; "
+    "let hide() answer True and False"
 )
 
 
@@ -217,7 +217,7 @@ def _put_back_moved(
             elements[marked] = 0
             raise UnsupportedContextError(
                 f"{len(found)} rows of the KV cache are hidden, and not all are those that were: this model makes rows "
-                "of others during a call, so nothing can be hidden from it"
+                "of others during a call, so leave policies that hide out"
             )
         elements[marked] = old[torch.tensor(source, dtype=torch.long, device=old.device)]
 

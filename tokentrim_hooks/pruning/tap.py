@@ -47,7 +47,7 @@ def live_keys(groups: Sequence[QueryGroup], device: torch.device) -> tuple[LiveK
 def _live_in(group: QueryGroup, device: torch.device) -> LiveKeys:
     rows, kind = torch.unique(group.alive, dim=0, return_inverse=True)
     if not bool(rows.any(dim=1).all()):
-        raise UnsupportedContextError("pruning would leave a sample with no key at all")
+        raise UnsupportedContextError("pruning would leave a sample with no key at all; choose fewer tokens")
     index = tuple(_moved(row.nonzero().squeeze(1), device) for row in rows)
     if len(rows) == 1:
         return LiveKeys(group.start, group.stop, index)
@@ -209,7 +209,10 @@ class CallTap:
     def _hidden(self, mask: Any, groups: Sequence[LiveKeys], k: Tensor) -> Any:
         """The block mask without the dead keys, made once per call: all layers are given the same mask."""
         if len(groups) > 1:
-            raise UnsupportedContextError("cannot prune chunks in flight apart in a block mask of flex attention")
+            raise UnsupportedContextError(
+                "cannot prune chunks in flight apart in a block mask of flex attention; use "
+                "sdpa"
+            )
         if id(mask) not in self._masks:
             self._masks[id(mask)] = (mask, without_dead(mask, _of_each(groups[0], k.shape[0]), k.shape[0], k.shape[1]))
         return self._masks[id(mask)][1]
@@ -243,7 +246,10 @@ class CallTap:
         if bool(alive.all()):
             return None
         if not bool(alive.any()):
-            raise UnsupportedContextError("pruning would leave a range of queries with no key at all")
+            raise UnsupportedContextError(
+                "pruning would leave a range of queries with no key at all; choose fewer "
+                "tokens"
+            )
         return alive.nonzero().squeeze(1).to(device, non_blocking=True)
 
     def _groups(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, weighed: Weighed | None) -> list[QueryGroup]:
@@ -282,5 +288,8 @@ class CallTap:
         """The key layout; raises unless it describes as many keys as self attention sees."""
         if self.layout is None or keys != self.layout.length:
             known = "has no key layout" if self.layout is None else f"says {self.layout.length}"
-            raise UnsupportedContextError(f"self attention sees {keys} keys, the adapter's key layout {known}")
+            raise UnsupportedContextError(
+                f"self attention sees {keys} keys, the adapter's key layout {known}; correct "
+                "context()"
+            )
         return self.layout

@@ -94,7 +94,10 @@ def _positions(
 ) -> tuple[list[int], list[int]]:
     """(sample, row) of every cached copy of the tokens in rows ``first..stop`` but not in ``spared``."""
     if first % per_frame:
-        raise UnsupportedContextError(f"history starts at row {first}, not at a frame of {per_frame} rows")
+        raise UnsupportedContextError(
+            f"history starts at row {first}, not at a frame of {per_frame} rows; correct "
+            "context()"
+        )
     pairs = [
         (sample, frame + token)
         for sample, chosen in enumerate(tokens)

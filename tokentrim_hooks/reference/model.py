@@ -267,7 +267,7 @@ class CausalVideoModel(nn.Module):
             first = current_start // self.frame_seqlen
             frame_index = torch.arange(first, first + frames, device=x.device)
         if kv_cache is None and frames % self.num_frame_per_block:
-            raise ValueError(f"{frames} frames are not whole chunks of {self.num_frame_per_block}")
+            raise ValueError(f"{frames} frames are not whole chunks of {self.num_frame_per_block}; give a multiple")
         attn = self._attention_arguments(frame_index, current_start, copies)
         modulation = self.time_projection(time).unflatten(2, (6, self.dim))
         for index, block in enumerate(self.blocks):

@@ -261,7 +261,7 @@ class ReferencePipeline(nn.Module):
         first = [1] if self.independent_first_frame and not follows else []
         blocks, rest = divmod(frames - len(first), self.num_frame_per_block)
         if rest or blocks < 0:
-            raise ValueError(f"{frames} frames are not whole chunks of {self.num_frame_per_block}")
+            raise ValueError(f"{frames} frames are not whole chunks of {self.num_frame_per_block}; give a multiple")
         return first + [self.num_frame_per_block] * blocks
 
     def _reset_caches(self, noise: Tensor, frames: int) -> None:

@@ -182,7 +182,7 @@ def log_in(place: Path) -> Path:
         below = sorted(inner.parent.name for inner in place.glob("*/chunks*.jsonl")) if not logs else []
     if not logs:
         hint = f"\nThere are logs in {', '.join(dict.fromkeys(below))}: give one of these." if below else ""
-        raise ReportError(f"no chunks.jsonl in {place}: is this the folder of a run?{hint}")
+        raise ReportError(f"no chunks.jsonl in {place}: give the folder of a run.{hint}")
     return logs[0]
 
 

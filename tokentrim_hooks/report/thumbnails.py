@@ -81,7 +81,10 @@ def clear(folder: Path) -> None:
 
 def _thumbnails(folder: Path | None) -> Thumbnails:
     if folder is None:
-        raise TokenTrimError("thumbnails need a folder: make_observer('thumbnails', folder), the folder of JsonLines")
+        raise TokenTrimError(
+            "thumbnails need a folder; call make_observer('thumbnails', folder), the folder of "
+            "JsonLines"
+        )
     require("PIL.Image", "report")
     return Thumbnails(folder)
 

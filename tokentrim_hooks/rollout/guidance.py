@@ -159,7 +159,10 @@ def _on_copies(given: Given, scratch: Mapping[str, Any]) -> Given:
     swap = {id(known[name]): stand_in for name, stand_in in scratch.items()}
     every = (*given.args, *given.kwargs.values())
     if not swap.keys() <= {id(argument) for argument in every}:
-        raise UnsupportedPolicyError(f"{REFUSED}its caches are no arguments of the call, which so would write them")
+        raise UnsupportedPolicyError(
+            f"{REFUSED}its caches are no arguments of the call, which so would write them; leave them "
+            "out"
+        )
     args = tuple(swap.get(id(argument), argument) for argument in given.args)
     kwargs = {name: swap.get(id(argument), argument) for name, argument in given.kwargs.items()}
     return _rebound(given, args, kwargs, given.call.latents)

@@ -207,7 +207,7 @@ class Regenerator:
         if not bool(torch.isfinite(reading.drift).all()):
             raise LatentsError(
                 f"the chunk at latent frame {view.start}, or the one before it, holds NaN or inf: the model itself "
-                "diverged, so no verdict is possible and none is pretended"
+                "diverged, so look at its inputs; no verdict is possible"
             )
         check_values(reading, self.policy)
         return reading

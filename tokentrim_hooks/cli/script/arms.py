@@ -42,7 +42,7 @@ class Launch:
         status = subprocess.call([*start, *command], env={**self.environment, "PYTHONHASHSEED": str(seed % 2**32)})
         seconds = time.monotonic() - began
         if patched and not logs_of(log):
-            raise TokenTrimError("no model was patched, so there is nothing to compare.\nThe lines above say why.")
+            raise TokenTrimError("no model was patched, so there is nothing to compare.\nSee the lines above for why.")
         if status:
             kind = "patched" if patched else "unpatched"
             raise TokenTrimError(f"the {kind} run of the script failed with status {status}.\nSee what it says above.")

@@ -34,7 +34,7 @@ class Target:
         if not is_module and not Path(name).is_file():
             raise TokenTrimError(f"no such script: {name}\nGive its path; a module's name goes behind -m.")
         if is_module and not _is_found(name):
-            raise TokenTrimError(f"no such module: {name}\nThe current folder and what is installed were looked at.")
+            raise TokenTrimError(f"no such module: {name}\nRun it from the folder that holds it, or install it.")
         return cls(name, tuple(arguments), is_module)
 
     def run(self) -> int:

@@ -116,7 +116,10 @@ def measure(
     report = [_once(target, policy, advance)[1] for policy in policies.values()][-1]
     records = list(report)
     if not any(r.severity is not None for r in records) or not report.triggers:
-        raise TokenTrimError(f"this run cannot be measured: {report.summary()}")
+        raise TokenTrimError(
+            f"this run cannot be measured: {report.summary()}\nChoose another --target, or settings under which "
+            "something is pruned."
+        )
     times: dict[str, list[float]] = {name: [] for name in policies}
     names = list(policies)
     for turn in range(rounds):

@@ -163,7 +163,7 @@ def choose(names: Iterable[str] | None, more: Iterable[str], anchors: bool) -> l
         raise TokenTrimError(f"no such setting: {', '.join(strange)}; there are: {', '.join(known)}")
     chosen = [known[name] for name in dict.fromkeys([BASE, *wanted])] + [parse_setting(text) for text in more]
     if len({setting.name for setting in chosen}) < len(chosen):
-        raise TokenTrimError("two settings have one name")
+        raise TokenTrimError("two settings have one name; rename one")
     return chosen
 
 

@@ -68,14 +68,17 @@ class Store:
         for outcome in self.outcomes:
             for setting in settings:
                 if setting.name == outcome.setting and setting.as_dict() != outcome.description:
-                    raise TokenTrimError(f"{folder} holds results of another setting named {setting.name!r}")
+                    raise TokenTrimError(f"{folder} holds results of another setting named {setting.name!r}; rename it")
 
     def _guard(self, made_with: Mapping[str, Any]) -> None:
         file = self.folder / "settings.json"
         now = self.made_with = json.loads(json.dumps(made_with))
         if not file.is_file():
             if self.log.is_file() and self.log.stat().st_size:
-                raise TokenTrimError(f"{self.log} has no settings.json beside it: of what are these results?")
+                raise TokenTrimError(
+                    f"{self.log} has no settings.json beside it, so nobody knows what these are results of; give "
+                    "another --out"
+                )
             write(file, json.dumps(now, indent=2) + "\n")
             return
         before = read_settings(file, MOST, "Give another --out, or a folder whose settings are whole.")

@@ -50,7 +50,7 @@ def summarise(outcomes: Sequence[Outcome], columns: Sequence[Column], watch: int
         ReportError: no outcome of the unpatched model.
     """
     if not any(outcome.setting == BASE for outcome in outcomes):
-        raise ReportError(f"there is no result of the setting {BASE!r} to compare with")
+        raise ReportError(f"there is no result of the setting {BASE!r} to compare with; run it too")
     names = dict.fromkeys([BASE, *(outcome.setting for outcome in outcomes)])
     base, *rows = [_row(name, outcomes, columns, watch) for name in names]
     return [base, *_adjusted(rows)]

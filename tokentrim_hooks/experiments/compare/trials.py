@@ -133,7 +133,10 @@ class ReferenceMaker:
             TokenTrimError: too few chunks for a fault.
         """
         if fault and chunks < (needs := FAULTS[fault].needs):
-            raise TokenTrimError(f"{fault!r} needs at least {needs} chunks: it is planted in {FAULTS[fault]}")
+            raise TokenTrimError(
+                f"{fault!r} needs at least {needs} chunks: it is planted in {FAULTS[fault]}; set "
+                "--chunks"
+            )
         if trained:
             pipeline = ReferencePipeline.pretrained(kind, device=device, sink_size=sink)
             weights = hashlib.sha256(weights_file(kind).read_bytes()).hexdigest()[:12]

@@ -91,7 +91,7 @@ def _paper(ran: Policy | None) -> DriftPolicy:
 def _pair(item: str) -> tuple[str, Any]:
     key, equals, value = (part.strip() for part in item.partition("="))
     if not equals:
-        raise ValueError(f"{key!r} has no value")
+        raise ValueError(f"{key!r} has no value; write it behind a =")
     try:
         return key, ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
     except (ValueError, SyntaxError):

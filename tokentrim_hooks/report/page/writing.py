@@ -103,7 +103,7 @@ def _html(
     sections: Sequence[Section],
 ) -> str:
     if not gathered.runs:
-        raise ReportError("the report holds no chunk: was the denoiser called, and did it run more than one chunk?")
+        raise ReportError("the report holds no chunk; see that the denoiser is called, for more than one chunk")
     clip = None if frames is None else clip_of(frames)
     drawn = gathered.runs[:DRAWN]
     easel = Easel.of(drawn, fetch, _warmup(settings), clip, log)
