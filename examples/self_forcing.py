@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks.metrics.writing import write_video
 
 TRAINED_FRAMES = 21
 """Latent frames that the model was trained on; a longer video needs a rolling window of so many."""
@@ -99,10 +100,8 @@ def main() -> None:
     rng = torch.Generator().manual_seed(options.seed)
     noise = torch.randn(1, options.num_output_frames, *LATENT, generator=rng).to("cuda", torch.bfloat16)
     video = generate(pipe, options, noise)
-    from diffusers.utils import export_to_video
-
     frames = video[0].float().permute(0, 2, 3, 1).cpu().numpy()
-    export_to_video(list(frames), str(options.out / "video.mp4"), fps=16)
+    write_video(options.out / "video.mp4", frames, fps=16)
 
 
 if __name__ == "__main__":

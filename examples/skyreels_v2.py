@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks.metrics.writing import write_video
 
 
 def arguments() -> argparse.Namespace:
@@ -70,9 +71,7 @@ def save(video: Any, options: argparse.Namespace) -> None:
     if options.tiny:
         torch.save(video, options.out / "video.pt")
         return
-    from diffusers.utils import export_to_video
-
-    export_to_video(video[0], str(options.out / "video.mp4"), fps=24, quality=8)
+    write_video(options.out / "video.mp4", video[0], fps=24)
 
 
 def main() -> None:

@@ -154,4 +154,4 @@ def _refusal(model: Any, found: list[Detection]) -> str:
     says = "the nearest adapters say:" if shown else f"none of {len(found)} adapters finds in it what it looks for."
     more = "tokentrim.detect(model) has every adapter's reason. " if len(shown) < len(found) else ""
     reasons = "\n".join([f"cannot patch {kind}; {says}", *lines])
-    return f"{reasons}\n{more}To add a model, see 'Writing an adapter' in the README."
+    return f"{reasons}\n{more}To add a model, see docs/how-to/add-a-model.md."

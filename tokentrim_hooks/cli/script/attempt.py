@@ -103,10 +103,12 @@ def _arms(launch: Launch, folder: Path, seed: int, repeat: bool) -> list[Arm]:
 
 def _told(arms: Sequence[Arm], folder: Path) -> tuple[Pair, dict[str, Any]]:
     """A pair, and what its page needs beside it."""
+    from tokentrim_hooks.experiments.what_if.answers import section
     from tokentrim_hooks.report.page import write_page
 
     pair, videos, curves = _pair(arms)
-    report = write_page(arms[0].logs[0])
+    log = arms[0].logs[0]
+    report = write_page(log, sections=[section(log)])
     words = sys.argv[1:]
     repeated = ["tokentrim", *words[:1], "--pairs", str(MANY), *words[1:]]
     return pair, {
