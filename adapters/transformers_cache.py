@@ -49,8 +49,8 @@ def tap_attention(decoder: nn.Module, patches: Patches) -> None:
     layers = [layer for layer in decoder.modules() if hasattr(layer, "layer_idx") and hasattr(layer, "head_dim")]
     if not layers:
         raise UnsupportedContextError(
-            "the decoder has no attention layers with layer_idx and head_dim; correct "
-            "decoder()"
+            "the decoder has no attention layers with layer_idx and head_dim; "
+            "correct decoder()"
         )
     for home in dict.fromkeys(map(home_of, layers)):
         own = [layer for layer in layers if home_of(layer) is home]

@@ -246,8 +246,8 @@ class Patches:
         """Raise AttachError if the adapter attached nothing that could prune."""
         if not self.taps:
             raise AttachError(
-                f"adapter {adapter!r} found no attention function to tap; nothing was patched. Report it as a "
-                "bug"
+                f"adapter {adapter!r} found no attention function to tap; "
+                "nothing was patched. Report it as a bug"
             )
 
     def undo(self) -> None:

@@ -210,8 +210,8 @@ class CallTap:
         """The block mask without the dead keys, made once per call: all layers are given the same mask."""
         if len(groups) > 1:
             raise UnsupportedContextError(
-                "cannot prune chunks in flight apart in a block mask of flex attention; use "
-                "sdpa"
+                "cannot prune chunks in flight apart in a block mask of flex attention; "
+                "use sdpa"
             )
         if id(mask) not in self._masks:
             self._masks[id(mask)] = (mask, without_dead(mask, _of_each(groups[0], k.shape[0]), k.shape[0], k.shape[1]))
@@ -247,8 +247,8 @@ class CallTap:
             return None
         if not bool(alive.any()):
             raise UnsupportedContextError(
-                "pruning would leave a range of queries with no key at all; choose fewer "
-                "tokens"
+                "pruning would leave a range of queries with no key at all; "
+                "choose fewer tokens"
             )
         return alive.nonzero().squeeze(1).to(device, non_blocking=True)
 
@@ -289,7 +289,7 @@ class CallTap:
         if self.layout is None or keys != self.layout.length:
             known = "has no key layout" if self.layout is None else f"says {self.layout.length}"
             raise UnsupportedContextError(
-                f"self attention sees {keys} keys, the adapter's key layout {known}; correct "
-                "context()"
+                f"self attention sees {keys} keys, the adapter's key layout {known}; "
+                "correct context()"
             )
         return self.layout

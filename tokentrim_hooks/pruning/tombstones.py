@@ -95,8 +95,8 @@ def _positions(
     """(sample, row) of every cached copy of the tokens in rows ``first..stop`` but not in ``spared``."""
     if first % per_frame:
         raise UnsupportedContextError(
-            f"history starts at row {first}, not at a frame of {per_frame} rows; correct "
-            "context()"
+            f"history starts at row {first}, not at a frame of {per_frame} rows; "
+            "correct context()"
         )
     pairs = [
         (sample, frame + token)

@@ -47,8 +47,8 @@ def merge(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     names = {name.rpartition(".")[0] for name in tensors}
     if unknown := names - layers.keys():
         raise ValueError(
-            f"differences for layers that the model does not have: {', '.join(sorted(unknown))}; use weights of "
-            "this model"
+            f"differences for layers that the model does not have: {', '.join(sorted(unknown))}; "
+            "use weights of this model"
         )
     for name in names:
         layers[name].weight += tensors[f"{name}.up"].float() @ tensors[f"{name}.down"].float()

@@ -82,8 +82,8 @@ def clear(folder: Path) -> None:
 def _thumbnails(folder: Path | None) -> Thumbnails:
     if folder is None:
         raise TokenTrimError(
-            "thumbnails need a folder; call make_observer('thumbnails', folder), the folder of "
-            "JsonLines"
+            "thumbnails need a folder; "
+            "call make_observer('thumbnails', folder), the folder of JsonLines"
         )
     require("PIL.Image", "report")
     return Thumbnails(folder)

@@ -160,8 +160,8 @@ def _on_copies(given: Given, scratch: Mapping[str, Any]) -> Given:
     every = (*given.args, *given.kwargs.values())
     if not swap.keys() <= {id(argument) for argument in every}:
         raise UnsupportedPolicyError(
-            f"{REFUSED}its caches are no arguments of the call, which so would write them; leave them "
-            "out"
+            f"{REFUSED}its caches are no arguments of the call, which so would write them.\n"
+            "Leave policies that guide out."
         )
     args = tuple(swap.get(id(argument), argument) for argument in given.args)
     kwargs = {name: swap.get(id(argument), argument) for name, argument in given.kwargs.items()}

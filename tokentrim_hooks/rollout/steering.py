@@ -212,8 +212,8 @@ def _checked(answer: Tensor, policy: Policy, view: ContextView, samples: int) ->
     mask = answer.cpu() if answer.dtype == torch.bool else answer.float().cpu()
     if mask.dtype != torch.bool and not bool(((mask >= 0) & (mask <= 1)).all()):
         raise PolicyError(
-            f"{type(policy).__name__}.hide returned weights outside of [0, 1]; give 1 for a token that is read as "
-            "it is"
+            f"{type(policy).__name__}.hide returned weights outside of [0, 1]; "
+            "give 1 for a token that is read as it is"
         )
     mask = mask[:, None] if mask.ndim == 1 else mask
     return mask.expand(samples, view.frames, view.tokens)

@@ -108,7 +108,7 @@ def _column(name: str, values: Tensor, seeds: Sequence[int]) -> list[float]:
     column = [float(value) for value in torch.as_tensor(values).flatten()]
     if len(column) != len(seeds):
         raise TokenTrimError(
-            f"measure() gave {len(column)} values of {name!r} for {len(seeds)} seeds; return one per "
-            "seed"
+            f"measure() gave {len(column)} values of {name!r} for {len(seeds)} seeds; "
+            "return one per seed"
         )
     return column

@@ -76,8 +76,8 @@ class Store:
         if not file.is_file():
             if self.log.is_file() and self.log.stat().st_size:
                 raise TokenTrimError(
-                    f"{self.log} has no settings.json beside it, so nobody knows what these are results of; give "
-                    "another --out"
+                    f"{self.log} has no settings.json beside it, so nobody knows what these are results of; "
+                    "give another --out"
                 )
             write(file, json.dumps(now, indent=2) + "\n")
             return

@@ -134,8 +134,8 @@ class ReferenceMaker:
         """
         if fault and chunks < (needs := FAULTS[fault].needs):
             raise TokenTrimError(
-                f"{fault!r} needs at least {needs} chunks: it is planted in {FAULTS[fault]}; set "
-                "--chunks"
+                f"{fault!r} needs at least {needs} chunks: it is planted in {FAULTS[fault]}; "
+                "set --chunks"
             )
         if trained:
             pipeline = ReferencePipeline.pretrained(kind, device=device, sink_size=sink)
