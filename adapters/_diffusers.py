@@ -40,6 +40,9 @@ def lacking(transformer: Any, parameters: Sequence[str]) -> str:
         return ""
     if {"pose_hidden_states", "face_pixel_values"} <= set(parameters_of(transformer)):
         return "earlier frames are joined to new ones channel by channel, so there is no context token to remove"
+    if {"video_indices", "audio_indices", "token_tags"} <= set(parameters_of(transformer)):
+        # MiniMax-H3: a keyframe comes back as pixels, is encoded and noised anew, and all else is made for one request.
+        return "no call tells whether its clip continues the one before or begins another video from a picture"
     processors = [getattr(module, "processor", None) for module in transformer.modules()]
     if any("linear" in type(processor).__name__.lower() for processor in processors):
         return "linear attention sums all tokens into one state, from which none can be removed"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import diffusers
 import pytest
 import torch
+from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3Blocks
 
 import tokentrim_hooks as tokentrim
 
@@ -120,6 +123,24 @@ def ltx():
     )
 
 
+def minimax_h3():
+    return diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        hidden_size=16,
+        num_layers=1,
+        num_refiner_layers=1,
+        ffn_dim=16,
+        in_channels=4,
+        audio_in_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        time_embed_hidden_dim=16,
+        time_embed_dim=8,
+        rope_freq_dim=2,
+    )
+
+
 class Pipeline:
     """Any pipeline around a transformer."""
 
@@ -127,7 +148,7 @@ class Pipeline:
         self.transformer = transformer
 
 
-STRANGERS = [wan, wan_animate, sana_video, flux, flux2, qwen_image, hunyuan_video, ltx]
+STRANGERS = [wan, wan_animate, sana_video, flux, flux2, qwen_image, hunyuan_video, ltx, minimax_h3]
 
 
 @pytest.mark.parametrize("make", STRANGERS, ids=lambda make: make.__name__)
@@ -145,11 +166,31 @@ def test_no_adapter_matches(make, inside):
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"), [(wan_animate, "channel by channel"), (sana_video, "linear attention sums all tokens")]
+    ("make", "reason"),
+    [
+        (wan_animate, "channel by channel"),
+        (sana_video, "linear attention sums all tokens"),
+        (minimax_h3, "continues the one before or begins another"),
+    ],
 )
 def test_reasons_that_say_what_is_different(make, reason):
     reasons = {answer.adapter: answer.reason for answer in tokentrim.detect(Pipeline(make()))}
     assert all(reason in reasons[name] for name in ("framepack", "helios", "anyflow-far"))
+
+
+def test_a_clip_of_minimax_h3_is_told_of_its_own_rows_only():
+    """If one of these becomes a clip's number or the clip before it, the refusal's reason is gone: then adapt it."""
+    told = set(inspect.signature(diffusers.MiniMaxH3Transformer3DModel.forward).parameters) - {"self"}
+    rows = {"hidden_states", "audio_hidden_states", "encoder_hidden_states", "timestep", "timestep_indices"}
+    layout = {"token_tags", "position_ids", "video_indices", "audio_indices", "text_indices"}
+    assert told == {*rows, *layout, "attention_kwargs", "return_dict"}
+
+
+def test_the_real_minimax_h3_pipeline_is_refused_in_words():
+    pipe = MiniMaxH3Blocks().init_pipeline()
+    pipe.update_components(transformer=minimax_h3())
+    with pytest.raises(tokentrim.UnsupportedModelError, match="continues the one before or begins another"):
+        tokentrim.patch(pipe)
 
 
 def test_real_pipelines_are_no_match():
