@@ -5,6 +5,10 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
+from record_checks import pytest_addoption, pytest_configure
+
+__all__ = ["pytest_addoption", "pytest_configure"]
+"""Hooks of ``--record-checks``; pytest finds them by their names here."""
 
 torch.set_num_threads(1)
 

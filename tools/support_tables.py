@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import places
+from check_matrix import NOT_CHECKED, matrix
 
 from tokentrim_hooks.api import adapters
 from tokentrim_hooks.console import markdown_table
@@ -26,7 +27,6 @@ from tokentrim_hooks.policy.soft_prune import SoftPrune
 
 ROOT = Path(__file__).parents[1]
 """The checkout; an installed wheel has no check records beside it."""
-NOT_CHECKED = "not checked"
 OWN = "tokentrim-hooks "
 """How the name of our own distribution begins: tables in our README list our adapters only."""
 
@@ -83,21 +83,35 @@ def rows(checks: Mapping[str, Any]) -> list[Row]:
 
 
 def support_table(checks: Mapping[str, Any] | None = None) -> str:
-    """The short table, in Markdown: per adapter its models, the policies' hooks that they take, what was checked."""
+    """The short table, in Markdown: adapters of one source with equal hooks share a line."""
     checks = checks or read_checks()
     takes = {info.name: info.adapter.takes for info in adapters() if info.adapter is not None}
-    lines: dict[str, list[str]] = {}
-    for model, adapter, _, record in rows(checks):
-        version = record.get("version", NOT_CHECKED)
-        if adapter in lines:
-            lines[adapter][0] += f", {model}" + (f" ({version})" if version != lines[adapter][-1] else "")
-        else:
-            taken = takes.get(adapter, {"judge"})  # a base class declares what every adapter does at least
-            name = f"`{adapter}`" if "(" not in adapter else adapter
-            lines[adapter] = [model, name, *("yes" if hook in taken else "" for hook in SHORT), version]
-    table = markdown_table(["Models", "Adapter", *SHORT.values(), "Checked on"], list(lines.values()))
-    note = f"Checked with the real code on {checks['device']}: see [docs/models.md](docs/models.md)."
+    lines: dict[tuple[Any, ...], tuple[list[str], list[str]]] = {}
+    for adapter, found in _by_adapter(checks).items():
+        taken = takes.get(adapter, {"judge"})  # a base class declares what every adapter does at least
+        hooks = ["yes" if hook in taken else "" for hook in SHORT]
+        models, names = lines.setdefault((_source(found[0][1]), *hooks), ([], []))
+        models += [model + ("" if version != NOT_CHECKED else f" ({NOT_CHECKED})") for model, version in found]
+        names.append(f"`{adapter}`" if "(" not in adapter else adapter)
+    told = [
+        [", ".join(models), ", ".join(names), *hooks, source] for (source, *hooks), (models, names) in lines.items()
+    ]
+    table = markdown_table(["Models", "Adapter", *SHORT.values(), "Checked on"], told)
+    note = f"Checked with the real code on {checks['device']}; commits: [docs/models.md](docs/models.md)."
     return f"{table}\n\n{note}"
+
+
+def _by_adapter(checks: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Models of each adapter, with the version that each was checked on."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for model, adapter, _, record in rows(checks):
+        found.setdefault(adapter, []).append((model, record.get("version", NOT_CHECKED)))
+    return found
+
+
+def _source(version: str) -> str:
+    """Packages by name and version; repositories, of which each has its own, as such; or *not checked*."""
+    return "each one's repository" if "/" in version else version
 
 
 def support_details(checks: Mapping[str, Any] | None = None) -> str:
@@ -106,7 +120,24 @@ def support_details(checks: Mapping[str, Any] | None = None) -> str:
     sections = [_section(*row, checks["device"]) for row in rows(checks)]
     refused = markdown_table(["Refused", "Why"], [[item["model"], item["why"]] for item in checks["refused"]])
     hooks = ["## Which hooks of policies a model takes", hooks_table()]
-    return "\n\n".join([*hooks, *sections, "## Refused, each with a reason", refused])
+    found = ["## What tests have found", tests_matrix(checks)]
+    return "\n\n".join([*found, *hooks, *sections, "## Refused, each with a reason", refused])
+
+
+def tests_matrix(checks: Mapping[str, Any]) -> str:
+    """What tests have found of each of our adapters, in Markdown; see ``tools/check_matrix.py``.
+
+    Raises:
+        ReportError: a test's record names an adapter that is not ours.
+    """
+    own = [info.name for info in adapters() if info.adapter is not None and info.distribution.startswith(OWN)]
+    strange = {record["adapter"] for record in checks.get("tests", ())} - set(own)
+    if strange:
+        raise ReportError(f"test records of adapters that are not here: {', '.join(sorted(strange))}")
+    refused: dict[str, int] = {}
+    for _, name, _, record in rows(checks):
+        refused[name] = refused.get(name, 0) + len(record.get("refused", ()))
+    return matrix(checks.get("tests", ()), own, refused)
 
 
 def hooks_table() -> str:

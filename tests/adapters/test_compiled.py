@@ -41,6 +41,12 @@ def skyreels():
     return pipeline, pipeline.transformer, run
 
 
+EACH = [
+    pytest.param(reference, marks=pytest.mark.checks("self-forcing", "compiled")),
+    pytest.param(skyreels, marks=pytest.mark.checks("skyreels-v2", "compiled")),
+]
+
+
 def breaks(denoiser, run):
     """Reasons of the graph breaks in one run of the compiled denoiser."""
     torch._dynamo.reset()
@@ -50,7 +56,7 @@ def breaks(denoiser, run):
     return set(torch._dynamo.utils.counters["graph_break"])
 
 
-@pytest.mark.parametrize("make", [reference, skyreels])
+@pytest.mark.parametrize("make", EACH)
 def test_compiled_after_patching_prunes_the_same(make):
     pipeline, denoiser, run = make()
     plain = run()
@@ -65,7 +71,7 @@ def test_compiled_after_patching_prunes_the_same(make):
     assert (compiled - eager).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("make", [reference, skyreels])
+@pytest.mark.parametrize("make", EACH)
 def test_observing_adds_no_graph_break(make):
     pipeline, denoiser, run = make()
     alone = breaks(denoiser, run)

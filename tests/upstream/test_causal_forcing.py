@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tokentrim_hooks as tokentrim
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("self-forcing", "exact")]
 Record = Callable[[str, Any], None]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import ObservePolicy, UnsupportedContextError, UnsupportedModelError
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("causvid", "exact")]
 Record = Callable[[str, Any], None]
 
 

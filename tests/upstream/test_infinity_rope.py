@@ -18,7 +18,7 @@ from torch import Tensor
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import ObservePolicy
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("infinity-rope", "exact")]
 Record = Callable[[str, Any], None]
 
 SCENES = "a cat [3s] | a dog [3s]"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tokentrim_hooks as tokentrim
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("krea-realtime", "exact")]
 Record = Callable[[str, Any], None]
 TOKENS_A_FRAME = 80
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import ObservePolicy
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("longlive", "exact")]
 Record = Callable[[str, Any], None]
 
 SINK = Setup(window=9, sink=3)

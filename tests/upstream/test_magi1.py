@@ -20,7 +20,7 @@ import tokentrim_hooks as tokentrim
 from tokentrim_hooks import ObservePolicy
 from tokentrim_hooks.testing.fingerprint import assert_same, fingerprint
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("magi-1", "exact")]
 Record = Callable[[str, Any], None]
 
 DEAD, OTHERS = (1, 6, 11), (0, 6, 15)

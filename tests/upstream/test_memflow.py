@@ -21,7 +21,7 @@ from torch import Tensor
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import Call, Phase, Seen
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("memflow", "exact")]
 DEAD = list(range(0, TOKENS, 10))
 CHUNKS, CHUNK, SWITCH = 4, 2, 9
 

@@ -26,7 +26,7 @@ from torch import Tensor
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import Patches, SoftPrune, TokenTrimWarning, UnsupportedContextError, UnsupportedPolicyError
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("memrope", "exact")]
 Record = Callable[[str, Any], None]
 
 CHUNKS, EVICTS = 8, 4

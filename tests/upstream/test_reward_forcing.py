@@ -21,7 +21,7 @@ from torch import Tensor
 
 import tokentrim_hooks as tokentrim
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("reward-forcing", "exact")]
 Record = Callable[[str, Any], None]
 USUAL = Setup(window=9, sink=3)
 """As in upstream's configuration."""

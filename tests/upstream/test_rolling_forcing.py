@@ -19,7 +19,7 @@ from torch import Tensor
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import ObservePolicy, Phase
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("rolling-forcing", "exact")]
 Record = Callable[[str, Any], None]
 BLOCKS = 9
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import CommitWindow, UnsupportedPolicyError
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.checks("rolling-sink", "exact")]
 Record = Callable[[str, Any], None]
 WINDOW, CHUNKS = Setup(window=9), 8
 """Frames come back from the fourth chunk on: 5 to 3, 2 to 0, then 0 to 2, 3 to 5, and so on."""

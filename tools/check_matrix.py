@@ -1,0 +1,68 @@
+"""The matrix of docs/models.md: each cell is what tests have found (``tools/record_checks.py``), or *not checked*."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from record_checks import ends
+
+from tokentrim_hooks.console import markdown_table
+
+NOT_CHECKED = "not checked"
+HEADS = {
+    "exact": "Exact",
+    "neutral": "Neutral",
+    "undone": "Undone",
+    "candidate": "Judged by candidate",
+    "hooks": "Hooks proved",
+    "ranks": "Ranks",
+    "compiled": "Compiled",
+}
+HOOKS = ("hide", "correct", "settle", "guide", "weigh")
+NOTE = (
+    "One row per suite of tests that has run an adapter. *Yes*: all tests of that column passed; *in part*: the others "
+    "found nothing to check there; *not checked*: none ran. *Refused* counts the refusals described below, by hand. "
+    "Again: `pytest --record-checks docs/checks.json SUITE`, then `python tools/support_tables.py --write`; a `+` "
+    "behind a commit says that its files were changed."
+)
+
+Record = Mapping[str, Any]
+
+
+def matrix(records: Sequence[Record], names: Iterable[str], refused: Mapping[str, int]) -> str:
+    """The table, in Markdown, of ``names`` (adapters), each with its suites, or with a row of *not checked*."""
+    lines = []
+    for name in names:
+        mine = [record for record in records if record["adapter"] == name]
+        for suite in sorted({record["suite"] for record in mine}) or [""]:
+            tail = [str(refused.get(name) or "none recorded")]
+            lines.append([f"`{name}`", *_row([record for record in mine if record["suite"] == suite], suite), *tail])
+    heads = ["Adapter", "Suite", *HEADS.values(), "Largest error", "Commit and date", "Refused"]
+    return f"{markdown_table(heads, lines)}\n\n{NOTE}"
+
+
+def _row(records: Sequence[Record], suite: str) -> list[str]:
+    cells = [hooks(records) if column == "hooks" else cell(records, column) for column in HEADS]
+    figures = [error for record in records for _, error in record["figures"].values()]
+    runs = ", ".join(dict.fromkeys(f"{record['commit']} {record['date']}" for record in records))
+    largest = f"{max(figures):.1e}" if figures else "not recorded"
+    return [f"`{suite.removeprefix('tests/')}`" if suite else "none", *cells, largest, runs or NOT_CHECKED]
+
+
+def cell(records: Sequence[Record], column: str) -> str:
+    """One word for the tests of a column, failures first."""
+    found = [end for record in records for of, _, end in ends(dict(record)) if of == column]
+    passed = found.count("passed")
+    if "failed" in found:
+        return f"**fails** ({found.count('failed')} of {len(found)})"
+    if not passed:
+        return NOT_CHECKED
+    return "yes" if passed == len(found) else f"in part ({passed} of {len(found)})"
+
+
+def hooks(records: Sequence[Record]) -> str:
+    """The hooks of policies of which tests ran, with what they found if it was not simply *yes*."""
+    found = {hook: cell(records, hook) for hook in HOOKS}
+    told = [hook if end == "yes" else f"{hook} {end}" for hook, end in found.items() if end != NOT_CHECKED]
+    return ", ".join(told) or NOT_CHECKED
