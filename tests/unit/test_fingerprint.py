@@ -1,5 +1,7 @@
 """A fingerprint sees every way in which a patch could stay behind."""
 
+import functools
+
 import pytest
 import tiny_reference as tiny
 import torch
@@ -70,3 +72,34 @@ def test_what_the_model_changes_itself_can_be_ignored_but_code_cannot():
     pipeline.kv_cache1 = print
     with pytest.raises(AssertionError, match="kv_cache1"):
         assert_same(before, fingerprint(pipeline), ignore=own)
+
+
+class Curve:
+    """Data that can be called, as numpy's ``poly1d`` is."""
+
+    def __call__(self, x):
+        return x
+
+
+def test_data_that_can_be_called_is_ignored_where_the_model_makes_it_anew_but_a_wrapper_of_it_is_not():
+    pipeline = tiny.make()
+    pipeline.curve = Curve()
+    before = fingerprint(pipeline)
+    pipeline.curve = Curve()
+    own = before.changed(fingerprint(pipeline))
+    assert own == {"ReferencePipeline.curve"}
+    assert_same(before, fingerprint(pipeline), ignore=own)
+    with pytest.raises(AssertionError, match="curve"):
+        assert_same(before, fingerprint(pipeline))
+    pipeline.curve = functools.partial(pipeline.curve)
+    with pytest.raises(AssertionError, match="curve"):
+        assert_same(before, fingerprint(pipeline), ignore=own)
+
+
+def test_a_function_that_the_model_makes_anew_is_never_ignored():
+    pipeline = tiny.make()
+    pipeline.curve = lambda x: x
+    before = fingerprint(pipeline)
+    pipeline.curve = lambda x: x
+    with pytest.raises(AssertionError, match="curve"):
+        assert_same(before, fingerprint(pipeline), ignore=before.changed(fingerprint(pipeline)))

@@ -65,13 +65,13 @@ def noise(*size: int, seed: int = 3) -> torch.Tensor:
 class Loop:
     """The loop over sections of ``demo_gradio_f1.py`` and ``demo_gradio.py``."""
 
-    def __init__(self, model: Any, sample: Callable[..., Any]) -> None:
-        self.model, self.sample, self.section = model, sample, -1
+    def __init__(self, model: Any, sample: Callable[..., Any], width: int = 64, seed: int = 5) -> None:
+        self.model, self.sample, self.width, self.seed, self.section = model, sample, width, seed, -1
 
     def run(self, inverted: bool, sections: int = 4, tea: bool = False, cfg: float = 1.0) -> torch.Tensor:
         """The video's latents."""
-        start, embedding = noise(1, 16, 1, 8, 8, seed=1), noise(1, 2, 8, seed=2)
-        history, rnd = torch.zeros(1, 16, 19, 8, 8), torch.Generator("cpu").manual_seed(5)
+        start, embedding = noise(1, 16, 1, 8, self.width // 8, seed=1), noise(1, 2, 8, seed=2)
+        history, rnd = torch.zeros(1, 16, 19, 8, self.width // 8), torch.Generator("cpu").manual_seed(self.seed)
         history = history if inverted else torch.cat([history, start], 2)
         made = 0 if inverted else 1
         mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
@@ -80,7 +80,7 @@ class Loop:
             context = (_behind if inverted else _before)(history, start, sections - 1 - self.section)
             latents = self.sample(
                 transformer=self.model,
-                width=64,
+                width=self.width,
                 height=64,
                 frames=W * 4 - 3,
                 real_guidance_scale=cfg,

@@ -8,6 +8,7 @@ wherever rolls, sinks and copies have put it.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -129,3 +130,20 @@ class MaskedReference:
         live = ~dead[0]
         assert bool((dead == dead[:1]).all()), "drop=True is for samples that lose the same keys"
         return self._native(q, k[:, live], v[:, live], *args, **kwargs) if bool(dead.any()) else self._native(q, k, v)
+
+
+@dataclass
+class WeighedReference(MaskedReference):
+    """The same with log w, ``weights[token]``, added to the scores of rows of the prunes, one token each."""
+
+    weights: Mapping[int, float] = field(default_factory=dict)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        marks = fingerprints(v)
+        bias = torch.zeros(marks.shape)
+        for prune, per_sample in self._active:
+            for b, rows in enumerate(per_sample):
+                bias[b, torch.isin(marks[b], rows)] = math.log(self.weights[prune.tokens[b][0]])
+        self.masked.append((bias < 0).sum(1).tolist())
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5 + bias[:, None, None]
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)

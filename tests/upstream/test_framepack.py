@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,13 @@ from typing import Any
 import pytest
 from harness import folder_of
 
+from tokentrim_hooks.testing import AdapterConformance
+
 pytestmark = pytest.mark.upstream
 
 NAMES = [f"{name} {way}" for name in ("plain", "guided", "teacache") for way in ("forward", "inverted")]
+
+KITS = ("TestForward", "TestBackward", "TestForwardWithTeaCache")
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +31,37 @@ def found() -> dict[str, Any]:
     assert run.returncode == 0, run.stderr[-3000:]
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))
     return json.loads(line.removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> list[ElementTree.Element]:
+    """The cases of the conformance kit in framepack_kit.py."""
+    folder_of("FramePack")
+    here, report = Path(__file__).parent, tmp_path_factory.mktemp("kit") / "report.xml"
+    path = os.pathsep.join([str(here), str(here.parent / "adapters"), os.environ.get("PYTHONPATH", "")])
+    options = ["-q", "--noconftest", "-c", os.devnull, "--rootdir", str(here), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", str(here / "framepack_kit.py")]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=report.parent, env=environment)
+    assert report.is_file(), (run.stdout + run.stderr)[-3000:]
+    return list(ElementTree.parse(report).iter("testcase"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each of the kit, and each direction."""
+    if "case" in metafunc.fixturenames:
+        names = [name for name in dir(AdapterConformance) if name.startswith("test_")]
+        metafunc.parametrize("case", [f"{kind}::{name}" for kind in KITS for name in names])
+
+
+def test_the_kit(kit: list[ElementTree.Element], case: str) -> None:
+    """What was not checked is skipped in the kit's words."""
+    kind, _, name = case.partition("::")
+    found = next(one for one in kit if one.get("name") == name and one.get("classname", "").endswith(f".{kind}"))
+    for skipped in found.iter("skipped"):
+        pytest.skip(str(skipped.get("message")))
+    trouble = [str(fault.text) for tag in ("failure", "error") for fault in found.iter(tag)]
+    assert not trouble, trouble[0][-3000:]
 
 
 @pytest.mark.parametrize("name", NAMES)

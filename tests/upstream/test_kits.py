@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +16,7 @@ import tiny_memrope
 import tiny_rolling_forcing
 import torch
 from harness import noise_of
-from masked_reference import MaskedReference, Prune
+from masked_reference import MaskedReference, Prune, WeighedReference
 from memrope_reference import without_dead_rows
 from tiny_self_forcing import Repository, Setup, few_step_pipeline, self_forcing, source_of
 from tokentrim_hooks_adapters.causvid import CausVid
@@ -26,6 +27,7 @@ from tokentrim_hooks_adapters.memflow import MemFlow
 from tokentrim_hooks_adapters.memrope import MemRope
 from tokentrim_hooks_adapters.reward_forcing import RewardForcing
 from tokentrim_hooks_adapters.rolling_forcing import RollingForcing
+from tokentrim_hooks_adapters.rolling_sink import RollingSink
 from tokentrim_hooks_adapters.self_forcing import SelfForcing
 from torch import Tensor
 
@@ -100,6 +102,20 @@ class TestRewardForcing(Kit):
         return tiny_forks.rewarded_pipeline(self.repository, self.setup_of())
 
 
+class TestRollingSink(Kit):
+    """No sink of its own: the window is filled up with the first frames, whose rows are dead again as they come."""
+
+    adapter = RollingSink
+    anchor_frames, late_chunk = 0, 6
+
+    @staticmethod
+    def opened() -> AbstractContextManager[Repository]:
+        return self_forcing("RollingSink")
+
+    def make_model(self) -> Any:
+        return tiny_forks.rolling_sink_pipeline(self.repository, self.setup_of())
+
+
 class TestInfinityRope(Kit):
     adapter = InfinityRope
     anchor_frames = 1
@@ -170,7 +186,6 @@ class TestMemFlow(Kit):
         assert any(any(counts) for counts in reference.masked)
         return latents
 
-
     def test_hidden_from_one_call_and_from_no_other(self) -> None:
         """The kit's own reference goes by value; ``test_policies.py`` hides from any call by place."""
         pytest.skip("NOT CHECKED: the bank holds copies of rows, which the kit takes for the rows themselves")
@@ -209,10 +224,18 @@ class TestRollingForcing(Kit):
     opened = staticmethod(tiny_rolling_forcing.rolling_forcing)
 
     def reference(self, model: Any, seed: int) -> Tensor:
+        return self.watched(model, seed, MaskedReference, [self.tokens])
+
+    def weighed_reference(self, model: Any, seed: int, weights: dict[int, float], calls: list[int] | None) -> Tensor:
+        assert calls is None
+        return self.watched(model, seed, partial(WeighedReference, weights=weights), [[token] for token in weights])
+
+    def watched(self, model: Any, seed: int, kind: Any, groups: Sequence[Sequence[int]]) -> Tensor:
+        """A run under a reference, each of ``groups`` of tokens pruned by itself."""
         block, window = tiny_rolling_forcing.BLOCK, tiny_rolling_forcing.WINDOW
-        prune = Prune(block * (self.chunk_to_prune - window + 1), [self.tokens])
+        start = block * (self.chunk_to_prune - window + 1)
         source = tiny_rolling_forcing.source_of(self.repository, model)
-        with MaskedReference(source, [prune], spared=range(block)) as reference:
+        with kind(source, [Prune(start, [tokens]) for tokens in groups], spared=range(block)) as reference:
             latents = self.run(model, seed)
         assert any(any(counts) for counts in reference.masked)
         return latents

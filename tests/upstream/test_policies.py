@@ -143,13 +143,6 @@ def memrope() -> Iterator[Rig]:
         yield Rig(pipeline, generate, source_of(repository, pipeline), 3, memory=(2, 12))
 
 
-def rolling_sink_pipeline(repository: Any, setup: Setup) -> Any:
-    pipeline = few_step_pipeline(repository, setup)
-    for layer in pipeline.kv_cache1:
-        layer.update({f"{name}_original": torch.zeros_like(layer[name]) for name in "kv"})
-    return pipeline
-
-
 RIGS = {
     "self-forcing": like_self_forcing("Self-Forcing", few_step_pipeline, Setup(window=9, sink=3, batch=2)),
     "self-forcing, global window": like_self_forcing("Self-Forcing", few_step_pipeline, Setup()),
@@ -163,7 +156,7 @@ RIGS = {
     "rolling-forcing": rolling,
     "memflow": memflow,
     "memrope": memrope,
-    "rolling-sink": like_self_forcing("RollingSink", rolling_sink_pipeline, Setup(window=9)),
+    "rolling-sink": like_self_forcing("RollingSink", tiny_forks.rolling_sink_pipeline, Setup(window=9)),
 }
 
 

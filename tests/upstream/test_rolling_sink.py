@@ -12,6 +12,7 @@ from comparison import OTHERS, TOKENS, VISIBLE, Comparison, difference, pruned_a
 from forced import ForcedPolicy
 from harness import noise_of
 from masked_reference import Prune
+from tiny_forks import rolling_sink_pipeline
 from tiny_self_forcing import Repository, Setup, few_step_pipeline, self_forcing, source_of
 from torch import Tensor
 
@@ -31,9 +32,7 @@ def repository() -> Iterator[Repository]:
 
 
 def compare(repository: Repository, setup: Setup = WINDOW) -> Comparison:
-    pipeline = few_step_pipeline(repository, setup)
-    for layer in pipeline.kv_cache1:
-        layer.update({f"{name}_original": torch.zeros_like(layer[name]) for name in "kv"})
+    pipeline = rolling_sink_pipeline(repository, setup)
     noise = noise_of(setup.batch, 3 * CHUNKS)
 
     def generate() -> Tensor:

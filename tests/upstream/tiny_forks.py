@@ -80,6 +80,16 @@ def rewarded_pipeline(repository: Repository, setup: Setup) -> Any:
         return few_step_pipeline(repository, setup)
 
 
+# ------------------------------------------------------------------------------------------ Rolling Sink
+
+def rolling_sink_pipeline(repository: Repository, setup: Setup) -> Any:
+    """Rolling Sink's pipeline, with its second cache of the first frames."""
+    pipeline = few_step_pipeline(repository, setup)
+    for layer in pipeline.kv_cache1:
+        layer.update({f"{name}_original": torch.zeros_like(layer[name]) for name in "kv"})
+    return pipeline
+
+
 # ------------------------------------------------------------------------------------------ Krea
 
 @contextmanager

@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType, ModuleType
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ VOLATILE_IN_CLASSES = frozenset(
 """Entries that Python itself makes on first use, for example when an object is copied."""
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+CODE = (FunctionType, MethodType, BuiltinFunctionType, partial, type)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class Fingerprint:
         lines = []
         for key in sorted(self.changed(after)):
             old, new = self.entries.get(key, _ABSENT), after.entries.get(key, _ABSENT)
-            if key not in ignore or _is_code(old) or _is_code(new):
+            if key not in ignore or ((_is_code(old) or _is_code(new)) and not _made_anew(old, new)):
                 lines.append(_line(key, old, new))
         return lines
 
@@ -115,6 +117,13 @@ def _line(key: str, old: Any, new: Any) -> str:
 
 def _is_code(entry: Any) -> bool:
     return isinstance(entry, Identity) and callable(entry.value) and not isinstance(entry.value, nn.Module)
+
+
+def _made_anew(old: Any, new: Any) -> bool:
+    """Data that can be called, as numpy's poly1d, which a model makes again for each run; no wrapper is of its type."""
+    if not (isinstance(old, Identity) and isinstance(new, Identity)):
+        return False
+    return type(old.value) is type(new.value) and not isinstance(old.value, CODE)
 
 
 # ------------------------------------------------------------------------------------------- what to look at

@@ -80,15 +80,24 @@ def evictions(seen: Sequence[Attention]) -> int:
 
 
 def check_no_sink(seen: Sequence[Attention], per_frame: int) -> None:
-    """Assert that no layer keeps keys of the first chunk while those of the second leave: a sink nobody declared."""
+    """Assert that no layer keeps keys of the first chunk while those of the second leave: a sink nobody declared.
+
+    Keys that leave and come back, as Rolling Sink's first frames do, are none.
+    """
     for layer, tracker in _trackers(seen).items():
-        last = set(next(one.rows for one in reversed(seen) if one.layer == layer))
-        if len(tracker.chunks) > 2 and not set(tracker.chunks[1]) <= last:
-            kept = len(last & set(tracker.chunks[0]))
+        calls = [one for one in seen if one.layer == layer]
+        if len(tracker.chunks) > 2 and not set(tracker.chunks[1]) <= set(calls[-1].rows):
+            kept = len(_never_gone(calls, set(tracker.chunks[0]), set(tracker.chunks[1])))
             assert not kept, (
                 f"layer {layer} keeps {kept} keys of the first chunk while those of the second leave: a sink. Declare "
                 f"it, anchors={kept} in context() and anchor_frames={kept // per_frame} here"
             )
+
+
+def _never_gone(calls: Sequence[Attention], first: set[int], second: set[int]) -> set[int]:
+    """Keys of ``first`` in the last call, and in each with keys of ``second`` that reads more than its own rows."""
+    with_second = [set(one.rows) for one in calls if one.keys > one.queries and second & set(one.rows)]
+    return first.intersection(set(calls[-1].rows), *with_second)
 
 
 def check_anchors(seen: Sequence[Attention], keys: int) -> None:
