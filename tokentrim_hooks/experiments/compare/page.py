@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokentrim_hooks.experiments.compare.settings import BASE
+from tokentrim_hooks.experiments.compare.summary import ABOUT, Part, heads, settings_of, texts
 from tokentrim_hooks.experiments.compare.table import NOTES, Row, by_window, cell, share_heads, shares
 from tokentrim_hooks.experiments.compare.trials import Column
 from tokentrim_hooks.report.page import filled
@@ -22,12 +23,47 @@ def render(rows: Sequence[Row], columns: Sequence[Column], made_with: Mapping[st
     return filled(
         TEMPLATE,
         title=", ".join(_about(rows, made_with)),
-        share_heads=share_heads(watch),
-        tables=[_table(rows, some, window, watch) for window, some in by_window(columns).items()],
+        sections=[_section("", rows, columns, watch)],
         notes=NOTES,
         settings=made_with.get("settings", {}),
         made_with=json.dumps({key: value for key, value in made_with.items() if key != "settings"}, indent=2),
     )
+
+
+def render_kinds(parts: Sequence[Part], settings: Mapping[str, str]) -> str:
+    """One page of several kinds: the summary, then the tables of each; ``settings`` as in :func:`render`."""
+    about = _about([row for part in parts for row in part.rows], parts[0].made_with)
+    return filled(
+        TEMPLATE,
+        title=", ".join([*about, *(part.kind for part in parts)]),
+        summary=_summary(parts),
+        about=ABOUT,
+        sections=[_section(part.kind, part.rows, part.columns, part.watch) for part in parts],
+        notes=NOTES,
+        settings=settings,
+        made_with=json.dumps({part.kind: part.made_with for part in parts}, indent=2),
+    )
+
+
+def _section(name: str, rows: Sequence[Row], columns: Sequence[Column], watch: int | None) -> dict[str, Any]:
+    tables = [_table(rows, some, window, watch) for window, some in by_window(columns).items()]
+    return {"name": name, "share_heads": share_heads(watch), "tables": tables}
+
+
+def _summary(parts: Sequence[Part]) -> dict[str, Any]:
+    """Kinds with their headings, and a line per setting: for each kind the cells of its effects, its price and cost."""
+    kinds = [(part.kind, heads(part)) for part in parts]
+    lines = [(setting, [cell for part in parts for cell in _cells(part, setting)]) for setting in settings_of(parts)]
+    return {"kinds": kinds, "lines": lines}
+
+
+def _cells(part: Part, setting: str) -> list[dict[str, Any]]:
+    row, words = part.row(setting), texts(part, setting)
+    plain = [{"mean": "", "rest": [text], "verdict": "", "ends": [], "wide": True} for text in words]
+    if row is None:
+        return plain
+    effects = [_cell(row, column, _scale(part.rows, column)) for column in part.effects]
+    return effects + plain[len(effects) :]
 
 
 def _about(rows: Sequence[Row], made_with: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,8 @@ from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.experiments.compare.settings import Setting
 from tokentrim_hooks.experiments.compare.store import Outcome, Store
 from tokentrim_hooks.experiments.compare.trials import Trial
+from tokentrim_hooks.policy.moments import OVER_FRAMES_AND_PIXELS
+from tokentrim_hooks.policy.statistics import Moments, pulled
 from tokentrim_hooks.report.record import Report
 
 Make = Callable[[Sequence[int]], Trial]
@@ -66,7 +68,7 @@ def roll_out(trial: Trial, setting: Setting, seeds: Sequence[int]) -> Take:
     """Roll out one batch under one setting, measure it, keep everything.
 
     Raises:
-        TokenTrimError: a measure does not give one value per seed.
+        TokenTrimError: a measure does not give one value per seed, or the trial does not say what it is graded by.
     """
     with ExitStack() as stack, torch.no_grad():
         handle = None
@@ -76,10 +78,40 @@ def roll_out(trial: Trial, setting: Setting, seeds: Sequence[int]) -> Take:
         stack.enter_context(torch.random.fork_rng(devices))
         torch.manual_seed(seeds[0])
         began = time.perf_counter()
-        video = trial.run()
+        video = graded(trial, trial.run()) if setting.graded else trial.run()
         seconds = time.perf_counter() - began
         report = handle.report if handle is not None else None
     return Take(_outcome(trial, setting, seeds, video, report, round(seconds, 3)), video, report)
+
+
+def graded(trial: Trial, video: Tensor) -> Tensor:
+    """The video as an editor would grade it: every later chunk gets the moments per channel of the first one.
+
+    Args:
+        trial: its ``opening`` says how many frames of the video the first chunk makes.
+        video: ``[B, F, C, H, W]``.
+
+    Raises:
+        TokenTrimError: it does not say so.
+    """
+    first, *later = video.split(opening_of(trial), dim=1)
+    target = Moments.of(first, OVER_FRAMES_AND_PIXELS)
+    return torch.cat([first, *(pulled(part, OVER_FRAMES_AND_PIXELS, target, 1.0) for part in later)], dim=1)
+
+
+def opening_of(trial: Trial) -> int:
+    """Frames of the video that the first chunk makes.
+
+    Raises:
+        TokenTrimError: the trial does not say, so that nothing can be graded by them.
+    """
+    frames = getattr(trial, "opening", None)
+    if type(frames) is not int or frames < 1:
+        raise TokenTrimError(
+            "grading afterwards needs to know how many frames of the video the first chunk makes.\n"
+            "Give the trial an attribute `opening`, a whole number."
+        )
+    return frames
 
 
 def _outcome(

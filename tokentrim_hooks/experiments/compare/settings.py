@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
@@ -44,6 +44,7 @@ class Setting:
         fresh_noise: regenerate from new noise.
         options: of the paper's policy.
         methods: the policies, in order, instead of the paper's.
+        graded: the finished video's moments per channel are made those of its first chunk, and nothing is fed back.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Setting:
     fresh_noise: bool = False
     options: DriftPolicy = field(default_factory=DriftPolicy)
     methods: tuple[Policy, ...] = ()
+    graded: bool = False
 
     def policies(self, seed: int) -> list[Policy]:
         """What to patch with; ``seed`` is of what a control draws."""
@@ -69,6 +71,8 @@ class Setting:
     def as_dict(self) -> dict[str, Any]:
         """All but the name: what makes results of two runs comparable."""
         own = {key: value for key, value in vars(self).items() if key not in ("name", "options", "methods")}
+        if not self.graded:  # results from before there was grading hold no word of it
+            del own["graded"]
         methods = {"methods": " + ".join(map(str, self.methods))} if self.methods else {}
         return {**own, **self.options.settings(), **methods}
 
@@ -114,6 +118,7 @@ METHODS: tuple[Setting, ...] = (
     Setting("control: newest light", methods=(NewestLight(),)),
     Setting("flowmo", methods=(FlowMo(),)),
     Setting("control: random step", methods=(RandomStep(),)),
+    Setting("control: graded afterwards", off=True, graded=True),
 )
 """Other methods than the paper's, and controls for some of them: run where ``--only`` names them."""
 
@@ -143,13 +148,15 @@ def parse_setting(text: str) -> Setting:
 def changes(description: Mapping[str, Any]) -> str:
     """What a setting (:meth:`Setting.as_dict`) changes of the paper's, in words."""
     if description["off"]:
-        return "not patched"
+        return "not patched, graded afterwards" if description.get("graded") else "not patched"
     usual = STANDARD[1].as_dict()
     return ", ".join(f"{key}={value}" for key, value in description.items() if value != usual.get(key)) or "nothing"
 
 
-def choose(names: Iterable[str] | None, more: Iterable[str], anchors: bool) -> list[Setting]:
-    """The base, then the standard settings (or those of them named), then ``more`` in the words of parse_setting.
+def choose(
+    names: Iterable[str] | None, more: Iterable[str], anchors: bool, plugged: Sequence[Setting] = ()
+) -> list[Setting]:
+    """The base, the standard settings (or those of them named), ``plugged``, ``more`` in the words of parse_setting.
 
     Without anchors in the model "anchors pruned" is the paper's setting, so it is left out unless it is named.
 
@@ -161,7 +168,8 @@ def choose(names: Iterable[str] | None, more: Iterable[str], anchors: bool) -> l
     strange = [name for name in wanted if name not in known]
     if strange:
         raise TokenTrimError(f"no such setting: {', '.join(strange)}; there are: {', '.join(known)}")
-    chosen = [known[name] for name in dict.fromkeys([BASE, *wanted])] + [parse_setting(text) for text in more]
+    chosen = [known[name] for name in dict.fromkeys([BASE, *wanted])]
+    chosen += [setting for setting in plugged if setting not in chosen] + [parse_setting(text) for text in more]
     if len({setting.name for setting in chosen}) < len(chosen):
         raise TokenTrimError("two settings have one name; rename one")
     return chosen

@@ -146,13 +146,13 @@ def markdown(rows: Sequence[Row], columns: Sequence[Column], watch: int | None =
     tables = []
     for window, some in by_window(columns).items():
         heads = [f"{c.aspect}: {c.name}" if c.aspect else c.name for c in some]
-        lines = [[r.setting, *shares(r, watch), *(_short(cell(r, c)) for c in some)] for r in rows]
+        lines = [[r.setting, *shares(r, watch), *(in_line(cell(r, c)) for c in some)] for r in rows]
         table = markdown_table(["setting", *share_heads(watch), *heads], lines)
         tables.append(f"**{in_markdown(window)}**\n\n{table}\n" if window else f"{table}\n")
     return "\n".join(tables)
 
 
-def _short(texts: Sequence[str]) -> str:
+def in_line(texts: Sequence[str]) -> str:
     """A cell in one line: a verdict in bold, "too few pairs" plain, nothing where no difference was shown."""
     *numbers, words = texts if len(texts) > 1 else [*texts, ""]
     shown = {"": "", NOTHING: "", TOO_FEW: f" ({TOO_FEW})"}.get(words, f" **{words}**")

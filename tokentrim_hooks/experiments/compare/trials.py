@@ -79,7 +79,8 @@ class Column:
 class Trial(Protocol):
     """One batch of seeds, ready to be rolled out. ``settings`` is whatever makes results comparable.
 
-    An optional attribute ``watch`` is the ordinal of a chunk of which the table shall say how often it was pruned.
+    An optional attribute ``watch`` is the ordinal of a chunk of which the table shall say how often it was pruned;
+    ``opening``, how many frames of the video the first chunk makes, is what grading afterwards needs.
     """
 
     model: Any
@@ -156,7 +157,7 @@ class ReferenceTrial:
 
     def __init__(self, maker: ReferenceMaker, seeds: Sequence[int]) -> None:
         self.maker, self.model, self.seeds = maker, maker.pipeline, seeds
-        self.frames = self.model.num_frame_per_block
+        self.frames = self.opening = self.model.num_frame_per_block
         self.scene = joined([scenes(seed, 1, self.frames * (1 + maker.chunks)) for seed in seeds])
         grid = self.model.generator.model.grid
         self.blotch = Blotch.joined([Blotch.draw(1, grid, (4, 4), seed) for seed in seeds])
