@@ -8,6 +8,7 @@ from tokentrim_hooks.experiments.compare.settings import METHODS, STANDARD, Sett
 from tokentrim_hooks.plugins import make_policy
 from tokentrim_hooks.policy.base import Policy, hooks_of
 from tokentrim_hooks.policy.controls import ChooseTokens
+from tokentrim_hooks.policy.token_trim import ObservePolicy
 
 GRADED = "control: graded afterwards"
 BUILT_IN = {
@@ -46,7 +47,8 @@ def _own(name: str, policy: Policy) -> Iterator[Setting]:
     """
     yield Setting(name, methods=(policy,))
     hooks = hooks_of(type(policy))
-    if hooks == ("judge",) and policy.max_regenerations:
+    prunes = policy.max_regenerations and not isinstance(policy, ObservePolicy)
+    if hooks == ("judge",) and prunes:
         yield Setting(f"control: {name} random tokens", methods=(ChooseTokens(policy=policy),))
     if {"correct", "settle"} & set(hooks):
         yield KNOWN[GRADED]
