@@ -45,7 +45,7 @@ def _run_suite(package: str, folder: Path, report: Path) -> subprocess.Completed
     suite = HERE / f"{package}_suite"
     path = os.pathsep.join(str(entry) for entry in (folder, HERE, suite))
     options = ["-q", "-c", os.devnull, "--rootdir", str(suite), "-p", "no:cacheprovider", f"--junitxml={report}"]
-    options += ["-o", "junit_family=xunit1"]
+    options += ["-o", "junit_family=xunit1", "--confcutdir", str(suite)]  # conftest.py above needs our own folders
     command = [sys.executable, "-m", "pytest", *options, *map(str, sorted(suite.glob("suite_*.py")))]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
