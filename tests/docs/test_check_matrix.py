@@ -34,6 +34,11 @@ def test_cells():
     assert cell("passed", "failed") == "**fails** (1 of 2)"
 
 
+def test_a_kit_of_which_a_test_was_left_out_is_in_part():
+    half = record({"exact": {record_checks.COLUMNS["exact"][0]: "passed"}}, suite="test_it.py::TestKit")
+    assert check_matrix.cell([half], "exact") == "in part (1 of 2)"
+
+
 def test_an_adapter_without_records_is_not_checked():
     table = check_matrix.matrix([record({"exact": {"a": "passed"}}, figures={"a": [0.1, 2e-6]})], ["causvid", "x"], {})
     known, unknown = [line for line in table.splitlines() if line.startswith("| `")]

@@ -24,9 +24,7 @@ PACKAGES = [("fastvideo", "0.2.1", "fv", 125), ("streamdiffusionv2", "0.1.1", "s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("package", "version", "folder", "checks"), PACKAGES)
-def test_foreign(
-    package: str, version: str, folder: str, checks: int, tmp_path: Path, record_property: Any
-) -> None:
+def test_foreign(package: str, version: str, folder: str, checks: int, tmp_path: Path, record_property: Any) -> None:
     """The package's suite passes in a process that sees this package and no other foreign one."""
     if not (ROOT / folder / f"{package}-{version}.dist-info").is_dir():
         pytest.skip(f"not checked against the real {package} {version}: run `make test-models`")
@@ -43,7 +41,7 @@ def test_foreign(
 
 def _run_suite(package: str, folder: Path, report: Path) -> subprocess.CompletedProcess[str]:
     suite = HERE / f"{package}_suite"
-    path = os.pathsep.join(str(entry) for entry in (folder, HERE, suite))
+    path = os.pathsep.join(str(entry) for entry in (folder, HERE, suite, HERE.parents[1] / "tools"))
     options = ["-q", "-c", os.devnull, "--rootdir", str(suite), "-p", "no:cacheprovider", f"--junitxml={report}"]
     options += ["-o", "junit_family=xunit1", "--confcutdir", str(suite)]  # conftest.py above needs our own folders
     command = [sys.executable, "-m", "pytest", *options, *map(str, sorted(suite.glob("suite_*.py")))]
