@@ -59,7 +59,10 @@ def test_a_chunk_of_more_steps_than_usual_is_judged_once():
         if index == 2:
             pipeline.denoising_step_list = steps
 
-    with tokentrim.patched(pipeline, tokentrim.ObservePolicy(), probe="candidate") as handle:
+    with (
+        pytest.warns(tokentrim.TokenTrimWarning, match="different numbers of denoising calls"),
+        tokentrim.patched(pipeline, tokentrim.ObservePolicy(), probe="candidate") as handle,
+    ):
         pipeline.inference(noise(6), ["a"], on_chunk=longer)
     add_up(list(handle.report), 2.0)
 

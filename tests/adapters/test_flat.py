@@ -12,8 +12,8 @@ import torch
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.rollout import records
+from tokentrim_hooks.rollout.judgement import Judgement
 from tokentrim_hooks.rollout.reading import read
-from tokentrim_hooks.rollout.state import Judgement
 from tokentrim_hooks.testing import ForcedPolicy, count_syncs
 
 CHUNKS = 14

@@ -16,8 +16,9 @@ from tokentrim_hooks.errors import PolicyError, SessionError
 from tokentrim_hooks.report.floats import Floats
 from tokentrim_hooks.report.observers import Observer, progress_line, tell
 from tokentrim_hooks.report.record import ChunkRecord, Report
+from tokentrim_hooks.rollout.judgement import Judgement
 from tokentrim_hooks.rollout.reading import Reading
-from tokentrim_hooks.rollout.state import ChunkState, Judgement, VideoState
+from tokentrim_hooks.rollout.state import ChunkState, VideoState
 
 KEPT = 1000
 """Chunks of which a report keeps the drift of every token; of older ones it keeps everything else."""

@@ -19,13 +19,14 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import Summary
 from tokentrim_hooks.policy.views import Chunk, Verdict
 from tokentrim_hooks.rollout.answers import in_flight_of, prediction_of, shown, unwritten
+from tokentrim_hooks.rollout.judgement import Judgement
 from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, check_values, checked, merged, read
 from tokentrim_hooks.rollout.repeat.counters import Counters
 from tokentrim_hooks.rollout.repeat.proof import require_uncounted
 from tokentrim_hooks.rollout.replays import Replayer, select
-from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState, clean_flag
+from tokentrim_hooks.rollout.state import ChunkState, Step, VideoState, clean_flag
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ from tokentrim_hooks.pruning.call_scope import CallScope, open_scope
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.rollout.answers import context_of, prediction_of
 from tokentrim_hooks.rollout.guidance import Given, Guidance
+from tokentrim_hooks.rollout.judgement import Judgement
 from tokentrim_hooks.rollout.names import Key
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.regeneration import Case, Regenerator
 from tokentrim_hooks.rollout.shared import Shared
-from tokentrim_hooks.rollout.state import ChunkState, Judgement, Step, VideoState
+from tokentrim_hooks.rollout.state import ChunkState, Step, VideoState
 from tokentrim_hooks.rollout.steering import Steering, place_of
 from tokentrim_hooks.rollout.timeline import Timeline
 
@@ -181,7 +182,7 @@ class Session:
         output: Any,
     ) -> Any:
         """A call of the judged stream has come back."""
-        chunk.count(phase)
+        chunk.count(phase, step.call)
         prediction, summary = step.prediction, None
         if steps := self._steps_to_judge(step, phase, chunk, video):
             judgement = self._regenerator.judge(Case(module, steps, phase, video, chunk), output)
@@ -200,13 +201,13 @@ class Session:
 
     def _enter(self, judgement: Judgement, chunk: ChunkState, video: VideoState) -> None:
         """Write a judgement into the state of the chunk and of the video."""
-        chunk.judgement = judgement
+        chunk.judgement, chunk.judged_at = judgement, chunk.steps
         chunk.given = chunk.given or judgement.given
         chunk.notes += judgement.notes
         if judgement.tokens:
             chunk.pruned_streams.add(video.stream)
         if judgement.waiting is not None:
-            video.learn_steps(judgement.waiting)
+            self.timeline.learn_steps(video, judgement.waiting)
         if judgement.severity is not None:
             video.statistics = video.statistics.updated(judgement.severity)
 
@@ -233,7 +234,7 @@ class Session:
         self, step: Step, chunk: ChunkState, video: VideoState, output: Any, x0: Tensor, summary: Summary | None
     ) -> tuple[Any, Tensor, Summary | None]:
         """Let policies correct the x0 of a chunk's last denoising call; keep that of earlier calls for them."""
-        if step.place is None or not chunk.is_last(video.usual_steps):
+        if step.place is None or not self.timeline.pace.is_last(chunk, video.usual_steps):
             chunk.earlier = [*chunk.earlier, x0][-self.steering.remembers :] if self.steering.remembers else []
             return output, x0, summary
         corrected, acts = self.steering.corrected(step.place, x0, chunk.earlier, video.scene)
@@ -287,11 +288,10 @@ class Session:
                 "probe='candidate' cannot replay a chunk whose guidance branches keep two contexts; "
                 "use probe='first-step'"
             )
-        if video.waiting and not video.usual_steps:
-            # Where commits are not seen as such, nothing else ever reads how many steps a chunk has.
-            video.learn_steps([bool(flag) for flag in video.waiting])
+        if video.waiting:  # where commits are not seen as such, nothing else reads how many steps a chunk has
+            self.timeline.learn_steps(video, [bool(flag) for flag in video.waiting])
         chunk.history.append(step)
-        return chunk.history if chunk.is_last(video.usual_steps) else []
+        return chunk.history if self.timeline.pace.is_last(chunk, video.usual_steps) else []
 
 
 def _awaits_pruning(call: Call, chunk: ChunkState) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.rollout.names import Names
+from tokentrim_hooks.rollout.pace import Habits
 from tokentrim_hooks.rollout.pruner import Proof
 from tokentrim_hooks.rollout.records import Recorder
 
@@ -24,7 +25,7 @@ class Shared:
         recorder: keeps the report.
         failures: what follows a failure of ours.
         proof: what the first prune has shown.
-        names: of the contexts.
+        names: of the contexts. habits: what was seen of how the samplers call.
         policies: all of them, in order.
     """
 
@@ -35,4 +36,5 @@ class Shared:
     failures: FailurePolicy
     proof: Proof
     names: Names = field(default_factory=Names)
+    habits: Habits = field(default_factory=Habits)
     policies: tuple[Policy, ...] = ()

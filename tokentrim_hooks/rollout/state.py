@@ -1,4 +1,4 @@
-"""What a session, its only writer, remembers: of the chunk in progress, of its judgement, and of the video."""
+"""What a session, its only writer, remembers: of the chunk in progress and of the video."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokentrim_hooks.adapter import Call, Phase, Seen
 from tokentrim_hooks.policy.drift import RunningStatistics, Summary
 from tokentrim_hooks.policy.views import History, Place
 from tokentrim_hooks.report.record import BROKEN_OFF
-from tokentrim_hooks.rollout.reading import Reading
+from tokentrim_hooks.rollout.judgement import Judgement
 from tokentrim_hooks.rollout.scene import Act, Scene
 
 
@@ -27,41 +27,6 @@ class Step:
     kwargs: dict[str, Any]
     prediction: Tensor
     place: Place | None = None
-
-
-@dataclass
-class Judgement:
-    """What came of judging a chunk: the regenerator's answer.
-
-    Attributes:
-        output: what the sampler goes on with; None once it was handed over. prediction: its x0, ``[B, F, C, H, W]``.
-        summary: latent summary of ``prediction``, where it was made.
-        severity: of what was accepted, ``[B]`` on the device; None where no policy had an opinion.
-        reading: the first verdict on the host; None where there was none.
-        accepted: severity after regeneration, per sample; None where nothing was regenerated.
-        given: the call's latents were clean: the chunk was handed in.
-        waiting: the video's waiting flags, if they were read; see :class:`VideoState`.
-        tokens: tokens pruned, per sample; an empty list spares the sample, no list at all means nothing was pruned.
-        dead: context rows that died. anchors: latent frames spared as sinks or anchors.
-        regenerations, extra_calls: attempts after the first, and the denoiser calls that they cost.
-        proof_calls: denoiser calls that showed that a call can be made twice. notes: anything unusual.
-    """
-
-    output: Any
-    prediction: Tensor
-    summary: Summary | None = None
-    severity: Tensor | None = None
-    reading: Reading | None = None
-    accepted: list[float] | None = None
-    given: bool = False
-    waiting: list[bool] | None = None
-    tokens: list[list[int]] = field(default_factory=list)
-    dead: int = 0
-    anchors: int = 0
-    regenerations: int = 0
-    extra_calls: int = 0
-    proof_calls: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -78,6 +43,9 @@ class ChunkState:
         latents: the chunk as last seen, for observers; a reference, not a copy.
         published: its records are out. failed: a call of it raised.
         clean: per call whose kind only the device knows, whether its latents were clean.
+        levels: timesteps of its denoising calls; numbers where they were read.
+        guessed: timestep of a commit that was told by nothing but the number of calls; None else.
+        judged_at: which of its denoising calls was judged; 0 before.
         judgement: what came of judging it; None before.
         pruned_streams: streams whose context has been pruned for it.
         history: its calls so far, for a replay of all of them.
@@ -102,6 +70,9 @@ class ChunkState:
     published: bool = False
     failed: bool = False
     clean: list[Tensor] = field(default_factory=list)
+    levels: list[Tensor | float] = field(default_factory=list)
+    guessed: Tensor | None = None
+    judged_at: int = 0
     judgement: Judgement | None = None
     pruned_streams: set[Hashable] = field(default_factory=set)
     history: list[Step] = field(default_factory=list)
@@ -130,19 +101,29 @@ class ChunkState:
     def make_up_for(self, call: Call, phase: Phase) -> None:
         """Count a call that was taken for another video's when it was made."""
         self.hear(call, judged=True)
-        self.count(phase)
+        self.count(phase, call)
         self._keep_flag(call)
 
-    def count(self, phase: Phase) -> None:
+    def count(self, phase: Phase, call: Call) -> None:
         """Note a call of the sampler."""
         self.phase = phase.value
         self.phases[phase.value] = self.phases.get(phase.value, 0) + 1
-        self.steps += phase in (Phase.FIRST, Phase.REFINE)
+        if phase in (Phase.FIRST, Phase.REFINE):
+            self.steps += 1
+            self.levels += [] if call.timestep is None else [call.timestep]
         self.committed = self.committed or phase is Phase.COMMIT
         self.ended = time.perf_counter()
 
+    def take_back_commit(self) -> None:
+        """The commit that was guessed was one more denoising call."""
+        assert self.guessed is not None, "only a guess is taken back"
+        self.levels.append(self.guessed)
+        self.steps, self.committed, self.guessed = self.steps + 1, False, None
+        self.phases[Phase.REFINE.value] = self.phases.get(Phase.REFINE.value, 0) + 1
+        del self.phases[Phase.COMMIT.value]
+
     def is_last(self, usual_steps: int) -> bool:
-        """Whether the latest denoising call is the chunk's last one; not known, so False, before one is complete."""
+        """Whether the latest denoising call is the chunk's last one by number; False before one is complete."""
         return usual_steps > 0 and self.steps == (self.said or usual_steps)
 
     def copied(self, latents: Tensor) -> Tensor:
@@ -156,6 +137,9 @@ class ChunkState:
         if self.put_off and self.latents is not None:
             self.put_off = False
             self.summary = Summary.of(self.latents, patch_size)
+            if self.clean and not self.committed and self.noisy is not None:
+                # A chunk that took fewer steps than usual: its last call may have been its commit.
+                self.summary = _chosen(self.clean[-1], self.noisy, self.summary, patch_size)
         return self.summary
 
     def remember(
@@ -191,8 +175,7 @@ class ChunkState:
             return
         self.summary = Summary.of(prediction, patch_size) if summary is None else summary
         if clean is not None:
-            given, seen = Summary.of(call.latents, patch_size).mean, self.summary.mean
-            self.summary = Summary(torch.where(clean, given.to(seen.dtype), seen), patch_size)
+            self.summary = _chosen(clean, call.latents, self.summary, patch_size)
 
     def _keep_flag(self, call: Call) -> Tensor | None:
         """Keep whether the call's latents were clean, where only the device knows; returns that."""
@@ -269,7 +252,7 @@ class VideoState:
         recent = statistics.recent if statistics.count else None
         return History(statistics.count, statistics.mean, statistics.std, recent)
 
-    def seen(self, chunk: ChunkState | None) -> Seen:
+    def seen(self, chunk: ChunkState | None, usual_steps: int) -> Seen:
         """What the adapter may know when it tells phases apart."""
         if chunk is None:
             return Seen()
@@ -277,7 +260,7 @@ class VideoState:
             start=chunk.start,
             end=chunk.start + chunk.frames,
             steps=chunk.steps,
-            usual_steps=self.usual_steps,
+            usual_steps=usual_steps,
             committed=chunk.committed,
             returned=self.returned,
         )
@@ -291,6 +274,12 @@ class VideoState:
     def failed_at_once(self, chunk: ChunkState | None) -> bool:
         """Whether a call of the video's first chunk raised: the next call at its frames begins a video anew."""
         return chunk is not None and chunk.failed and not self.index
+
+
+def _chosen(clean: Tensor, given: Tensor, seen: Summary, patch_size: tuple[int, int]) -> Summary:
+    """Summary of what a call was given if that was clean, else what was made of its prediction."""
+    mean = Summary.of(given, patch_size).mean
+    return Summary(torch.where(clean, mean.to(seen.mean.dtype), seen.mean), patch_size)
 
 
 def clean_flag(call: Call) -> Tensor | None:

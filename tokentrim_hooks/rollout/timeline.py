@@ -7,13 +7,14 @@ import contextlib
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.adapter import Adapter, Call, Phase
+from tokentrim_hooks.adapter import Adapter, Call, Phase, Seen
 from tokentrim_hooks.errors import LatentsError, TokenTrimError
 from tokentrim_hooks.inspection import shares_storage
 from tokentrim_hooks.policy.drift import RunningStatistics, Summary, grid_of
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.pruning.tombstones import Traces
 from tokentrim_hooks.rollout.answers import accepted_of, context_of, phase_of, restarts_of
+from tokentrim_hooks.rollout.pace import Pace
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
@@ -35,6 +36,7 @@ class Timeline:
         self.adapter, self.shared, self.pruner = adapter, shared, pruner
         self.video: VideoState | None = None
         self.chunk: ChunkState | None = None
+        self.pace = Pace(shared.habits, shared.probe == "candidate" and shared.policy.judges)
         self._left: list[Traces] = []
         self.compares = any(policy.compares for policy in shared.policies)
         self.keeps_opening = any(policy.overrides("correct") for policy in shared.policies)
@@ -50,13 +52,16 @@ class Timeline:
             video.streams.add(call.stream)
             return None
         known = video is not None and call.stream == video.stream
-        phase = phase_of(self.adapter, call, video.seen(chunk)) if video and known else Phase.FIRST
+        phase = phase_of(self.adapter, call, self._seen(video, chunk)) if video and known else Phase.FIRST
         if phase is Phase.REFINE and video is not None and video.failed_at_once(chunk):
             phase = Phase.FIRST
+        elif known:
+            phase = self.pace.phase(phase, call, video, chunk)
         if phase is Phase.FIRST:
             self._begin_chunk(call, new_video=not known)
-        elif phase is Phase.COMMIT and chunk is not None:
+        elif phase is Phase.COMMIT and chunk is not None and video is not None:
             self._close(chunk)
+            self._learn(video, chunk)
         elif phase is Phase.RECACHE and video is not None:
             # Once more when the next chunk begins: the one in progress, which is of the scene before, comes in between.
             video.begin_scene()
@@ -65,7 +70,9 @@ class Timeline:
 
     def _begin_chunk(self, call: Call, new_video: bool) -> None:
         if not new_video and self.video is not None:
-            new_video = restarts_of(self.adapter, call, self.video.seen(self.chunk))
+            new_video = restarts_of(self.adapter, call, self._seen(self.video, self.chunk))
+        if not new_video and self.video is not None and self.chunk is not None:
+            self._learn(self.video, self.chunk)
         self.finish_chunk()
         if new_video:
             self.reset()
@@ -89,6 +96,7 @@ class Timeline:
         if call.start > 0:
             # Amid a video, perhaps on the copy of a pruned cache.
             self.pruner.inherit(call)
+        self.pace.begin_video()
         number = self.shared.recorder.number_video()
         statistics = RunningStatistics.empty(batch, call.latents.device, self.shared.policy.recalls)
         return VideoState(number, call.stream, batch, statistics)
@@ -101,7 +109,7 @@ class Timeline:
         self._close(chunk)
         if chunk.committed or not chunk.clean:
             video.usual_steps = chunk.steps
-        else:
+        elif not chunk.failed:
             video.waiting = chunk.clean
         self.shared.recorder.publish(video, chunk)
         self.pruner.end_chunk()
@@ -133,6 +141,23 @@ class Timeline:
             with contextlib.suppress(TokenTrimError):
                 context = context_of(self.adapter, call)
                 Traces.of(context.values if isinstance(context, CacheRows) else ()).clear()
+
+    def _seen(self, video: VideoState, chunk: ChunkState | None) -> Seen:
+        return video.seen(chunk, self.pace.usual(video, chunk))
+
+    def _learn(self, video: VideoState, chunk: ChunkState) -> None:
+        """A chunk is over: how many denoising calls has it taken?"""
+        self.pace.note(video, chunk)
+        self.pace.keep(chunk)
+        if chunk.committed or chunk.phase == Phase.COMMIT.value or not chunk.clean:
+            self.pace.learn(video, chunk)
+
+    def learn_steps(self, video: VideoState, clean: list[bool]) -> None:
+        """The flags of the chunk before were read: those of its calls that were noisy were its denoising calls."""
+        before = video.usual_steps
+        video.learn_steps(clean)
+        if before and video.usual_steps != before and not (self.chunk and self.chunk.said):
+            self.pace.differ(video.usual_steps, before)
 
     def _close(self, chunk: ChunkState) -> None:
         """The chunk is denoised: its prune is final or taken back; nothing kept for it holds on to the cache."""
