@@ -13,6 +13,7 @@ are refused, with the reason.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -75,6 +76,8 @@ class CausalWan(Adapter):
     """Attributes that every self-attention module must have."""
     pipeline: Any
     generator: Any
+    _forward: Any = None
+    """Of the first layer, as it was last seen."""
     hands_back = False
     """Whether this sampler was seen to commit the very x0 that it was given: only then does it go on with nothing else.
     """
@@ -101,7 +104,7 @@ class CausalWan(Adapter):
         if unknown and not reason:
             reason = f"the generator's forward takes {', '.join(unknown)}, which {cls.models[0]}'s does not"
         if isinstance(layers, NoMatch):
-            return NoMatch(reason or layers.reason, near)
+            return NoMatch(reason or layers.reason, near if reason else max(near, layers.near))
         return NoMatch(reason, near) if reason else layers
 
     @classmethod
@@ -112,6 +115,8 @@ class CausalWan(Adapter):
             return NoMatch("generator.model has no blocks[i].self_attn or no patch_size")
         if not all(hasattr(layer, name) for layer in layers for name in cls.layer_attributes):
             return NoMatch(f"self_attn has no {' and '.join(cls.layer_attributes)}")
+        if other := replaced_forward(layers[0]):
+            return NoMatch(f"self attention's forward was replaced by {other}, whose cache may follow other rules", 1.0)
         if home_of(layers[0], "attention") is None:
             return NoMatch("the module of self_attn has no global function attention(q, k, v)")
         return Match(generator, (int(patch_size[1]), int(patch_size[2])))
@@ -131,6 +136,7 @@ class CausalWan(Adapter):
         """Read one generator call; calls without a KV cache are training or scoring, not a rollout."""
         if arguments["kv_cache"] is None:
             return None
+        self.require_own_forward()
         self.require_entries(arguments["kv_cache"])
         self.require_defaults(arguments)
         latents: Tensor = arguments["noisy_image_or_video"]
@@ -141,6 +147,16 @@ class CausalWan(Adapter):
             timestep=arguments["timestep"],
             arguments=arguments,
         )
+
+    def require_own_forward(self) -> None:
+        """Raise UnsupportedContextError where somebody has replaced what the layers do since the patch."""
+        forward = vars(self.layers[0]).get("forward"), type(self.layers[0]).forward
+        if forward != self._forward and (other := replaced_forward(self.layers[0])):
+            raise UnsupportedContextError(
+                f"self attention's forward was replaced by {other} after the patch, and its cache may follow other "
+                "rules.\nNothing of it can be pruned: patch a model without it, or write an adapter for it."
+            )
+        self._forward = forward
 
     def require_entries(self, cache: Any) -> None:
         """Raise UnsupportedContextError for a cache with entries more or less than it should have."""
@@ -255,6 +271,21 @@ def history_rows(arguments: Mapping[str, Any], new: int, per_frame: int, anchors
 def start_of(arguments: Mapping[str, Any]) -> int:
     """First token of the call, counted from the start of the video."""
     return int(arguments["current_start"] or 0)
+
+
+def replaced_forward(layer: nn.Module) -> str:
+    """By what function a layer's forward was replaced that deals with the cache itself; empty if it was not.
+
+    On the object, as forks do that install themselves into a model, or on its class. A wrapper that hands on whatever
+    it is given is none, nor is one that says what it wraps, if that is the layer's own.
+    """
+    forward: Any = inspect.unwrap(layer.forward)
+    function = getattr(forward, "__func__", forward)
+    name = str(getattr(function, "__qualname__", ""))
+    own = any(name.endswith(f"{kind.__name__}.forward") for kind in type(layer).__mro__)
+    if own or not inspect.isfunction(function) or "kv_cache" not in inspect.signature(function).parameters:
+        return ""
+    return f"{function.__module__}.{name}"
 
 
 def self_attentions(generator: object) -> list[Any]:

@@ -46,6 +46,7 @@ class RollingForcing(CausalWan):
         """Read one generator call as one of the window's newest block."""
         if arguments["kv_cache"] is None:
             return None
+        self.require_own_forward()
         self.require_entries(arguments["kv_cache"])
         window: Tensor = arguments["noisy_image_or_video"]
         latents = window[:, -self._block_frames() :]

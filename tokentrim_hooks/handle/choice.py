@@ -46,7 +46,7 @@ def _ask(info: AdapterInfo, model: Any) -> tuple[Detection, Match | None]:
     if isinstance(answer, Match):
         return Detection(info.name, info.distribution, True, answer.note or "recognised"), answer
     asked_for = f"{type(model).__module__}:{type(model).__qualname__}" in info.loaded.constructors
-    near = 1.0 if asked_for or not _is_ours(info) else answer.near
+    near = (1.0 + answer.near) / 2 if asked_for else answer.near if _is_ours(info) else 1.0
     return Detection(info.name, info.distribution, False, answer.reason, near), None
 
 
