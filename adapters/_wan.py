@@ -168,6 +168,11 @@ class CausalWan(Adapter):
                 f"the KV cache is no list of dicts of {', '.join(self.entries)} (differs in: {odd}), so its rows may "
                 f"follow other rules than {self.models[0]}'s; nothing is pruned. Write an adapter for this fork"
             )
+        if values_of(cache) is None:
+            raise UnsupportedContextError(
+                f"the KV cache holds {type(layer['v']).__name__} where a tensor is expected, so nothing is pruned.\n"
+                "Use a cache of plain tensors, or write an adapter for this fork."
+            )
 
     def require_defaults(self, arguments: Mapping[str, Any]) -> None:
         """Raise UnsupportedContextError for a call that gives one of ``switches``: then nobody knows its rules."""

@@ -174,6 +174,19 @@ class MadeAnew(WrittenLate):
         kv_cache.update(copy)
 
 
+class Ring(Rolling):
+    """Rows never move: a full buffer is written over where it is oldest, under counters that say nothing of it."""
+
+    def forward(self, x: Tensor, kv_cache: dict[str, Any], current_start: int) -> Tensor:
+        q, k, v = (part.unflatten(2, (2, -1)) for part in self.qkv(x).chunk(3, -1))
+        new, at = x.shape[1], current_start % WINDOW
+        kv_cache["k"][:, at : at + new], kv_cache["v"][:, at : at + new] = k, v
+        kv_cache["global_end_index"].fill_(current_start + new)
+        filled = min(current_start + new, WINDOW)
+        kv_cache["local_end_index"].fill_(filled)
+        return x + self.o(self.attend(q, kv_cache["k"][:, :filled], kv_cache["v"][:, :filled]).flatten(2))
+
+
 MADE_OF_ROWS = (RunningMeans, OneMean, CleanMeans, Registers, BlendedSink, SinkWithoutMarks)
 each_memory = pytest.mark.parametrize("kind", (*MADE_OF_ROWS, BankOfTheNewest), ids=lambda kind: kind.__name__)
 each_exact = pytest.mark.parametrize("kind", (Rolling, CopiedSink, Bank), ids=lambda kind: kind.__name__)
@@ -242,6 +255,17 @@ def test_so_is_memory_that_was_there_before_the_prune(kind: type[SelfAttention])
     """The memory has taken in what is pruned now: a chunk late in the video, when the window has long begun to roll."""
     with pytest.raises(UnsupportedContextError, match=WORDS):
         pruned(kind, ForcedPolicy({5: DEAD}))
+
+
+@pytest.mark.parametrize("at", (3, 4, 5, 6))
+def test_a_ring_buffer_is_refused_wherever_the_chunk_stands_in_it(at: int) -> None:
+    """But not where the chunk is the last of it, which is where the adapter says."""
+    policy = ForcedPolicy({at: DEAD})
+    if at % 3 == 2:
+        pruned(Ring, policy)
+        return
+    with pytest.raises(UnsupportedContextError, match=r"(?s)the chunk's own rows are not the last.*ring buffer"):
+        pruned(Ring, policy)
 
 
 def test_a_bank_of_living_copies_is_refused() -> None:

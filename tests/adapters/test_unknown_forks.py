@@ -220,6 +220,41 @@ def test_unknown_cache_entries_are_refused_before_anything_is_marked(more: dict[
     assert all(bool(layer["v"].isfinite().all()) for layer in cache)
 
 
+class LongFork(Fork):
+    """A generator wrapper with LongLive's signature."""
+
+    def forward(  # type: ignore[override]
+        self, noisy_image_or_video: Tensor, conditional_dict: Any, timestep: Tensor, kv_cache: Any = None,
+        crossattn_cache: Any = None, current_start: int | None = None, cache_start: int | None = None,
+        sink_recache_after_switch: bool = False,
+    ) -> Any:  # fmt: skip
+        return super().forward(
+            noisy_image_or_video, conditional_dict, timestep, kv_cache, crossattn_cache, current_start
+        )
+
+
+class LazyTensor:
+    """A cache's own kind of rows."""
+
+
+@pytest.mark.parametrize("kind", (Fork, LongFork))
+@pytest.mark.parametrize(
+    ("layer", "odd"),
+    [
+        ({"heads": [], "sink": 1}, "differs in: global_end_index, heads"),
+        ({**cache_of()[0], "v": LazyTensor()}, "holds LazyTensor where a tensor"),
+        ([cache_of()[0]], "no list of dicts"),
+    ],
+    ids=("per head", "an object", "lists"),
+)
+def test_other_caches_are_refused_at_the_first_call(kind: type[Fork], layer: Any, odd: str) -> None:
+    """Also where nothing is pruned, and also through LongLive's adapter."""
+    fork = kind()
+    with tokentrim.patched(fork) as handle, pytest.raises(UnsupportedContextError, match=odd):
+        fork(torch.zeros(1, 2, CHANNELS, *SIZE), {}, torch.full((1, 2), 500.0), [layer, layer], None, 0)
+    assert handle.adapter.name == ("longlive" if kind is LongFork else "self-forcing")
+
+
 def test_missing_cache_entries_are_refused() -> None:
     fork, cache = Fork(), cache_of()
     for layer in cache:

@@ -31,6 +31,8 @@ class KeyAccount:
     """
 
     def __init__(self, context: CacheRows) -> None:
+        self.marked = 0
+        """Rows marked since the latest call, in all samples; a call that sees all rows must see them, too."""
         # By the number of queries: calls of one kind may read more of the cache than others between them.
         self._seen: dict[int, Tensor] = {}
         # A view by frames belongs to layers that attend per site, whose keys are one token's.
@@ -72,6 +74,14 @@ class KeyAccount:
                 rows.
         """
         most, self._most = self._most, None
+        marked, self.marked = self.marked, 0
+        whole = most is not None and alive.shape[1] == most[0] + new
+        if whole and int((~alive).sum()) < marked:
+            raise UnsupportedContextError(
+                f"of {marked} rows that were pruned, the call that follows has written over some: the chunk's own rows "
+                "are not the last ones of the cache, as the adapter says (a ring buffer?).\n"
+                "This fork needs an adapter of its own, which says where the rows of finished frames are."
+            )
         if bool(alive.all()):
             return
         keys = int(alive.shape[1])

@@ -77,8 +77,7 @@ class Pruner:
         failures: FailurePolicy | None = None,
         steering: Steering | None = None,
     ) -> None:
-        self.proof = proof
-        self.anchors = 0
+        self.proof, self.anchors = proof, 0
         self._adapter, self._patch_size, self._policy, self._failures = adapter, patch_size, policy, failures
         self._dead_tokens = DeadTokens(policy.prune_anchors, policy.coarse)
         self._tombstones = Tombstones()
@@ -87,7 +86,7 @@ class Pruner:
         self._last: CallTap | None = None
         self._steering, self._fleeting = steering, FleetingMarks()
         self.acts: list[Act] = []
-        # Of the chunk in progress: frames that had a key, calls with a tap, and whether any of them dropped a dead key.
+        # Of the chunk in progress: frames with a key, calls with a tap, whether any of them dropped a dead key.
         self._frames: set[int] = set()
         self._tapped, self._dropped, self._hid = 0, False, False
 
@@ -169,8 +168,7 @@ class Pruner:
         Returns:
             Context rows newly dead.
         """
-        context = context_of(self._adapter, call)
-        grid = grid_of(call.latents, self._patch_size)
+        context, grid = context_of(self._adapter, call), grid_of(call.latents, self._patch_size)
         require_grid(context, grid)
         self.anchors = 0 if self._policy.prune_anchors else anchor_frames(context)
         if isinstance(context, CacheRows):
@@ -188,6 +186,8 @@ class Pruner:
         self._marked[stream] = Traces.of(context.values)
         self._watch_rows(context, stream)
         dead = self._tombstones.mark(context, tokens, self._policy.prune_anchors)
+        if account := self._accounts.get(stream):
+            account.marked = dead
         if dead:
             self.proof.expected = context.attentions or len(context.values)
         elif before is None:
