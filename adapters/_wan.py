@@ -170,7 +170,7 @@ class CausalWan(Adapter):
             )
         if values_of(cache) is None:
             raise UnsupportedContextError(
-                f"the KV cache holds {type(layer['v']).__name__} where a tensor is expected, so nothing is pruned.\n"
+                f"the KV cache holds {type(cache[0]['v']).__name__} where a tensor is expected, so nothing is pruned.\n"
                 "Use a cache of plain tensors, or write an adapter for this fork."
             )
 
