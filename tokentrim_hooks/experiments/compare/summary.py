@@ -30,13 +30,15 @@ EFFECTS = {"sprites alive (identity)": "late identity", "background error": "lat
 """Measures that stand for the effect, and their names in the summary."""
 ACROSS = 32
 """Width of words in the terminal."""
+ONE_BATCH = "seconds not told by one batch"
 NOTHING_WORSE = "nothing shown to be worse"
 ABOUT = """\
 Effect: sprites alive (higher is better) and background error (lower is better) in the last chunks, as in the tables
 below. Price: all measures, early and late, that got the verdict worse, each with its mean difference and the unpatched
 model's value. Cost: further denoiser calls, had every video been rolled out alone, and wall clock relative to the
-unpatched rollouts of the same seeds in this run (median of its batches), as of this machine and no other. Verdicts are
-adjusted for all comparisons within the tables of one kind, not across kinds."""
+unpatched rollouts of the same seeds in this run (median of its batches, the first left out: it starts cold), as of this
+machine and no other, nor of two if it was resumed on another. Verdicts are adjusted for all comparisons within the
+tables of one kind, not across kinds."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,16 @@ class Part:
 
 
 def slower(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Seconds of each setting relative to the unpatched model's, over batches that both have; the median of them."""
+    """Seconds of each setting relative to the unpatched model's, over batches that both have; the median of them.
+
+    The first batch is left out: the unpatched model opens it, and what torch does once falls upon it alone.
+    """
     base = {tuple(o.seeds): o.seconds for o in outcomes if o.setting == BASE}
     ratios: dict[str, list[float]] = {}
     for o in outcomes:
         if base.get(tuple(o.seeds), 0.0) > 0:
             ratios.setdefault(o.setting, []).append(o.seconds / base[tuple(o.seeds)])
-    return {setting: statistics.median(found) for setting, found in ratios.items()}
+    return {setting: statistics.median(found[1:]) for setting, found in ratios.items() if found[1:]}
 
 
 def settings_of(parts: Sequence[Part]) -> list[str]:
@@ -111,7 +116,7 @@ def _amount(row: Row, column: Column) -> str:
 def cost(row: Row, ratio: float | None) -> str:
     """Further calls of the denoiser, where it was patched, and relative seconds."""
     calls = [] if row.extra != row.extra else [f"{percent(row.extra)} more calls"]
-    return ", ".join([*calls, *([] if ratio is None else [f"{ratio:.2f}x the seconds"])])
+    return ", ".join([*calls, *([ONE_BATCH if ratio is None else f"{ratio:.2f}x the seconds"])])
 
 
 def heads(part: Part) -> list[str]:
