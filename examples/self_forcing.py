@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.metrics.writing import write_video
 
 TRAINED_FRAMES = 21
 """Latent frames that the model was trained on; a longer video needs a rolling window of so many."""
@@ -64,10 +63,7 @@ def load(options: argparse.Namespace) -> Any:
 def enter(checkout: Path) -> None:
     """Make the checkout importable and the current folder: it finds its configs and models relative to that."""
     if not (checkout / "pipeline" / "causal_inference.py").is_file():
-        raise SystemExit(
-            f"{checkout} is not a checkout of Self-Forcing: it has no pipeline/causal_inference.py.\nGive the "
-            "folder that git cloned."
-        )
+        raise SystemExit(f"{checkout} is not a checkout of Self-Forcing: it has no pipeline/causal_inference.py")
     os.chdir(checkout)
     sys.path.insert(0, os.getcwd())
 
@@ -100,8 +96,10 @@ def main() -> None:
     rng = torch.Generator().manual_seed(options.seed)
     noise = torch.randn(1, options.num_output_frames, *LATENT, generator=rng).to("cuda", torch.bfloat16)
     video = generate(pipe, options, noise)
+    from diffusers.utils import export_to_video
+
     frames = video[0].float().permute(0, 2, 3, 1).cpu().numpy()
-    write_video(options.out / "video.mp4", frames, fps=16)
+    export_to_video(list(frames), str(options.out / "video.mp4"), fps=16)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.metrics.writing import write_video
 
 
 def arguments() -> argparse.Namespace:
@@ -71,7 +70,9 @@ def save(video: Any, options: argparse.Namespace) -> None:
     if options.tiny:
         torch.save(video, options.out / "video.pt")
         return
-    write_video(options.out / "video.mp4", video[0], fps=24)
+    from diffusers.utils import export_to_video
+
+    export_to_video(video[0], str(options.out / "video.mp4"), fps=24, quality=8)
 
 
 def main() -> None:
