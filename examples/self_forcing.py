@@ -63,7 +63,10 @@ def load(options: argparse.Namespace) -> Any:
 def enter(checkout: Path) -> None:
     """Make the checkout importable and the current folder: it finds its configs and models relative to that."""
     if not (checkout / "pipeline" / "causal_inference.py").is_file():
-        raise SystemExit(f"{checkout} is not a checkout of Self-Forcing: it has no pipeline/causal_inference.py")
+        raise SystemExit(
+            f"{checkout} is not a checkout of Self-Forcing: it has no pipeline/causal_inference.py.\n"
+            "Give the folder that git cloned."
+        )
     os.chdir(checkout)
     sys.path.insert(0, os.getcwd())
 

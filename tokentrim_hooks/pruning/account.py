@@ -76,11 +76,12 @@ class KeyAccount:
         most, self._most = self._most, None
         marked, self.marked = self.marked, 0
         whole = most is not None and alive.shape[1] == most[0] + new
-        if whole and int((~alive).sum()) < marked:
+        # Where no mark is seen at all they never reached attention: the self-check of the prune says that.
+        if whole and 0 < int((~alive).sum()) < marked:
             raise UnsupportedContextError(
                 f"of {marked} rows that were pruned, the call that follows has written over some: the chunk's own rows "
                 "are not the last ones of the cache, as the adapter says (a ring buffer?).\n"
-                "This fork needs an adapter of its own, which says where the rows of finished frames are."
+                "Write an adapter for this fork, which says where the rows of finished frames are."
             )
         if bool(alive.all()):
             return

@@ -106,10 +106,9 @@ class Pace:
         self._fold()
         if self._candidate and not told:
             warnings.warn(
-                f"this sampler's chunks take different numbers of denoising calls ({expected}, then {steps}), so "
-                "which one is a chunk's last was not known, and one chunk was judged at another one, or not at all.\n"
-                "From now on the last call is known by its timestep; where that fails, records say so in their notes. "
-                "Override Adapter.steps to say how many there are, or use probe='first-step'.",
+                f"chunks take different numbers of denoising calls ({expected}, then {steps}), so one was judged at "
+                "another call than its last, or not at all. From now on timesteps tell.\n"
+                "Override Adapter.steps, or use probe='first-step'.",
                 TokenTrimWarning,
                 stacklevel=2,
             )

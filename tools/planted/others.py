@@ -24,7 +24,7 @@ OTHERS = (
     planted(
         "rollout",
         "session",
-        "if step.place is None or not chunk.is_last(video.usual_steps):",
+        "if step.place is None or not self.timeline.pace.is_last(chunk, video.usual_steps):",
         "if step.place is None:",
         "x0 is corrected at every step",
         CORRECT + "latent_moments_equal_a_calculation_by_hand",

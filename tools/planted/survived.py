@@ -16,9 +16,9 @@ SURVIVED = (
     planted(
         "rollout",
         "regeneration",
-        "self.policy.judge(view, case.video.history())",
-        "self.policy.judge(view, __import__('dataclasses').replace("
-        "case.video, statistics=case.video.statistics.updated(view.drift.amax(1))).history())",
+        "history = case.video.history()",
+        "history = __import__('dataclasses').replace("
+        "case.video, statistics=case.video.statistics.updated(view.drift.amax(1))).history()",
         "the threshold comes of statistics that hold this chunk already",
         OURS + "statistics_are_those_of_the_accepted_severities",
     ),
@@ -97,7 +97,7 @@ SURVIVED = (
     planted(
         "rollout",
         "session",
-        "chunk.history if chunk.is_last(video.usual_steps)",
+        "chunk.history if self.timeline.pace.is_last(chunk, video.usual_steps)",
         "chunk.history if chunk.steps >= video.usual_steps",
         "a candidate is judged again at every later step",
         OURS + "a_chunk_of_more_steps_than_usual_is_judged_once",

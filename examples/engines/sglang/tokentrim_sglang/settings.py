@@ -26,7 +26,8 @@ def patch_first(transformer: Any) -> None:
     try:
         tokentrim.patch(transformer, wanted, adapter=SGLang, on_error="warn")
     except tokentrim.TokenTrimError as refusal:
-        warnings.warn(f"SGLang's transformer stays unpatched: {refusal}", tokentrim.TokenTrimWarning, stacklevel=2)
+        words = f"SGLang's transformer stays unpatched: {refusal}\nLeave the plugin out, or mend what it says."
+        warnings.warn(words, tokentrim.TokenTrimWarning, stacklevel=2)
 
 
 def policy() -> tokentrim.Policy:
