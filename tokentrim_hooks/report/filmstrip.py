@@ -130,7 +130,7 @@ def strip(label: str, tiles: Sequence[Image.Image], colours: Sequence[Colour] = 
     """A line of pictures over time behind their label; the bar of ``colours`` under it is the whole of that time."""
     line = beside(tiles)
     picture = above([line, bar(colours, line.width)], gap=2) if colours else line
-    return beside([words(label, 14, width=140), picture])
+    return beside([words(label.replace(" + ", "\n+ "), 14, width=140), picture])
 
 
 def unpatched_and_patched(
