@@ -36,10 +36,11 @@ class Pace:
     Args:
         habits: of the model.
         candidate: whether the last call's prediction is judged, so that a chunk whose last call is not known is missed.
+        rolls: whether several chunks are in flight: then they take fewer calls while the window fills, by design.
     """
 
-    def __init__(self, habits: Habits, candidate: bool) -> None:
-        self._habits, self._candidate = habits, candidate
+    def __init__(self, habits: Habits, candidate: bool, rolls: bool = False) -> None:
+        self._habits, self._candidate, self._rolls = habits, candidate, rolls
         self._end = math.inf
         self._latest: list[list[Tensor | float]] = []
 
@@ -102,6 +103,8 @@ class Pace:
 
     def differ(self, steps: int, expected: int) -> None:
         """Two chunks have taken different numbers of denoising calls."""
+        if self._rolls:
+            return
         told, self._habits.varies = self._habits.varies, True
         self._fold()
         if self._candidate and not told:

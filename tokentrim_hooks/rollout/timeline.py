@@ -36,7 +36,8 @@ class Timeline:
         self.adapter, self.shared, self.pruner = adapter, shared, pruner
         self.video: VideoState | None = None
         self.chunk: ChunkState | None = None
-        self.pace = Pace(shared.habits, shared.probe == "candidate" and shared.policy.judges)
+        rolls = type(adapter).in_flight is not Adapter.in_flight
+        self.pace = Pace(shared.habits, shared.probe == "candidate" and shared.policy.judges, rolls)
         self._left: list[Traces] = []
         self.compares = any(policy.compares for policy in shared.policies)
         self.keeps_opening = any(policy.overrides("correct") for policy in shared.policies)
