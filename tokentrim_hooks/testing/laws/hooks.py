@@ -35,13 +35,7 @@ class HooksConformance:
             raise checks.not_checked(f"rows may be hidden from {', '.join(sorted(self.adapter.hides_from))} calls only")
         expected, model = self.reference(self.make_model(), 9), self.make_model()
         plain = self.run(model, 9)
-        policy = HidesTokens(chunk=self.chunk_to_prune, tokens=tuple(self.tokens), begun=[])
-        with self.patch(model, policy) as handle:
-            hidden = self.run(model, 9)
-        if not policy.begun:
-            raise checks.not_checked("when the chunk began none before it was finished: several are in flight")
-        checks.assert_close(hidden, expected, self.tolerance)
-        assert any(act["hook"] == "hide" for record in handle.report for act in record.acts), "nothing was hidden"
+        assert_hides(self, model, HidesTokens(chunk=self.chunk_to_prune, tokens=tuple(self.tokens), begun=[]), expected)
         assert torch.equal(self.run(model, 9), plain), "unpatched, the model gives other results than before"
 
     def test_hidden_from_one_call_and_from_no_other(self: Any) -> None:
@@ -139,6 +133,16 @@ def declared(kit: Any, hook: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- policies
+
+
+def assert_hides(kit: Any, model: Any, policy: HidesTokens, expected: Tensor) -> None:
+    """Under ``policy``, which hides tokens or weighs them, the model gives what is expected, and its records say so."""
+    with kit.patch(model, policy) as handle:
+        hidden = kit.run(model, 9)
+    if not policy.begun:
+        raise checks.not_checked("when the chunk began none before it was finished: several are in flight")
+    checks.assert_close(hidden, expected, kit.tolerance)
+    assert any(act["hook"] == "hide" for record in handle.report for act in record.acts), "nothing was hidden"
 
 
 @dataclass(frozen=True, kw_only=True)

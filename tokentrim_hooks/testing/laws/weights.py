@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokentrim_hooks.policy.views import ContextView, Place
 from tokentrim_hooks.testing import checks
-from tokentrim_hooks.testing.laws.hooks import HidesTokens, calls_of, declared
+from tokentrim_hooks.testing.laws.hooks import HidesTokens, assert_hides, calls_of, declared
 
 
 class WeighConformance:
@@ -65,12 +65,7 @@ class WeighConformance:
         policy = WeighsTokens(chunk=chunk, tokens=tuple(self.tokens), begun=[], only=phase)
         plain, expected = self.run(model, 9), self.weighed_reference(model, 9, policy.weights, calls)
         assert not torch.equal(expected, plain), "the reference itself weighed nothing"
-        with self.patch(model, policy) as handle:
-            weighed = self.run(model, 9)
-        if not policy.begun:
-            raise checks.not_checked("when the chunk began none before it was finished: several are in flight")
-        checks.assert_close(weighed, expected, self.tolerance)
-        assert any(act["hook"] == "hide" for record in handle.report for act in record.acts), "nothing was weighed"
+        assert_hides(self, model, policy, expected)
         assert torch.equal(self.run(model, 9), plain), "unpatched, the model gives other results than before"
 
 
