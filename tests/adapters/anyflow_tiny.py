@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel
 from diffusers.schedulers import FlowMapEulerDiscreteScheduler
+from tiny_weights import let_attention_matter
 
 CHANNELS, TEXT = 4, 8
 PARTITION = [1, 2, 2, 2, 2]
@@ -27,12 +28,7 @@ def pipeline(seed: int = 0) -> AnyFlowFARPipeline:
         num_layers=2,
         chunk_partition=tuple(PARTITION),
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "scale_shift" not in name:
-                parameter.normal_(std=0.2)
-        for block in model.blocks:
-            block.attn1.to_v.weight.normal_(std=0.5)
+    let_attention_matter(model, model.blocks)
     pipe = AnyFlowFARPipeline(
         tokenizer=None,
         text_encoder=None,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import HeliosPipeline, HeliosScheduler, HeliosTransformer3DModel
+from tiny_weights import let_attention_matter
 
 CHANNELS, TEXT = 4, 8
 WINDOW = 3
@@ -46,12 +47,7 @@ def transformer(seed: int = 0, **changes: Any) -> HeliosTransformer3DModel:
             **changes,
         }
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "scale_shift" not in name:
-                parameter.normal_(std=0.2)
-        for block in model.blocks:
-            block.attn1.to_v.weight.normal_(std=0.5)
+    let_attention_matter(model, model.blocks)
     return model.eval().requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import LTXEulerAncestralRFScheduler, LTXI2VLongMultiPromptPipeline, LTXVideoTransformer3DModel
+from tiny_weights import let_attention_matter
 
 CHANNELS, TEXT = 8, 8
 WINDOW, TAIL, STRIDE = 5, 2, 3
@@ -47,12 +48,7 @@ def pipeline(seed: int = 0) -> TinyLTX:
         caption_channels=TEXT,
         num_layers=2,
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "scale_shift" not in name:
-                parameter.normal_(std=0.2)
-        for block in model.transformer_blocks:
-            block.attn1.to_v.weight.normal_(std=0.5)
+    let_attention_matter(model, model.transformer_blocks)
     scheduler = LTXEulerAncestralRFScheduler()
     pipe = TinyLTX(scheduler, TinyVae(), None, None, model.eval().requires_grad_(False))
     pipe.set_progress_bar_config(disable=True)

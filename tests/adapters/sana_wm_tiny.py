@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMLTX2RefinerTransformer3DModel
 from diffusers.pipelines.sana_wm.refiner import SanaWMLTX2Refiner
+from tiny_weights import let_attention_matter
 
 CHANNELS, TEXT, GRID, BLOCK, LAYERS, STEPS = 4, 8, (4, 6), 3, 2, 3
 SINK, HISTORY = 1, 6
@@ -51,12 +52,7 @@ def pipeline(seed: int = 0, kind: type[SanaWMLTX2Refiner] = Refiner) -> SanaWMLT
         rope_type="split",
         gated_attn=True,
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "scale_shift" not in name:
-                parameter.normal_(std=0.2)
-        for block in model.transformer_blocks:
-            block.attn1.to_v.weight.normal_(std=0.5)
+    let_attention_matter(model, model.transformer_blocks)
     pipe = kind(
         transformer=model.eval().requires_grad_(False),
         connectors=None,
