@@ -11,6 +11,7 @@ chunk evicts before the chunk can be judged: so too does, once, what leaves as t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +59,7 @@ class MemRope(LongLive):
                 "which is nobody's once that token is pruned.\nUse ema_adaptive=False, as MemRoPE's configurations do."
             )
         for layer in self.layers:
-            patches.wrap(layer, "forward", _remember_the_living)
+            patches.wrap(layer, "forward", self._remember_the_living, pruned_only=True)
 
     def require_entries(self, cache: Any) -> None:
         """As the family's, whether or not the entries are there that attention never sees."""
@@ -71,27 +72,38 @@ class MemRope(LongLive):
         memory = MEMORY * rows.rows_per_frame if first.get("ema_initialized") else 0
         return replace(rows, anchors=min(rows.anchors + memory, rows.stop))
 
+    def _remember_the_living(self, wrapped: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a layer on a cache in which dead rows about to leave hold the mean of those that live, in K and V."""
+        given = bind(wrapped, args, kwargs)
+        cache, gone = given["kv_cache"], _leaving(layer, given)
+        if not gone:
+            return wrapped(*args, **kwargs)
+        rows = slice(gone.start, gone.stop)
+        living = cache["v"][:, rows, :1, :1].float().isfinite()
+        # The same rows are dead in every layer: the device is asked in the first.
+        if layer is self.layers[0] and not bool(living.any(1).all()):
+            raise UnsupportedContextError(
+                "all rows that leave the window are pruned, so there is nothing that MemRoPE's memory could be made "
+                'of.\nPrune fewer tokens or frames, or use compression_method="eviction".'
+            )
+        given["kv_cache"] = {**cache, **{name: _with_means(cache[name], rows, living) for name in ("k", "v")}}
+        given.pop("self", None)
+        return wrapped(**given)
 
-def _remember_the_living(wrapped: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a layer on a cache in which dead rows about to leave hold the mean of those that live, in K and V."""
-    given = bind(wrapped, args, kwargs)
+
+def _leaving(layer: Any, given: Mapping[str, Any]) -> range:
+    """Rows that the memory is made of in this call of a layer: its oldest ones behind the memory, if it evicts.
+
+    The counters lie on the device, and the layer itself reads them next.
+    """
     cache, new = given["kv_cache"], given["x"].shape[1]
-    if cache is None or layer.compression_method != "ema":
-        return wrapped(*args, **kwargs)
-    leaving = int(cache["local_end_index"]) + new - cache["k"].shape[1]
-    if leaving <= 0 or given["current_start"] + new <= int(cache["global_end_index"]):
-        return wrapped(*args, **kwargs)
-    frame = int(given["grid_sizes"][0][1:].prod())
-    gone = slice((layer.sink_size + MEMORY) * frame, (layer.sink_size + MEMORY) * frame + leaving)
-    living = cache["v"][:, gone, :1, :1].float().isfinite()
-    if not bool(living.any(1).all()):
-        raise UnsupportedContextError(
-            "all rows that leave the window are pruned, so there is nothing that MemRoPE's memory could be made of.\n"
-            'Prune fewer tokens or frames, or use compression_method="eviction".'
-        )
-    given["kv_cache"] = {**cache, **{name: _with_means(cache[name], gone, living) for name in ("k", "v")}}
-    given.pop("self", None)
-    return wrapped(**given)
+    end = given["current_start"] + new
+    if cache is None or layer.compression_method != "ema" or end <= cache["k"].shape[1]:
+        return range(0)
+    if end <= int(cache["global_end_index"]):
+        return range(0)  # the chunk has evicted before
+    first = (layer.sink_size + MEMORY) * int(given["grid_sizes"][0][1:].prod())
+    return range(first, first + max(int(cache["local_end_index"]) + new - cache["k"].shape[1], 0))
 
 
 def _with_means(rows: Tensor, gone: slice, living: Tensor) -> Tensor:

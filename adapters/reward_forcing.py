@@ -38,7 +38,7 @@ class RewardForcing(SelfForcing):
         """As Self-Forcing; besides, keep dead rows out of every layer's sink."""
         super().attach(model, patches)
         for layer in self.layers:
-            patches.wrap(layer, "incremental_update", _blend_the_living)
+            patches.wrap(layer, "incremental_update", _blend_the_living, pruned_only=True)
 
 
 def _blend_the_living(

@@ -52,6 +52,20 @@ def test_a_later_wrapper_of_somebody_else_survives():
     assert thing.double(2) == 40, "theirs is still there, ours does nothing"
 
 
+def test_a_wrapper_for_pruned_calls_stays_out_of_others():
+    thing, patches = Thing(), Patches()
+    patches.wrap(thing, "double", plus_one, pruned_only=True)
+    tap = CallTap(None, DeadTokens(), gated=False)
+    assert thing.double(2) == 4
+    with scoped(None):
+        assert thing.double(2) == 4, "nothing is dead in this call"
+    with scoped(tap):
+        assert thing.double(2) == 5
+        with scoped(None):
+            assert thing.double(2) == 4, "another pipeline's call, made inside"
+    assert thing.double(2) == 4
+
+
 def test_undo_goes_on_after_a_failure_and_tells():
     done, patches = [], Patches()
 

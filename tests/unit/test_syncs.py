@@ -1,5 +1,7 @@
 """The synchronisation counter sees what stalls a GPU, and only that."""
 
+import runpy
+
 import pytest
 import torch
 
@@ -72,3 +74,14 @@ def test_whose_it_is_can_be_told():
         X.sum().item()
     assert [len(log.ours), len(log.theirs)] == [1, 0]
     assert "1 synchronisations of tokentrim's" in str(log) and "test_syncs.py" in log.ours[0].stack[-1]
+
+
+def test_code_that_is_reached_through_a_link_is_the_same_code(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "adapter.py").write_text("def read(x):\n    return x.sum().item()\n")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    read = runpy.run_path(str(tmp_path / "link" / "adapter.py"))["read"]
+    for ours in ("real", "link"):
+        with count_syncs(ours=[tmp_path / ours]) as log:
+            read(X)
+        assert len(log.ours) == 1, str(log)

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -126,7 +127,7 @@ class _Watch:
         self.log.events.append(Sync(kind, _place(frame), self.is_ours(frame), stack))
 
     def is_ours(self, frame: FrameType) -> bool:
-        file = Path(frame.f_code.co_filename)
+        file = _real(frame.f_code.co_filename)
         within = any(file == folder or folder in file.parents for folder in self.folders)
         return within and not any(folder in file.parents for folder in MODELS)
 
@@ -234,6 +235,12 @@ def _responsible(frame: FrameType | None) -> FrameType:
             return frame
         last, frame = frame, frame.f_back
     return last
+
+
+@lru_cache
+def _real(file: str) -> Path:
+    """Where a file really is: a package that is reached through a link is the same package."""
+    return Path(file).resolve()
 
 
 def _place(frame: FrameType) -> str:
