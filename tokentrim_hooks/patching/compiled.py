@@ -44,7 +44,7 @@ class Spared:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make the call."""
-        if BUSY.now and self._no_graph:
+        if BUSY.maybe and self._no_graph:
             return self._eager(*args, **kwargs)
         try:
             return self.compiled(*args, **kwargs)
@@ -63,7 +63,7 @@ class Spared:
         return self._plain(*args, **kwargs)
 
     def _give_up(self, failure: Exception) -> bool:
-        if not BUSY.now or not isinstance(failure, _failures_of_tracing()):
+        if not BUSY.maybe or not isinstance(failure, _failures_of_tracing()):
             return False
         self._no_graph = True
         self._tell()
@@ -149,7 +149,7 @@ class Watch:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Our part before a call, and what it needs where something is dead; other arguments, or None."""
         changed = self._before(module, args, kwargs)
-        if BUSY.now:
+        if BUSY.maybe:
             self._spare_parts()
         return changed
 

@@ -176,7 +176,7 @@ class Patches:
         through = eagerly(through)
 
         def tapped(attention: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return through(attention, args, kwargs) if BUSY.now else attention(*args, **kwargs)
+            return through(attention, args, kwargs) if BUSY.maybe else attention(*args, **kwargs)
 
         self._wrap(owner, name, tapped)
         self.taps += 1

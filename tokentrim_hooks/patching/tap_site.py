@@ -79,7 +79,7 @@ class TappedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, unless something is dead."""
-        return self._attend(args, kwargs) if BUSY.now else self._original(*args, **kwargs)
+        return self._attend(args, kwargs) if BUSY.maybe else self._original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self._original, memo)
@@ -162,7 +162,7 @@ class TapSite:
 
         @functools.wraps(original)
         def tapped(*args: Any, **kwargs: Any) -> Any:
-            return attend(args, kwargs) if BUSY.now else original(*args, **kwargs)
+            return attend(args, kwargs) if BUSY.maybe else original(*args, **kwargs)
 
         return tapped
 
@@ -241,11 +241,11 @@ def depth_hooks() -> tuple[Callable[..., None], Callable[..., None]]:
     count = eagerly(_count_inside)
 
     def go_inside(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
-        if BUSY.now:
+        if BUSY.maybe:
             count(1)
 
     def go_outside(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
-        if BUSY.now:
+        if BUSY.maybe:
             count(-1)
 
     return go_inside, go_outside

@@ -107,29 +107,36 @@ class CallScope:
 class Busy:
     """Whether anything is dead in the context of any running call of the process.
 
-    ``now`` is a plain attribute, which compiled code can guard on: while it is False, tapped functions run as if they
-    were not tapped, without a graph break. Nothing runs when Ctrl-C ends a call, so it may stay True until somebody
-    looks: whatever reads the handle or calls the denoiser, a tapped function (which asks for its scope before it does
-    anything), and torch before it compiles, so that no graph is made for a call that has ended. Where Ctrl-C comes in
-    attention or in compiled code, as it mostly does, :func:`end_with` sees it on its way out.
+    ``now`` is the truth, which costs a look at the calls under way. ``maybe`` is a plain attribute, which compiled code
+    can guard on: while it is False, tapped functions run as if they were not tapped, without a graph break. Nothing
+    runs when Ctrl-C ends a call, so it may stay True until somebody looks: whatever reads ``now`` or the handle or
+    calls the denoiser, a tapped function (which asks for its scope before it does anything), and torch before it
+    compiles, so that no graph is made for a call that has ended. Where Ctrl-C comes in attention or in compiled code,
+    as it mostly does, :func:`end_with` sees it on its way out.
     """
 
     def __init__(self) -> None:
-        self.now = False
+        self.maybe = False
         self._scopes: set[CallScope] = set()
         self._lock = threading.RLock()
+
+    @property
+    def now(self) -> bool:
+        """Whether a call is under way, in whatever thread, in which something is dead."""
+        self.sweep()
+        return self.maybe
 
     def add(self, scope: CallScope) -> None:
         """A call begins in which something is dead."""
         with self._lock:
             self._scopes.add(scope)
-            self.now = True
+            self.maybe = True
 
     def drop(self, scope: CallScope) -> None:
         """A call has ended."""
         with self._lock:
             self._scopes.discard(scope)
-            self.now = bool(self._scopes)
+            self.maybe = bool(self._scopes)
 
     def sweep(self) -> None:
         """Drop calls that have ended unseen."""
