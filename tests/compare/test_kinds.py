@@ -215,6 +215,13 @@ def test_one_run_over_two_kinds_goes_on_where_it_stopped(tmp_path, capsys, monke
     assert "holds a comparison of several kinds of drift; give another --out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("named", [["--reference", "burning,sink"], ["--reference", "--kind", "burning,sink"]])
+def test_the_kinds_may_follow_reference(named, tmp_path):
+    rest = ["--untrained", "--chunks", "2", "--seeds", "1", "--batch", "1", "--only", "", "--out", str(tmp_path)]
+    assert main(["compare", *named, *rest]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["burning", "sink"]
+
+
 def test_a_single_kind_stays_in_the_folder_itself_which_is_then_taken(tmp_path, capsys):
     assert main(command(tmp_path, "burning", "--only", "")) == 0
     assert {p.name for p in tmp_path.iterdir()} >= {"settings.json", "results.jsonl", "table.md", "compare.html"}
@@ -228,6 +235,8 @@ def test_a_single_kind_stays_in_the_folder_itself_which_is_then_taken(tmp_path, 
     ("arguments", "words"),
     [
         (["--kind", "burning,melting"], "no kind of drift 'melting'; there are fading, burning, sink, framewise, all"),
+        (["--reference", "burning,melting"], "no kind of drift 'melting'; there are fading, burning, sink, framewise"),
+        (["--reference", "sink", "--kind", "sink"], "are given twice; give them to --reference or to --kind"),
         (["--kind", ","], "there are fading, burning, sink, framewise, all"),
         (["--policies", "adaptive,commit"], "no policy named 'commit'; did you mean 'commit-window'? installed: "),
     ],

@@ -26,8 +26,10 @@ def _split(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _kinds(_context: click.Context, _option: click.Parameter, value: str) -> tuple[str, ...]:
-    """The kinds named, each once."""
+def _kinds(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """The kinds named, each once; () where the option stands without any, None where it does not stand."""
+    if not value:
+        return None if value is None else ()
     names = _split(value)
     strange = [name for name in names if name not in (*KINDS, "all")]
     if strange or not names:
@@ -37,7 +39,8 @@ def _kinds(_context: click.Context, _option: click.Parameter, value: str) -> tup
 
 @click.command()
 @click.argument("target", required=False, metavar="[MODULE:FUNCTION]")
-@click.option("--reference", is_flag=True, help="Compare on the small trained model instead.")
+@click.option("--reference", is_flag=False, flag_value="", callback=_kinds, metavar="[KIND,...]",
+              help="Compare on the small trained model instead; how it drifts may follow, as for --kind.")  # fmt: skip
 @click.option("--out", type=FOLDER, default="runs/compare", show_default=True, help="A second call goes on in it.")
 @whole("--seeds", default=8, show_default=True, help="Number of pairs.")
 @click.option("--first-seed", type=SEED, default=1, show_default=True, metavar="N", help="Seed of the first pair.")
@@ -50,8 +53,9 @@ def _kinds(_context: click.Context, _option: click.Parameter, value: str) -> tup
 @whole("--threads", help="CPU threads of torch.")
 @whole("--chunks", default=24, show_default=True, help="Reference model: chunks to generate.")
 @click.option("--fault", type=click.Choice(FAULTS), help="Reference model: plant a blotch.")
-@click.option("--kind", "kinds", callback=_kinds, default=KINDS[0], show_default=True, metavar="KIND,...",
-              help=f"Reference model: how it drifts ({', '.join(KINDS)}); several, or all, make one page.")  # fmt: skip
+@click.option("--kind", "kinds", callback=_kinds, metavar="KIND,...",
+              help=f"Reference model: how it drifts ({', '.join(KINDS)}); several, or all, make one page; by default "
+              f"{KINDS[0]}.")  # fmt: skip
 @whole("--sink", least=0, metavar="FRAMES",
               help="Reference model: frames of an anchor; by default as it was trained.")  # fmt: skip
 @device(default="cpu", show_default=True, help="Reference model: where torch computes.")
@@ -65,8 +69,12 @@ def compare(target: str | None, listed: bool, **options: Any) -> None:
     if listed:
         _list()
         return
-    if bool(target) == options["reference"]:
+    reference = options.pop("reference")
+    if bool(target) == (reference is not None):
         raise click.UsageError("give either MODULE:FUNCTION or --reference")
+    if reference and options["kinds"]:
+        raise click.UsageError("the kinds of drift are given twice; give them to --reference or to --kind")
+    options["kinds"] = reference or options["kinds"] or KINDS[:1]
     if target and len(options["kinds"]) > 1:
         raise click.UsageError("several kinds of drift are the reference model's; give --reference, or one kind")
     need("scipy", "numpy", "jinja2", "tqdm")
