@@ -180,8 +180,8 @@ class CausalWan(Adapter):
         for name in self.switches:
             if name in defaults and not _same(arguments[name], defaults[name]):
                 raise UnsupportedContextError(
-                    f"the generator was called with {name}=..., which {self.models[0]} does not take; this fork is "
-                    f"pruned only while {name} is left at its default.\nLeave it out, or write an adapter for the fork."
+                    f"the generator was called with {name}=..., which {self.models[0]} does not take.\n"
+                    "Leave it at its default, with which this fork can be pruned, or write an adapter for the fork."
                 )
 
     def context(self, call: Call) -> CacheRows:
@@ -205,8 +205,8 @@ class CausalWan(Adapter):
         """The few-step sampler goes on with x0; one that goes on with the flow beside it is refused."""
         if not self.hands_back:
             raise UnsupportedPolicyError(
-                "this sampler does not commit the x0 that the model returns (it follows the flow, or joins chunks "
-                "first), so a corrected x0 would be lost.\nLeave such policies out, or use the few-step sampler."
+                "this sampler does not commit the model's x0 (it follows the flow, or joins chunks): a corrected one "
+                "is lost.\nLeave such policies out, or use the few-step sampler."
             )
         return super().with_prediction(call, output, x0)
 

@@ -55,8 +55,8 @@ class MemRope(LongLive):
         super().attach(model, patches)
         if any(layer.compression_method == "ema" and layer.ema_adaptive for layer in self.layers):
             raise UnsupportedContextError(
-                "with ema_adaptive=True each token of the memory is a mean of the same token in the frames that leave, "
-                "which is nobody's once that token is pruned.\nUse ema_adaptive=False, as MemRoPE's configurations do."
+                "ema_adaptive=True makes each token of the memory of that one in the frames that leave, if pruned, "
+                "too.\nUse ema_adaptive=False, as MemRoPE's configurations do."
             )
         for layer in self.layers:
             patches.wrap(layer, "forward", self._remember_the_living, pruned_only=True)

@@ -1,11 +1,15 @@
 """Hypothesis profiles (HYPOTHESIS_PROFILE = dev, ci or nightly); what was compared with real sources, what was not."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from record_checks import pytest_addoption, pytest_configure
+
+from tokentrim_hooks.errors import TokenTrimError, TokenTrimWarning
 
 __all__ = ["pytest_addoption", "pytest_configure"]
 """Hooks of ``--record-checks``; pytest finds them by their names here."""
@@ -17,6 +21,24 @@ settings.register_profile("dev", max_examples=25, **COMMON)
 settings.register_profile("ci", max_examples=60, derandomize=True, **COMMON)
 settings.register_profile("nightly", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def messages_of_two_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each error and warning that a test meets, with the values that it has then: what happened, and what to do."""
+    longer: list[str] = []
+
+    def noted(made: Any) -> Any:
+        def init(self: Any, *words: Any) -> None:
+            made(self, *words)
+            longer.extend(str(word) for word in words[:1] if str(word).count("\n") > 1)
+
+        return init
+
+    for kind in (TokenTrimError, TokenTrimWarning):
+        monkeypatch.setattr(kind, "__init__", noted(kind.__init__))
+    yield
+    assert not longer, "a message of more than two lines:\n" + "\n---\n".join(longer)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -56,7 +56,7 @@ class NoMatch:
     """An adapter did not recognise a model, and why, in words that help its user.
 
     ``near``: how much of what the adapter looks for is there, 0 nothing to 1 all but one thing. What ``patch`` raises
-    shows the two nearest; ``tokentrim.detect`` shows all.
+    shows the nearest; ``tokentrim.detect`` shows all.
     """
 
     reason: str

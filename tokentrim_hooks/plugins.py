@@ -165,9 +165,13 @@ def _named(kind: str, kinds: str, name: str, infos: Sequence[Named], unknown: Ca
             f"two {kinds} are named {name!r}, from {origins}; uninstall one of them, or name it in {DISABLE}"
         )
     known = ", ".join(sorted({info.name for info in infos if not info.error})) or "none"
-    broken = [f"{i.name} ({i.distribution}): {i.error}" for i in left_out()]
-    failures = f"; plugins that failed to load: {'; '.join(broken)}" if broken else ""
-    raise unknown(f"no {kind} named {name!r};{_meant(name, known)} installed: {known}{failures}")
+    raise unknown(f"no {kind} named {name!r};{_meant(name, known)} installed: {known}{not_used()}")
+
+
+def not_used() -> str:
+    """For the end of a message: plugins that failed to load, or whose name is taken, for one may be what is missing."""
+    names = ", ".join(dict.fromkeys(info.name for info in left_out()))
+    return f"; not used: {names} (see `tokentrim adapters`)" if names else ""
 
 
 def _meant(name: str, known: str) -> str:

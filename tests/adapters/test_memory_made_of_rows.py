@@ -264,7 +264,7 @@ def test_a_ring_buffer_is_refused_wherever_the_chunk_stands_in_it(at: int) -> No
     if at % 3 == 2:
         pruned(Ring, policy)
         return
-    with pytest.raises(UnsupportedContextError, match=r"(?s)the chunk's own rows are not the last.*ring buffer"):
+    with pytest.raises(UnsupportedContextError, match=r"(?s)the chunk's own are not the last.*ring buffer"):
         pruned(Ring, policy)
 
 

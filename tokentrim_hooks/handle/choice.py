@@ -17,11 +17,9 @@ from tokentrim_hooks.errors import (
     UnsupportedModelError,
 )
 from tokentrim_hooks.loading import asked, check_class
-from tokentrim_hooks.plugins import AdapterInfo, left_out, usable_adapters
+from tokentrim_hooks.plugins import AdapterInfo, left_out, not_used, usable_adapters
 
 logger = logging.getLogger(__name__)
-SHOWN = 2
-"""How many adapters a refusal shows."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +145,11 @@ def _refusal(model: Any, found: list[Detection]) -> str:
             f"cannot patch {kind}: no adapter is installed or enabled; install this package with pip "
             "(adapters are found through entry points) and see `tokentrim adapters`"
         )
-    shown = found if len(found) <= SHOWN else sorted(found, key=lambda item: (-item.near, len(item.reason)))[:SHOWN]
-    shown = [item for item in shown if item.near or len(found) <= SHOWN]
-    lines = [f"  {item.adapter}: {item.reason}" for item in shown]
-    lines += [f"  not used: {info.name} ({info.distribution}): {info.error}" for info in left_out()]
-    says = "the nearest adapters say:" if shown else f"none of {len(found)} adapters finds in it what it looks for."
-    more = "tokentrim.detect(model) has every adapter's reason. " if len(shown) < len(found) else ""
-    reasons = "\n".join([f"cannot patch {kind}; {says}", *lines])
-    return f"{reasons}\n{more}To add a model, see docs/how-to/add-a-model.md."
+    first = min(found, key=lambda item: (-item.near, len(item.reason)))
+    says = f"none of {len(found)} adapters finds in it what it looks for"
+    if first.near or len(found) == 1:
+        says = f"nearest adapter, {first.adapter}: {first.reason}"
+    return (
+        f"cannot patch {kind}; {says}.\n"
+        f"See all reasons by tokentrim.detect(model), or add a model: docs/how-to/add-a-model.md{not_used()}."
+    )

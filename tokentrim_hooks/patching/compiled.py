@@ -209,9 +209,8 @@ class Watch:
         if not self._told:
             self._told = True
             warnings.warn(
-                f"{name} was compiled with fullgraph=True, and no single graph holds attention over a pruned context: "
-                "tokentrim runs it eagerly while something is pruned.\n"
-                "To keep it compiled then, too, compile it without fullgraph=True.",
+                f"{name} was compiled with fullgraph=True, so it runs eagerly while something is pruned: no graph "
+                "holds that.\nTo keep it compiled then, too, compile it without fullgraph=True.",
                 TokenTrimWarning,
                 stacklevel=2,
             )

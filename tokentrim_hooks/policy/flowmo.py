@@ -63,8 +63,8 @@ class FlowMo(Policy):
             return None
         if chunk.frames < self.FEWEST:
             raise UnsupportedPolicyError(
-                f"FlowMo compares motion between frames, and this chunk has {chunk.frames}: of less than three latent "
-                "frames there are no two differences.\nLeave FlowMo out for samplers of so short chunks."
+                f"FlowMo compares motion, which takes {self.FEWEST} latent frames, and this chunk has {chunk.frames}.\n"
+                "Leave FlowMo out for samplers of so short chunks."
             )
         level = chunk.level()
         if level <= 0 or level < self.noise_band:

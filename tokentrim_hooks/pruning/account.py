@@ -79,9 +79,8 @@ class KeyAccount:
         # Where no mark is seen at all they never reached attention: the self-check of the prune says that.
         if whole and 0 < int((~alive).sum()) < marked:
             raise UnsupportedContextError(
-                f"of {marked} rows that were pruned, the call that follows has written over some: the chunk's own rows "
-                "are not the last ones of the cache, as the adapter says (a ring buffer?).\n"
-                "Write an adapter for this fork, which says where the rows of finished frames are."
+                f"the next call wrote over some of {marked} pruned rows: the chunk's own are not the last (a ring "
+                "buffer?).\nWrite an adapter for this fork, which says where the rows of finished frames are."
             )
         if bool(alive.all()):
             return
@@ -92,9 +91,8 @@ class KeyAccount:
         beside = max(strange - new, more, spread)
         if beside > 0:
             raise UnsupportedContextError(
-                f"{beside} of {keys} keys in self attention are no rows of the KV cache: memory made of rows (a mean, "
-                "a bank) would keep what is pruned.\n"
-                "Switch that memory off, or write an adapter that spares it and says keeps_memory = True."
+                f"{beside} of {keys} keys in self attention are no rows of the KV cache: memory that keeps what is "
+                "pruned?\nSwitch it off (a mean, a bank), or write an adapter that spares it, with keeps_memory = True."
             )
 
 

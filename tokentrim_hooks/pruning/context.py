@@ -137,8 +137,9 @@ def require_grid(context: Context, grid: tuple[int, int]) -> None:
     height, width = grid
     if context.rows_per_frame != height * width:
         raise UnsupportedContextError(
-            f"the chunk's grid is {height} x {width} tokens (by the adapter's patch_size), but its context says "
-            f"rows_per_frame={context.rows_per_frame}.\nOne of the two is wrong: a token must be a row of every frame."
+            f"the chunk's grid is {height} x {width} tokens, but its context says "
+            f"rows_per_frame={context.rows_per_frame}.\n"
+            "A token must be a row of every frame: mend the adapter's patch_size or its context()."
         )
 
 

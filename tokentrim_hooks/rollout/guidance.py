@@ -93,8 +93,8 @@ class Guidance:
         guided_video, guided = self._unproved
         if guided is chunk and given.phase is None:
             raise UnsupportedPolicyError(
-                f"{REFUSED}the sampler has two branches of guidance, and the second was given latents that were not "
-                "moved.\nLeave such policies out, or sample without classifier-free guidance."
+                f"{REFUSED}the second branch of guidance was given latents that were not moved.\n"
+                "Leave such policies out, or sample without classifier-free guidance."
             )
         if guided is chunk and given.phase is not Phase.COMMIT:
             return
@@ -102,8 +102,8 @@ class Guidance:
         lost = guided is not chunk or not shares_storage(given.call.latents, video.returned)
         if lost and guided_video is video and not guided.failed:
             raise UnsupportedPolicyError(
-                f"{REFUSED}the sampler does not commit the x0 that the model returned (it integrates its own latents), "
-                "so what was moved is lost.\nLeave such policies out, or use the few-step sampler."
+                f"{REFUSED}the sampler does not commit the x0 of the model: what was moved is lost.\n"
+                "Leave such policies out, or use the few-step sampler, which does."
             )
 
     def _view(self, given: Given, place: Place) -> Noisy:

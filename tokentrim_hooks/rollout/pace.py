@@ -109,9 +109,8 @@ class Pace:
         self._fold()
         if self._candidate and not told:
             warnings.warn(
-                f"chunks take different numbers of denoising calls ({expected}, then {steps}), so one was judged at "
-                "another call than its last, or not at all. From now on timesteps tell.\n"
-                "Override Adapter.steps, or use probe='first-step'.",
+                f"chunks take different numbers of denoising calls ({expected}, then {steps}): one was judged early, "
+                "or not.\nFrom now on timesteps tell; to be sure, override Adapter.steps, or use probe='first-step'.",
                 TokenTrimWarning,
                 stacklevel=2,
             )

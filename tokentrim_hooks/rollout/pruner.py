@@ -139,9 +139,8 @@ class Pruner:
             )
         if place.phase not in self._adapter.hides_from:
             raise UnsupportedPolicyError(
-                f"{self.acts[0].policy} hides rows from a {place.phase!r} call, which makes new rows of old ones: what "
-                "is hidden would be missing there for good.\n"
-                f"Hide from {', '.join(sorted(self._adapter.hides_from))} calls only."
+                f"{self.acts[0].policy} hides rows from a {place.phase!r} call, which makes new rows of old ones, for "
+                f"good.\nHide from {', '.join(sorted(self._adapter.hides_from))} calls only."
             )
         if isinstance(context, CacheRows):
             self.proof.expected = context.attentions or len(context.values)

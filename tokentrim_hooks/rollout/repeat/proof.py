@@ -152,16 +152,13 @@ def _apart(one: Tensor, other: Tensor) -> Tensor:
 
 def _words(measured: tuple[float, ...], scale: float, module: object) -> str:
     moved, spread = max(measured[:2]), measured[2]
-    how = "and differs again each time" if spread else "every time alike"
+    how = "never alike" if spread else "each time alike"
     parts = module.modules() if isinstance(module, nn.Module) else ()
     if any(isinstance(part, nn.Dropout) and part.training and part.p for part in parts):
-        cause = "dropout is on. Switch the model to eval()"
+        way = "Switch the model to eval(), for its dropout is on"
     else:
-        cause = (
-            "it keeps something between calls or draws random numbers. Switch that off (MagCache, TeaCache, retrieval, "
-            "a memory bank, dropout)"
-        )
+        way = "Switch off what keeps something or draws (MagCache, TeaCache, retrieval, memory, dropout)"
     return (
-        f"the model cannot make a call twice: made again with nothing pruned, its output moved by {moved:.2g} (its "
-        f"largest value is {scale:.2g}) {how}, so {cause}, or override Adapter.replay to put it back"
+        f"made again with nothing pruned, the call's output moved by {moved:.2g} of {scale:.2g}, {how}.\n"
+        f"{way}, or override Adapter.replay."
     )
