@@ -61,7 +61,9 @@ from .policy.base import Policy
 from .policy.commit_window import CommitWindow
 from .policy.flowmo import FlowMo
 from .policy.frame_eviction import FrameEviction
-from .policy.moments import LateMean, LatentMoments, RowMoments
+from .policy.late_mean import LateMean
+from .policy.latent_moments import LatentMoments
+from .policy.row_moments import RowMoments
 from .policy.soft_prune import SoftPrune
 from .policy.statistics import Moments
 from .policy.token_trim import DriftPolicy, ObservePolicy

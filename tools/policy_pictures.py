@@ -20,8 +20,7 @@ from PIL import Image
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.experiments.compare.trials import ReferenceMaker
 from tokentrim_hooks.policy.adaptive import nearest
-from tokentrim_hooks.policy.flowmo import temporal_variance
-from tokentrim_hooks.policy.statistics import Moments
+from tokentrim_hooks.policy.statistics import Moments, temporal_variance
 from tokentrim_hooks.report.page.charts import border
 
 FOLDER = Path(__file__).parents[1] / "docs" / "pictures"

@@ -22,7 +22,9 @@ from tokentrim_hooks.console import markdown_table
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.policy.commit_window import CommitWindow
 from tokentrim_hooks.policy.flowmo import FlowMo
-from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
+from tokentrim_hooks.policy.late_mean import LateMean
+from tokentrim_hooks.policy.latent_moments import LatentMoments
+from tokentrim_hooks.policy.row_moments import RowMoments
 from tokentrim_hooks.policy.soft_prune import SoftPrune
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.policy.base import Policy, number, whole
+from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import severity_of, unstable_tokens
+from tokentrim_hooks.policy.options import number, whole
 from tokentrim_hooks.policy.views import Chunk, History, Verdict
 
 BLOCK = 1024

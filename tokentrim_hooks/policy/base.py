@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from tokentrim_hooks.policy.options import flag, one_of, whole
 from tokentrim_hooks.policy.views import Chunk, ContextView, Denoised, History, Noisy, Place, Rows, Verdict
 
 HOOKS = ("guide", "judge", "hide", "correct", "settle")
@@ -60,8 +60,7 @@ class Policy:
         whole("max_regenerations", self.max_regenerations)
         flag("persist", self.persist)
         flag("prune_anchors", self.prune_anchors)
-        if self.coarse not in ("any", "all"):
-            raise ValueError(f"coarse must be 'any' or 'all', got {self.coarse!r}")
+        one_of("coarse", self.coarse, "any", "all")
 
     def guide(self, chunk: Noisy) -> Tensor | None:
         """Move a chunk's noisy latents before a denoising call; asked before each of them, replays aside.
@@ -168,34 +167,3 @@ class Policy:
 def hooks_of(policy: type[Policy]) -> tuple[str, ...]:
     """The hooks that a class of policies overrides, in the order in which a chunk meets them."""
     return tuple(hook for hook in HOOKS if getattr(policy, hook) is not getattr(Policy, hook))
-
-
-def number(name: str, value: object, low: float, high: float, rule: str) -> None:
-    """Check an option: a finite number in ``[low, high]``; ``rule`` says so in words.
-
-    Raises:
-        ValueError: it is not.
-    """
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high:  # type: ignore[operator]  # mypy cannot see through `good`
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
-
-
-def whole(name: str, value: object) -> None:
-    """Check an option: a whole number >= 0.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
-
-
-def flag(name: str, value: object) -> None:
-    """Check an option: True or False.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")

@@ -10,7 +10,9 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.commit_window import CommitWindow
 from tokentrim_hooks.policy.flowmo import FlowMo
 from tokentrim_hooks.policy.frame_eviction import FrameEviction
-from tokentrim_hooks.policy.moments import LateMean, LatentMoments, RowMoments
+from tokentrim_hooks.policy.late_mean import LateMean
+from tokentrim_hooks.policy.latent_moments import LatentMoments
+from tokentrim_hooks.policy.row_moments import RowMoments
 from tokentrim_hooks.policy.soft_prune import SoftPrune
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
 

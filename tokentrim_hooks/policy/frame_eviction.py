@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.policy.base import Policy, number, whole
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.options import number, whole
 from tokentrim_hooks.policy.views import ContextView, Place
 
 

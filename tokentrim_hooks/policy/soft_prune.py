@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.policy.base import Policy, flag, number, whole
+from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.options import flag, number, whole
 from tokentrim_hooks.policy.views import ContextView, Place
 
 

@@ -1,4 +1,4 @@
-"""Moments of latents and of cache rows, for policies that feed statistics back: pure tensor functions."""
+"""Statistics of latents, of cache rows and of motion, and one step down a slope: pure tensor functions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from torch import Tensor
 
 EPSILON = 1e-6
 """Below this a deviation is no scale to divide by."""
+OVER_FRAMES_AND_PIXELS = (1, 3, 4)
+"""Dimensions of latents ``[B, F, C, H, W]`` over which a channel has its moments."""
+MOMENTA, SMALLEST = (0.9, 0.999), 1e-8
+"""Of Adam, as torch has them."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,17 @@ def pulled(values: Tensor, dims: Sequence[int], target: Moments, strength: float
     scale = torch.where(own.std > EPSILON, std / own.std.clamp(min=EPSILON), torch.ones_like(std))
     moved: Tensor = (values.to(mean.dtype) - own.mean) * scale + mean
     return moved.to(values.dtype)
+
+
+def temporal_variance(video: Tensor) -> Tensor:
+    """How unevenly a video ``[B, F, C, H, W]`` moves where that is worst: ``[B]``, over the F - 1 differences."""
+    motion = (video[:, 1:] - video[:, :-1]).abs()
+    return motion.var(dim=1, correction=0).mean(dim=1).amax(dim=(1, 2))
+
+
+def adam(slope: Tensor, before: tuple[Tensor, Tensor], turn: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Adam's direction down ``slope`` at its step ``turn``, from 1, and the two moments that the next step takes."""
+    pairs = zip(MOMENTA, before, (slope, slope * slope), strict=True)
+    first, second = (b * old.to(slope.device) + (1 - b) * new for b, old, new in pairs)
+    mean, square = (part / (1 - b**turn) for b, part in zip(MOMENTA, (first, second), strict=True))
+    return mean / (square.sqrt() + SMALLEST), (first, second)

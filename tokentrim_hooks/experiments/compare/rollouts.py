@@ -15,8 +15,7 @@ from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.experiments.compare.settings import Setting
 from tokentrim_hooks.experiments.compare.store import Outcome, Store
 from tokentrim_hooks.experiments.compare.trials import Trial
-from tokentrim_hooks.policy.moments import OVER_FRAMES_AND_PIXELS
-from tokentrim_hooks.policy.statistics import Moments, pulled
+from tokentrim_hooks.policy.statistics import OVER_FRAMES_AND_PIXELS, Moments, pulled
 from tokentrim_hooks.report.record import Report
 
 Make = Callable[[Sequence[int]], Trial]
