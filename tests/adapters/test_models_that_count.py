@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from targets import each_target
+from targets import TARGETS, each_target
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.testing import ForcedPolicy
@@ -23,33 +24,118 @@ def count(target, pipeline):
     return block
 
 
+calls = 0
+all_calls = itertools.count()
+
+
+class Slotted:
+    __slots__ = ("n",)
+
+
+class Counts:
+    n = 0
+
+
+def next_global():
+    global calls
+    calls += 1
+    return calls
+
+
+def next_of_all():
+    return next(all_calls)
+
+
+def ways_to_count():
+    """By where the count is kept: a function that returns how many calls there have been."""
+    keeper, counts, number, numbers = SimpleNamespace(n=0), {"n": 0}, 0, itertools.count(1)
+    tensor, slotted, kind = torch.zeros(1, dtype=torch.long), Slotted(), type("Kind", (Counts,), {})
+    slotted.n = 0
+
+    def attribute(thing):
+        thing.n += 1
+        return thing.n
+
+    def item():
+        counts["n"] += 1
+        return counts["n"]
+
+    def variable():
+        nonlocal number
+        number += 1
+        return number
+
+    def default(counts={"n": 0}):  # noqa: B006 - the pitfall is what is tested
+        counts["n"] += 1
+        return counts["n"]
+
+    def of_itself():
+        return attribute(of_itself)
+
+    of_itself.n = 0
+    return {
+        "object": lambda: attribute(keeper),
+        "object with slots": lambda: attribute(slotted),
+        "class": lambda: attribute(kind),
+        "dict": item,
+        "variable": variable,
+        "default": default,
+        "function": of_itself,
+        "iterator": lambda: next(numbers),
+        "tensor": lambda: int(tensor.add_(1)),
+        "partial": functools.partial(attribute, keeper),
+        "global": next_global,
+        "global iterator": next_of_all,
+    }
+
+
 def count_behind(target, pipeline, kind):
-    """The same behind a forward that was replaced: in an object, in a dict, or in a variable of the function around."""
-    denoiser = target.denoiser(pipeline)
-    original, keeper, counts, number = denoiser.forward, SimpleNamespace(n=0), {"n": 0}, 0
+    """The same behind a forward that was replaced; returns what gives the next number."""
+    denoiser, count = target.denoiser(pipeline), ways_to_count()[kind]
+    original = denoiser.forward
 
     @functools.wraps(original)
     def forward(*args, **kwargs):
-        nonlocal number
-        if kind == "object":
-            keeper.n += 1
-        elif kind == "dict":
-            counts["n"] += 1
-        else:
-            number += 1
+        count()
         return original(*args, **kwargs)
 
     denoiser.forward = forward
+    return count
 
 
-@pytest.mark.parametrize("kind", ("object", "dict", "variable"))
-@each_target
+@pytest.mark.parametrize("kind", ways_to_count())
+@pytest.mark.parametrize("target", TARGETS[:2], ids=lambda target: target.name)
 def test_a_count_behind_a_replaced_forward(target, kind):
+    """Refused, and put back: how far it has come does not show the call that was made to prove something."""
+    pipeline = target.make()
+    count, made = count_behind(target, pipeline, kind), []
+    target.denoiser(pipeline).register_forward_pre_hook(lambda *_: made.append(1))
+    first = count()
+    refusal = pytest.raises(tokentrim.UnsupportedContextError, match="counts its calls")
+    with tokentrim.patched(pipeline, POLICY), refusal:
+        target.run(pipeline)
+    assert count() == first + len(made), "one of the calls was the proof"
+
+
+@pytest.mark.parametrize("kind", ("object", "variable"))
+@each_target
+def test_a_count_behind_a_replaced_forward_of_each_model(target, kind):
     pipeline = target.make()
     count_behind(target, pipeline, kind)
     refusal = pytest.raises(tokentrim.UnsupportedContextError, match="counts its calls")
     with tokentrim.patched(pipeline, POLICY), refusal:
         target.run(pipeline)
+
+
+@pytest.mark.parametrize("target", TARGETS[:2], ids=lambda target: target.name)
+def test_a_log_of_calls_is_no_count(target):
+    pipeline, log = target.make(), []
+    denoiser = target.denoiser(pipeline)
+    original = denoiser.forward
+    denoiser.forward = lambda *args, **kwargs: log.append(len(kwargs)) or original(*args, **kwargs)
+    with tokentrim.patched(pipeline, POLICY) as handle:
+        target.run(pipeline)
+    assert handle.report.triggers == 1 and log
 
 
 @each_target

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
-PLAIN = (int, float, str)
-DEPTH = 4
-"""Functions that a replaced forward may be wrapped in."""
+from tokentrim_hooks.rollout.repeat.functions import outside_of
+
 NO_MEMORY = (frozenset(vars(nn.Module())) - {"_buffers"}) | {"_hf_hook"}
 """Attributes that every module has (parameters and parts, which are looked at by themselves), hooks, accelerate's too.
 
@@ -20,14 +19,14 @@ A hook may count what it likes: whatever it changes in the output, the replay wi
 
 
 def items_of(keeper: Any) -> dict[Any, Any]:
-    """What a module, class, object, dict or list keeps, or a variable of an enclosing function (a cell), by name."""
-    if isinstance(keeper, dict):
+    """What a module, class, function, object, mapping or list keeps, by name."""
+    if isinstance(keeper, MutableMapping):
         return dict(keeper)
     if isinstance(keeper, list):
         return dict(enumerate(keeper))
-    if hasattr(keeper, "cell_contents"):
-        return {"cell_contents": keeper.cell_contents}
-    return {name: value for name, value in vars(keeper).items() if name not in NO_MEMORY}
+    own = vars(keeper).items() if hasattr(keeper, "__dict__") else ()
+    slots = {name: getattr(keeper, name) for name in _slots(keeper) if hasattr(keeper, name)}
+    return {**slots, **{name: value for name, value in own if name not in NO_MEMORY}}
 
 
 def keepers_of(module: object) -> Iterator[Any]:
@@ -37,40 +36,37 @@ def keepers_of(module: object) -> Iterator[Any]:
         yield from (value for value in items_of(part).values() if keeps(value) and not isinstance(value, list))
         forward = vars(part).get("forward")
         if forward is not None:
-            yield from _behind(forward, DEPTH)
+            yield from filter(_counts, outside_of(forward))
+    yield from filter(_counts, outside_of(getattr(type(module), "forward", None)))
     yield from _classes_of(module)
 
 
 def keeps(content: Any) -> bool:
-    """Whether it can keep something: a dict, a list, or an object of somebody else's that has attributes."""
-    if isinstance(content, dict | list):
+    """Whether it can keep something: a mapping, a list, or an object of somebody else's that has attributes."""
+    if isinstance(content, MutableMapping | list):
         return True
-    return hasattr(content, "__dict__") and not _is_code(content) and not _is_ours(content)
+    return (hasattr(content, "__dict__") or bool(_slots(content))) and not _is_code(content) and not _is_ours(content)
+
+
+def _counts(content: Any) -> bool:
+    """Whether a function may count in it: not in lists, for those are more often logs."""
+    if isinstance(content, FunctionType | type):
+        return not content.__module__.startswith("torch.") and not _is_ours(content)
+    return keeps(content) and not isinstance(content, list)
+
+
+def _slots(content: Any) -> tuple[str, ...]:
+    """Attributes that a class declares instead of a dict; names only, of classes that are written in Python."""
+    if isinstance(content, tuple | type | Tensor):
+        return ()
+    declared = (vars(kind).get("__slots__", ()) for kind in type(content).__mro__)
+    names = (name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots))
+    return tuple(name for name in names if not name.startswith("__"))
 
 
 def _classes_of(module: object) -> Iterator[type]:
     parts = list(module.modules()) if isinstance(module, nn.Module) else []
     yield from (kind for kind in {type(part) for part in parts} if not kind.__module__.startswith("torch."))
-
-
-def _behind(function: Any, depth: int) -> Iterator[Any]:
-    """What a function that stands in for a forward can count in: its closure, its object, and theirs."""
-    if not depth:
-        return
-    inner: list[Any] = [function.func] if isinstance(function, functools.partial) else []
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:  # a variable that was not set yet
-            continue
-        yield cell
-        inner.append(content)
-    inner += [function.__self__] if inspect.ismethod(function) else []
-    for content in inner:
-        if keeps(content) and not isinstance(content, list):
-            yield content
-        elif callable(content) and not isinstance(content, type):
-            yield from _behind(content, depth - 1)
 
 
 def _is_code(content: Any) -> bool:
@@ -79,4 +75,5 @@ def _is_code(content: Any) -> bool:
 
 
 def _is_ours(content: Any) -> bool:
-    return type(content).__module__.startswith("tokentrim_hooks")
+    kind = content if isinstance(content, FunctionType | type) else type(content)
+    return kind.__module__.startswith("tokentrim_hooks")

@@ -60,6 +60,8 @@ class NullReplay:
         except BaseException:
             if self._before is not None:
                 self._before.put_back()
+                # Of what counts in place (itertools.count) that has kept the reference only.
+                self._counters.put_back()
             raise
 
     def same(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def _restore(keeper: Any, before: dict[Any, Any]) -> None:
         if name not in now or now[name] is not value:
             put(keeper, name, value)
     for name in [name for name in now if name not in before]:
-        if isinstance(keeper, dict):
+        if isinstance(keeper, MutableMapping):
             del keeper[name]
         else:
             delattr(keeper, name)
