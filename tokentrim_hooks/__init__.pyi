@@ -72,6 +72,7 @@ from .pruning.context import CacheRows, Context, KeyLayout, Role, Segment
 from .pruning.tap import CallTap
 from .pruning.tombstones import unmark
 from .report.observers import JsonLines, Observer, ProgressLine
+from .report.page.charts import control_chart
 from .report.record import ChunkRecord, Report
 
 __version__: str
@@ -144,6 +145,7 @@ __all__ = [
     "VideoError",
     "adapters",
     "bind",
+    "control_chart",
     "default_phase",
     "defaults_of",
     "detect",

@@ -90,6 +90,23 @@ def test_a_dict_of_functions_with_heads_first_and_a_tuple() -> None:
     assert functions == {"sdpa": attend}
 
 
+def test_packed_heads_are_unpacked_for_us_only() -> None:
+    """As ComfyUI keeps them: q, k, v ``[B, length, heads * head_dim]``, and the number of heads beside."""
+    seen: list[tuple[int, ...]] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, **_: Any) -> Tensor:
+        seen.append(tuple(key.shape))
+        return plain(*(x.unflatten(-1, (heads, -1)) for x in (query, key, value))).flatten(2)
+
+    functions, patches = {"attend": attend}, Patches()
+    patches.tap(functions, "attend", q="query", k="key", v="value", heads="heads")
+    q, k, v = (x.flatten(2) for x in (Q, K, marked()))
+    output = through_tap(functions["attend"], q, k, v, heads=2, further=1)
+    assert torch.equal(output, plain(Q, K[:, LIVE], V[:, LIVE]).flatten(2)) and seen == [(1, len(LIVE), 8)]
+    patches.undo()
+    assert functions == {"attend": attend}
+
+
 def test_lengths_follow_the_keys() -> None:
     """A kernel that is told how many keys are valid is told of fewer."""
     told: list[list[int]] = []

@@ -219,20 +219,26 @@ def test_an_adapters_wrapper_that_fails_costs_the_call_nothing_where_that_is_for
     assert "double" not in vars(model)
 
 
-@pytest.mark.parametrize("heads_first", [False, True])
-def test_stepping_aside_takes_our_marks_out_of_v_and_leaves_the_model_s_own_nan(monkeypatch, heads_first):
+FORMS = {
+    "plain": ({}, lambda x: x, lambda x: x),
+    "heads first": ({"heads_first": True}, lambda x: x.transpose(1, 2), lambda x: x.transpose(1, 2)),
+    "packed": ({"heads": "heads"}, lambda x: x.flatten(2), lambda x: x.unflatten(2, (2, 4))),
+}
+
+
+@pytest.mark.parametrize(("options", "turn", "back"), FORMS.values(), ids=FORMS)
+def test_stepping_aside_takes_our_marks_out_of_v_and_leaves_the_model_s_own_nan(monkeypatch, options, turn, back):
     """V may be a copy made before the marks left the cache; what else is not finite is the model's own business."""
     values = torch.ones(1, 3, 2, 4)
     values[0, 1, 0, 0], values[0, 2, 1, 3] = float("inf"), float("nan")
-    given = values.transpose(1, 2) if heads_first else values
-    failures = Forgiving()
-    namespace, patches, tap = {"attend": lambda q, k, v: v}, Patches(), pruning.CallTap(None, None, failures=failures)
-    patches.tap(namespace, "attend", heads_first=heads_first)
+    given, failures = turn(values), Forgiving()
+    namespace, patches = {"attend": lambda q, k, v, heads=2: v}, Patches()
+    tap = pruning.CallTap(None, None, failures=failures)
+    patches.tap(namespace, "attend", **options)
     monkeypatch.setattr(tap, "attend", lambda *_: 1 / 0)
     with scoped(tap):
-        found = namespace["attend"](given, given, given)
+        found = back(namespace["attend"](given, given, given, heads=2))
     patches.undo()
-    found = found.transpose(1, 2) if heads_first else found
     assert found[0, 1, 0, 0] == 0 and found[0, 2, 1, 3].isnan() and found.nansum() == 22
     assert values[0, 1, 0, 0] == float("inf"), "the caller's tensor is not written to"
 

@@ -127,13 +127,15 @@ class Patches:
         refuse: tuple[str, ...] = (),
         heads_first: bool = False,
         lengths: str | None = None,
+        heads: str | None = None,
         within: Iterable[nn.Module] = (),
     ) -> None:
         """Let only live keys reach the attention function ``namespace.name``.
 
         ``namespace`` is a module of Python, a dict, or an attention module of the model (``name`` is ``"forward"``).
         The names say which parameters hold q, k, v: ``[B, length, heads, head_dim]``, or with ``heads_first``
-        ``[B, heads, length, head_dim]``. The result is ``[B, length, ...]``, or a tuple that begins with it.
+        ``[B, heads, length, head_dim]``, or ``[B, length, heads * head_dim]``, where ``heads`` names the parameter with
+        the number of heads. The result is ``[B, length, ...]``, or a tuple that begins with it.
         Where the same function also serves cross attention, ``within`` lists the self-attention modules in whose
         calls it counts: so is ``torch.nn.functional.scaled_dot_product_attention``, whose names are known, tapped for
         modules that call it inside their own forward.
@@ -143,7 +145,7 @@ class Patches:
         Raises:
             AttachError: there is no such function, it has no parameter of that name, or it is tapped otherwise already.
         """
-        site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse, heads_first, lengths))
+        site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse, heads_first, lengths, heads))
         self._undo.append(site.release)
         self.taps += 1
         modules = list(within)

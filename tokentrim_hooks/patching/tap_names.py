@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from tokentrim_hooks.errors import AttachError
 class TapNames:
     """Names under which an attention function takes query, key, value and mask; it refuses what ``refuse`` names.
 
-    ``heads_first_out`` is for functions whose result, too, is ``[B, heads, length, head_dim]``.
+    ``heads_first_out`` is for functions whose result, too, is ``[B, heads, length, head_dim]``; ``heads`` names the
+    parameter with the number of heads, for functions that take ``[B, length, heads * head_dim]``.
     """
 
     q: str = "q"
@@ -27,6 +29,7 @@ class TapNames:
     refuse: tuple[str, ...] = ()
     heads_first: bool = False
     lengths: str | None = None
+    heads: str | None = None
     heads_first_out: bool = False
 
     def require_in(self, signature: inspect.Signature, label: str) -> None:
@@ -34,13 +37,30 @@ class TapNames:
         taken = signature.parameters
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
             return
-        named = {"q": self.q, "k": self.k, "v": self.v, "mask": self.mask, "lengths": self.lengths}
+        named = {name: getattr(self, name) for name in ("q", "k", "v", "mask", "lengths", "heads")}
         missing = [f"{option}={name!r}" for option, name in named.items() if name is not None and name not in taken]
         if missing:
             raise AttachError(
                 f"{label}() takes ({', '.join(taken)}) and so cannot be tapped with {', '.join(missing)}.\n"
-                "Give patches.tap the names of its own parameters: q=, k=, v=, mask=, lengths=."
+                "Give patches.tap the names of its own parameters: q=, k=, v=, mask=, lengths=, heads=."
             )
+
+    def turns(self, given: Mapping[str, Any]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """From the form in which the function takes q, k and v to ``[B, length, heads, head_dim]``, and back."""
+        if self.heads_first:
+            return _swap_heads, _swap_heads
+        if self.heads is None:
+            return _same, _same
+        heads = int(given[self.heads])
+        return (lambda x: x.unflatten(-1, (heads, -1))), (lambda x: x.flatten(-2))
+
+
+def _swap_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _sdpa(

@@ -25,18 +25,9 @@ from tokentrim_hooks.pruning.tombstones import clear_marks
 MISSING = object()
 
 
-def same(value: Any) -> Any:
-    """Return ``value``."""
-    return value
-
-
 def as_itself(value: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What ``__reduce__`` returns of a stand-in, to be pickled as ``value``: by Python's own names, none of ours."""
     return operator.getitem, ((value,), 0)
-
-
-def _swap_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)
 
 
 OUTSIDE = (
@@ -190,15 +181,11 @@ class TapSite:
         if tap.layout is not None:
             return self.original(*args, **kwargs)  # key selection leaves no mark in V
         bound = self.signature.bind(*args, **kwargs)
-        values = self._turn(bound.arguments[self.names.v]).clone()
+        turn, back = self.names.turns(bound.arguments)
+        values = turn(bound.arguments[self.names.v]).clone()
         clear_marks([values])
-        bound.arguments[self.names.v] = self._turn(values)
+        bound.arguments[self.names.v] = back(values)
         return self.original(*bound.args, **bound.kwargs)
-
-    @property
-    def _turn(self) -> Callable[[Any], Any]:
-        """Swaps heads and length where the function wants heads first; its own inverse."""
-        return _swap_heads if self.names.heads_first else same
 
     def _attend_live(self, tap: CallTap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self.signature.bind(*args, **kwargs)
@@ -211,7 +198,7 @@ class TapSite:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             nonlocal rest
-            given.update({names.q: turn(q), names.k: turn(k), names.v: turn(v)})
+            given.update({names.q: back(q), names.k: back(k), names.v: back(v)})
             if names.mask is not None:
                 given[names.mask] = mask
             if names.lengths is not None:
@@ -221,7 +208,7 @@ class TapSite:
             rest = tuple(others)
             return cast(Tensor, turn(first) if names.heads_first_out else first)
 
-        turn = self._turn
+        turn, back = names.turns(given)
         mask = given.get(names.mask) if names.mask else None
         output = tap.attend(attend, turn(given[names.q]), turn(given[names.k]), turn(given[names.v]), mask)
         output = turn(output) if names.heads_first_out else output

@@ -1,0 +1,49 @@
+"""The node pack for ComfyUI installs offline, its adapter is found by its entry point, and its own tests pass."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "comfyui"
+OURS = {"ApplyTokenTrim", "TokenTrimReport"}
+
+
+@pytest.fixture(scope="module")
+def target(install):
+    return install(EXAMPLE)
+
+
+def python(target, *arguments):
+    """Run Python with the package installed; the rest of the path stays as it is."""
+    path = os.pathsep.join([str(target), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=target, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_adapter_is_found(target):
+    script = "import tokentrim_hooks as t; print([i.distribution for i in t.adapters() if i.name == 'comfyui-ar'])"
+    assert python(target, "-c", script).strip() == "['comfyui-tokentrim 0.1.0']"
+
+
+def test_its_own_tests_pass(target):
+    out = python(target, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", str(EXAMPLE / "tests"))
+    assert "passed" in out and "failed" not in out and "skipped" not in out
+
+
+def test_the_workflow_is_in_api_format_and_uses_the_nodes():
+    (file,) = (EXAMPLE / "example_workflows").glob("*.json")
+    workflow = json.loads(file.read_text(encoding="utf-8"))
+    assert {node["class_type"] for node in workflow.values()} >= OURS
+    for node in workflow.values():
+        links = [value for value in node["inputs"].values() if isinstance(value, list)]
+        assert all(source in workflow and isinstance(slot, int) for source, slot in links)
+        assert node["_meta"]["title"]
