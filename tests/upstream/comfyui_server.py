@@ -114,5 +114,3 @@ def _wait(found: Server, process: subprocess.Popen[bytes]) -> None:
     if "ModuleNotFoundError" in last and "comfy." not in last:
         pytest.skip(f"{NOT_CHECKED} in the real ComfyUI's server: {last}")
     raise AssertionError(said[-3000:])
-
-

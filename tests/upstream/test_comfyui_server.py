@@ -31,7 +31,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def workflow() -> dict[str, Any]:
     """The pack's file, made small."""
-    file = PACK / "example_workflows" / "tokentrim_ar_video.json"
+    file = PACK / "workflow_api.json"
     nodes: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     for decoding in ("2", "13", "14", "15", "16"):
         del nodes[decoding]
