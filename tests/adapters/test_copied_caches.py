@@ -21,7 +21,8 @@ from own_loop import CHUNKS, STEPS, calls, last
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, Role, Segment
 from tokentrim_hooks.pruning.tombstones import alive_rows
-from tokentrim_hooks.rollout.pruner import Proof, Pruner
+from tokentrim_hooks.rollout.pruner import Pruner
+from tokentrim_hooks.rollout.repeat.shown import Proof
 from tokentrim_hooks.testing import ForcedPolicy, count_syncs
 
 POLICY = ForcedPolicy({2: [0, 3]})

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = Path(os.environ.get("TOKENTRIM_THIRD_PARTY") or HERE.parents[1] / "third_party")
 
 # Package, version that was read and run, its folder, and how many checks of its suite must pass.
-PACKAGES = [("fastvideo", "0.2.1", "fv", 125), ("streamdiffusionv2", "0.1.1", "sd2", 45)]
+PACKAGES = [("fastvideo", "0.2.1", "fv", 126), ("streamdiffusionv2", "0.1.1", "sd2", 45)]
 
 
 @pytest.mark.slow
@@ -41,7 +41,8 @@ def test_foreign(package: str, version: str, folder: str, checks: int, tmp_path:
 
 def _run_suite(package: str, folder: Path, report: Path) -> subprocess.CompletedProcess[str]:
     suite = HERE / f"{package}_suite"
-    path = os.pathsep.join(str(entry) for entry in (folder, HERE, suite, HERE.parents[1] / "tools"))
+    ours = (HERE.parents[1] / "tools", HERE.parent / "adapters")
+    path = os.pathsep.join(str(entry) for entry in (folder, HERE, suite, *ours))
     options = ["-q", "-c", os.devnull, "--rootdir", str(suite), "-p", "no:cacheprovider", f"--junitxml={report}"]
     options += ["-o", "junit_family=xunit1", "--confcutdir", str(suite)]  # conftest.py above needs our own folders
     command = [sys.executable, "-m", "pytest", *options, *map(str, sorted(suite.glob("suite_*.py")))]

@@ -33,7 +33,7 @@ def compare(
 ) -> Comparison:
     """A pipeline of ``setup``, its noise of ``frames``; patches the generator instead of the pipeline on demand."""
     pipeline = few_step_pipeline(repository, setup)
-    noise, prompts = noise_of(setup.batch, frames), ["a cat", "a dog by the sea"][: setup.batch]
+    noise, prompts = noise_of(setup.batch, frames), (["a cat", "a dog by the sea"] * 2)[: setup.batch]
 
     def generate() -> Tensor:
         _, latents = pipeline.inference(noise, prompts, initial_latent=prefix, return_latents=True)
@@ -124,6 +124,30 @@ def test_samples_pruned_of_different_tokens(repository: Repository, record_prope
     ours, _ = comparison.patched(ForcedPolicy({2: [TOKENS, ()], 4: [OTHERS, TOKENS]}))
     reference = comparison.reference([Prune(6, [TOKENS, ()]), Prune(12, [OTHERS, TOKENS])])
     comparison.exact("batch of 2, different tokens", record_property, ours, reference)
+
+
+@pytest.mark.parametrize("probe", ["first-step", "candidate"])
+@pytest.mark.parametrize(
+    ("flagged", "parts"), [({2}, [1]), ({1, 2}, [2]), ({0, 3}, [1, 1])], ids=["one", "neighbours", "apart"]
+)
+def test_flagged_samples_are_called_alone(
+    repository: Repository, record_property: Record, flagged: set[int], parts: list[int], probe: Any
+) -> None:
+    """Twice at first, for the proof, then alone: as -inf at their dead keys, in a cache that rolls."""
+    setup = Setup(window=9, sink=3, batch=4)
+    comparison = compare(repository, setup, 18)
+    first, second = ([chosen if n in flagged else () for n in range(4)] for chosen in (TOKENS, OTHERS))
+    batches: list[int] = []
+    hook = comparison.model.generator.register_forward_pre_hook(
+        lambda _module, _args, kwargs: batches.append(len(kwargs["noisy_image_or_video"])), with_kwargs=True
+    )
+    ours, _ = comparison.patched(ForcedPolicy({3: first, 5: second}), probe=probe)
+    hook.remove()
+    reference = comparison.reference([Prune(9, first), Prune(15, second)])
+    comparison.exact(f"batch of 4, {len(flagged)} flagged, {probe}", record_property, ours, reference)
+    steps = len(setup.steps) if probe == "candidate" else 1
+    assert [size for size in batches if size < 4] == 2 * steps * parts
+    assert batches.count(4) == 6 * sum(setup.trace().values()) + 2 * steps, "proved twice, regenerated once"
 
 
 def test_given_prefix(repository: Repository, record_property: Record) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.pruning.context import CacheRows
+from tokentrim_hooks.pruning.samples import Samples
 
 ELEMENTS, MIXER = 4, 0x5851F42D4C957F2D
 """Elements of a row that its content is told by, and an odd number that mixes their bits into one number."""
@@ -31,13 +32,15 @@ class KeyAccount:
     """
 
     def __init__(self, context: CacheRows) -> None:
-        self.marked = 0
-        """Rows marked since the latest call, in all samples; a call that sees all rows must see them, too."""
+        self.marked: list[int] = []
+        """Rows marked since the latest call, of each sample; a call that sees all rows must see them, too."""
         # By the number of queries: calls of one kind may read more of the cache than others between them.
         self._seen: dict[int, Tensor] = {}
         # A view by frames belongs to layers that attend per site, whose keys are one token's.
         values = context.values[0]
         self._most = (context.stop, int(values.shape[1])) if values.ndim == 4 else None
+        # What the call that came first after a prune was held to: its other parts are, too.
+        self._marked_most: tuple[list[int], tuple[int, int] | None] = ([], None)
         self.read(context)
 
     def read(self, context: CacheRows) -> None:
@@ -45,12 +48,13 @@ class KeyAccount:
         self._kind = context.values[0].dtype
         self._rows = _contents(context.values[0], self._kind).flatten()
 
-    def known(self, values: Tensor, new: int) -> Tensor:
+    def known(self, values: Tensor, new: int, part: Samples | None = None) -> Tensor:
         """Which keys of a call have the content of a row: BoolTensor ``[B, keys]`` on the device.
 
         Args:
             values: V of the call's first attention, ``[B, keys, heads, head_dim]``.
             new: keys that are the chunk's own, at most.
+            part: samples that the call is made with, where not with all: what the others have seen stays known.
         """
         contents = _contents(values, self._kind)
         found = _among(contents, torch.cat([self._rows.to(contents.device), *self._seen.values()]))
@@ -59,22 +63,28 @@ class KeyAccount:
         some = values[..., 0, : 1 + ELEMENTS].float()
         found = found | ~some[..., 1:].isfinite().all(-1) | (some == 0).all(-1)
         kinds = {queries: seen for queries, seen in self._seen.items() if queries != new}
-        self._seen = dict([*kinds.items(), (new, contents.flatten())][-KINDS:])
+        others = [self._seen[new]] if part is not None and new in self._seen else []
+        seen = torch.cat([*others, contents.flatten()]) if others else contents.flatten()
+        self._seen = dict([*kinds.items(), (new, seen)][-KINDS:])
         return found
 
-    def require(self, alive: Tensor, known: Tensor, new: int, padded: bool = False) -> None:
+    def require(
+        self, alive: Tensor, known: Tensor, new: int, padded: bool = False, part: Samples | None = None
+    ) -> None:
         """Once that was read: raise if something is dead, and there are keys that are rows of nothing.
 
         Args:
             alive: CPU BoolTensor ``[B, keys]``; what is merely hidden from the call lives. known, new: as above.
-            padded: whether keys that are 0 may lie behind the others.
+            padded: whether keys that are 0 may lie behind the others. part: as above.
 
         Raises:
             UnsupportedContextError: more than ``new`` keys are unknown, or a dead one is, or there are more keys than
                 rows.
         """
-        most, self._most = self._most, None
-        marked, self.marked = self.marked, 0
+        if part is None or not part.before:
+            self._marked_most, self.marked, self._most = (self.marked, self._most), [], None
+        marks, most = self._marked_most
+        marked = sum(marks if part is None else marks[part.first : part.stop])
         whole = most is not None and alive.shape[1] == most[0] + new
         # Where no mark is seen at all they never reached attention: the self-check of the prune says that.
         if whole and 0 < int((~alive).sum()) < marked:

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tokentrim_hooks.pruning.context import KeyLayout, Role, Segment
+from tokentrim_hooks.pruning.samples import Samples
 
 PRUNABLE = frozenset({Role.CONTEXT, Role.FLIGHT})
 
@@ -103,6 +104,11 @@ class DeadTokens:
             if bool(hidden[:, place].any())
         }
         return cls(True, coarse, killed_by, grid)
+
+    def of(self, part: Samples) -> DeadTokens:
+        """The dead tokens of some samples, for a call that is made with these alone."""
+        killed_by = {frame: part.of(killers) for frame, killers in self.killed_by.items()}
+        return DeadTokens(self.prune_anchors, self.coarse, killed_by, self.grid)
 
     def revive(self, start: int) -> None:
         """Bring back what the chunk at latent frame ``start`` killed."""

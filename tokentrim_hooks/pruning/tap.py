@@ -21,6 +21,7 @@ from tokentrim_hooks.pruning.block_mask import is_block_mask, without_dead
 from tokentrim_hooks.pruning.context import KeyLayout
 from tokentrim_hooks.pruning.fleeting import FleetingMarks, Weighed
 from tokentrim_hooks.pruning.key_selection import NEWEST, DeadTokens, QueryGroup
+from tokentrim_hooks.pruning.samples import Samples
 from tokentrim_hooks.pruning.tombstones import alive_rows, hidden_rows
 
 
@@ -139,6 +140,7 @@ class CallTap:
             they carry marks.
         veil: rows of a cache that are hidden from this call, or read with less weight; None for none.
         account: of a KV cache in which something is dead: asked whether the keys are its rows. own: rows of the chunk.
+        part: samples that the call is made with, where not with all of the batch.
 
     Attributes:
         off: True once we have stepped aside: the original attention answers alone.
@@ -156,8 +158,9 @@ class CallTap:
         veil: FleetingMarks | None = None,
         account: KeyAccount | None = None,
         own: int = 0,
+        part: Samples | None = None,
     ) -> None:
-        self.veil = veil
+        self.veil, self._part = veil, part
         self._weighed: dict[tuple[int, torch.device], Weighed | None] = {}
         self.dead_keys = 0
         self.layout = layout
@@ -273,11 +276,11 @@ class CallTap:
         # Accounted for in the first attention only, for all layers have the same rows; flex attention pads its keys.
         account, self._account, new = self._account, None, max(q.shape[1], self._own)
         padded = is_block_mask(mask)
-        known = [] if account is None else [account.known(v, new)]
+        known = [] if account is None else [account.known(v, new, self._part)]
         read = torch.stack([*flags, *known]).cpu()
         alive = read[len(flags) - 1]
         if account is not None:
-            account.require(alive, read[-1], new, padded)
+            account.require(alive, read[-1], new, padded, self._part)
         self._count_dead(alive)
         return alive, read[0]
 

@@ -42,11 +42,11 @@ class Alone:
     """A process that shares its model with no other: it agrees with itself, at no cost.
 
     Attributes:
-        leads: whether its opinion is what all adopt.
+        leads: whether its opinion is what all adopt. alone: whether there are no others.
         replays: denoiser calls of replays so far.
     """
 
-    leads = True
+    leads = alone = True
     replays = 0
 
     def settle(self, turn: str, propose: Callable[[], OpinionT]) -> OpinionT:
@@ -78,6 +78,8 @@ class Ranks(Alone):
     Args:
         channel: to the others.
     """
+
+    alone = False
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

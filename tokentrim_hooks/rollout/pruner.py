@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,38 +20,15 @@ from tokentrim_hooks.pruning.account import KeyAccount, keeps_contents
 from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, anchor_frames, require_grid
 from tokentrim_hooks.pruning.fleeting import FleetingMarks
 from tokentrim_hooks.pruning.key_selection import DeadTokens
+from tokentrim_hooks.pruning.samples import Samples
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import FOREIGN_MARKS, Tombstones, Traces, is_marked
 from tokentrim_hooks.rollout.answers import context_of
+from tokentrim_hooks.rollout.repeat.shown import Proof
 from tokentrim_hooks.rollout.scene import Act
 from tokentrim_hooks.rollout.steering import Steering, frames_of
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Proof:
-    """What the first prune of a patched model has shown, for all its videos.
-
-    Attributes:
-        layers: self-attention modules whose tapped function also serves cross attention; 0 if it does not.
-        expected: attention calls over the context in one denoiser call, as far as is known.
-        enabled: False once the self-check of a prune failed. proven: True once it passed. finding: what it found.
-        repeated: denoisers (referred to weakly) whose calls were shown to give the same when they are made twice.
-        in_sequence: whether the context lies in the sequence, as far as is known: copies of it carry no mark.
-    """
-
-    layers: int = 0
-    expected: int = 0
-    enabled: bool = True
-    proven: bool = False
-    finding: str = ""
-    repeated: list[Callable[[], object]] = field(default_factory=list)
-    in_sequence: bool = False
-
-    def repeats(self, denoiser: object) -> bool:
-        """Whether a call of it was shown to give the same when it is made twice."""
-        return any(known() is denoiser for known in self.repeated)
 
 
 class Pruner:
@@ -86,6 +62,7 @@ class Pruner:
         self._last: CallTap | None = None
         self._steering, self._fleeting = steering, FleetingMarks()
         self.acts: list[Act] = []
+        self._shown: list[tuple[int, int]] = []  # of earlier parts of one call: attention calls tapped, dead keys
         # Of the chunk in progress: frames with a key, calls with a tap, whether any of them dropped a dead key.
         self._frames: set[int] = set()
         self._tapped, self._dropped, self._hid = 0, False, False
@@ -95,12 +72,15 @@ class Pruner:
         """Whether anything may be dead in the context."""
         return bool(self._marked or self._dead_tokens)
 
-    def tap(self, call: Call, place: Place | None = None) -> CallTap | None:
+    def tap(self, call: Call, place: Place | None = None, part: Samples | None = None) -> CallTap | None:
         """Tap for one denoiser call; None while nothing is dead or hidden, so that nothing is computed.
 
         Args:
             call: the call. place: where its video is, for policies that hide rows from it.
+            part: samples that the call is made with, where not with all of the batch.
         """
+        goes_on = self._last is not None and part is not None and part.before > 0
+        self._shown = [*self._shown, self._numbers()] if goes_on else []
         self.let_go()
         if self.dead and not self.proof.enabled:
             # The proof has failed for another video of this model since.
@@ -118,7 +98,11 @@ class Pruner:
         veil, gated = self._fleeting if self._hid else None, self.proof.layers > 0
         account = self._accounts.get(call.stream) if call.stream in self._marked else None
         own = call.frames * math.prod(grid_of(call.latents, self._patch_size))
-        self._last = CallTap(layout, self._dead_tokens, gated, self._failures, hidden, veil, account, own)
+        dead, failures = self._dead_tokens, self._failures
+        if part is not None:
+            # A part that fails is followed by the whole batch: nobody steps aside for it.
+            dead, failures, hidden = dead.of(part), FailurePolicy(), tuple(each.of(part) for each in hidden)
+        self._last = CallTap(layout, dead, gated, failures, hidden, veil, account, own, part)
         return self._last
 
     def _hide(self, call: Call, place: Place | None) -> tuple[KeyLayout | None, tuple[DeadTokens, ...]]:
@@ -186,7 +170,7 @@ class Pruner:
         self._watch_rows(context, stream)
         dead = self._tombstones.mark(context, tokens, self._policy.prune_anchors)
         if account := self._accounts.get(stream):
-            account.marked = dead
+            account.marked = [len(chosen) * dead // max(sum(map(len, tokens)), 1) for chosen in tokens]
         if dead:
             self.proof.expected = context.attentions or len(context.values)
         elif before is None:
@@ -231,9 +215,10 @@ class Pruner:
         Args:
             finite: whether the output is; looked at for the first prune only, for it costs a synchronisation.
         """
-        tap, proof = self._last, self.proof
+        proof, numbers = self.proof, [*self._shown, self._numbers()]
         # What a policy hides is dropped as well, and proves nothing of a prune.
-        calls, dead, wanted = (tap.calls, tap.dead_keys, max(proof.expected, 1)) if tap else (0, 0, 1)
+        calls, dead = min(calls for calls, _ in numbers), max(dead for _, dead in numbers)
+        wanted = max(proof.expected, 1) if self._last else 1
         proof.finding = f"{calls} of {wanted} attention calls tapped, {dead} dead keys dropped, output finite: {finite}"
         if calls >= wanted and not dead:
             proof.finding += "; no mark in the V that attention reads: context() must name it, neither a copy nor K"
@@ -244,6 +229,15 @@ class Pruner:
             _logger.info("the first prune is proved: %s", proof.finding)
         proof.proven = proof.proven or holds
         return holds
+
+    def _numbers(self) -> tuple[int, int]:
+        """Attention calls tapped in the latest call, and dead keys that they dropped."""
+        return (self._last.calls, self._last.dead_keys) if self._last else (0, 0)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the call that comes reads rows with less weight, which are known only in the whole batch."""
+        return bool(self._fleeting.weights)
 
     def let_go(self) -> None:
         """A call is over: its tap may hold masks, and with them the cache."""

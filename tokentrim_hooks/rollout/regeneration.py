@@ -25,7 +25,7 @@ from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, check_values, checked, merged, read
 from tokentrim_hooks.rollout.repeat.counters import Counters
 from tokentrim_hooks.rollout.repeat.proof import require_uncounted
-from tokentrim_hooks.rollout.replays import Replayer, select
+from tokentrim_hooks.rollout.replays import Replayer
 from tokentrim_hooks.rollout.state import ChunkState, Step, VideoState, clean_flag
 
 
@@ -100,20 +100,23 @@ class Regenerator:
         """Prune the context of another branch of guidance for a chunk that was pruned; return the rows that died."""
         return self.pruner.prune(call, chunk.tokens, chunk.start)
 
-    def replay_branch(self, module: nn.Module, step: Step, chunk: ChunkState, video: VideoState, output: Any) -> Any:
-        """Call another branch again, whose context was pruned after its first call.
+    def replay_branch(
+        self, module: nn.Module, step: Step, chunk: ChunkState, video: VideoState, output: Any
+    ) -> tuple[Any, int]:
+        """:meth:`Replayer.regenerate` another branch, whose context was pruned after its first call.
 
         Needed where the tokens shall come back: the first call may roll the cache, and a mark can be taken back only
         from rows that have not moved since.
         """
-        again: list[Any] = []
+        again: list[tuple[Any, int]] = []
 
         def call_again() -> Opinion:
-            again.append(self._replays.replay(module, [step]))
+            flags = [bool(tokens) for tokens in chunk.tokens]
+            again.append(self._replays.regenerate(module, [step], flags, output))
             return Opinion()
 
         self._settle("replay of a branch", video, chunk, call_again)
-        return select([bool(tokens) for tokens in chunk.tokens], again[0], output)
+        return again[0]
 
     def prove_repeatable(
         self, module: nn.Module, steps: list[Step], output: Any, video: VideoState, chunk: ChunkState
@@ -269,8 +272,7 @@ class Regenerator:
 
     def _prune(self, case: Case, reading: Reading, found: Judgement) -> bool:
         """Prune the flagged samples' tokens; False where the context held nothing that may be pruned."""
-        flagged = zip(reading.tokens, reading.prune, strict=True)
-        tokens = [chosen if prune else [] for chosen, prune in flagged]
+        tokens = [chosen if prune else [] for chosen, prune in zip(reading.tokens, reading.prune, strict=True)]
         if not any(tokens):
             # A trigger without a token asks for another attempt on the context as it is (see controls.py).
             return True
@@ -286,12 +288,11 @@ class Regenerator:
     def _regenerate(self, case: Case, reading: Reading, found: Judgement) -> Any:
         """Run the steps again on the pruned context; None where the prune cannot be proved to have worked."""
         counters = Counters(case.module)
-        again = self._replays.replay(case.module, case.steps)
+        again, proof_calls = self._replays.regenerate(case.module, case.steps, reading.prune, found.output)
         require_uncounted(counters.put_back())
         found.extra_calls += len(case.steps)
-        if self.pruner.dead and not self._prove(case.call, again):
-            return None
-        return select(reading.prune, again, found.output)
+        found.proof_calls += proof_calls
+        return None if self.pruner.dead and not self._prove(case.call, again) else again
 
     def _prove(self, call: Call, output: Any) -> bool:
         """Self-check of a prune: every layer dropped rows; and of the first one, that the output is finite."""

@@ -7,6 +7,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +15,31 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tokentrim_hooks.adapter import Adapter, Call
-from tokentrim_hooks.errors import TokenTrimWarning
+from tokentrim_hooks.errors import TokenTrimWarning, UnsupportedContextError
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.inspection import bind, profiled, weakly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import scoped
-from tokentrim_hooks.rollout.answers import carried, moved_arguments, prediction_of, replayed
+from tokentrim_hooks.pruning.samples import Samples
+from tokentrim_hooks.rollout.answers import carried, context_of, moved_arguments, prediction_of, replayed
 from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
+from tokentrim_hooks.rollout.repeat.cut import CutCall, NotSeparableError
+from tokentrim_hooks.rollout.repeat.parts import Key, Trial, separated
 from tokentrim_hooks.rollout.repeat.proof import NullReplay, random_stream_kept
+from tokentrim_hooks.rollout.repeat.snapshot import Snapshot
 from tokentrim_hooks.rollout.state import Step
+
+MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+"""What a model raises that is called with fewer samples than something that it keeps is of."""
+
+
+@dataclass(frozen=True)
+class Some:
+    """Samples to call with, run by run, and an ``output`` of the whole batch that theirs is put into."""
+
+    runs: list[Samples]
+    output: Any
 
 
 class Replayer:
@@ -72,20 +88,98 @@ class Replayer:
         return Opinion(holds=null.same())
 
     def _replayed_prediction(self, module: nn.Module, steps: list[Step]) -> Tensor:
-        return prediction_of(self._adapter, steps[-1].call, self.replay(module, steps, redraw=False))
+        return prediction_of(self._adapter, steps[-1].call, self.replay(module, steps, lambda: None))
 
-    def replay(self, module: nn.Module, steps: list[Step], redraw: bool = True) -> Any:
+    def regenerate(self, module: nn.Module, steps: list[Step], flags: list[bool], output: Any) -> tuple[Any, int]:
+        """Call again for the samples that are flagged.
+
+        Args:
+            module, steps: the denoiser, and its calls.
+            flags: of each sample, whether it is regenerated.
+            output: of the last step, as it was, for the others.
+
+        Returns:
+            The output for all samples, and denoiser calls that showed that some can be made alone: none but at first.
+        """
+        redrawn = functools.cache(lambda: self._redrawn(steps[0]))
+        runs, key = self._separated(module, steps[0], flags)
+        known = self._pruner.proof.parts.finding(module, key) if runs else ""
+        if runs and known == "":
+            try:
+                return self.replay(module, steps, redrawn, Some(runs, output)), 0
+            except (NotSeparableError, UnsupportedContextError) as why:
+                # Texts of other lengths, say. What does not come of the part itself the whole batch meets again.
+                self._pruner.proof.parts.say(str(why))
+        again = functools.partial(self.replay, module, steps, redrawn)
+        if not runs or known:
+            return select(flags, again(), output), 0
+        return self._regenerated_both_ways(module, steps, flags, output, again, Some(runs, output), key)
+
+    def _separated(self, module: nn.Module, step: Step, flags: list[bool]) -> tuple[list[Samples], Key]:
+        """The runs of samples that can be called alone, none where that is no use; and what kind of call it is."""
+        nothing: tuple[list[Samples], Key] = ([], (0, ()))
+        if all(flags) or not any(flags):
+            return nothing
+        try:
+            if not self._failures.ranks.alone:
+                raise NotSeparableError("ranks share the model, and all make the same calls")
+            if type(self._adapter).replay is not Adapter.replay:
+                raise NotSeparableError(f"adapter {self._adapter.name!r} replays a call in its own way")
+            context = context_of(self._adapter, step.call)
+            return separated(module, step.call.latents, step.args, step.kwargs, context, flags)
+        except NotSeparableError as why:
+            self._pruner.proof.parts.say(str(why))
+            return nothing
+
+    def _regenerated_both_ways(
+        self,
+        module: nn.Module,
+        steps: list[Step],
+        flags: list[bool],
+        output: Any,
+        again: Callable[..., Any],
+        some: Some,
+        key: Key,
+    ) -> tuple[Any, int]:
+        """Regenerate some samples alone, then the whole batch, which is what counts; and learn from it."""
+        call, why = steps[-1].call, ""
+        trial = Trial(lambda: context_of(self._adapter, call), call.frames, flags)
+        before = Snapshot(module, *(part for step in steps for part in (step.args, step.kwargs)))
+        try:
+            trial.parts_made(again(some))
+        except (NotSeparableError, UnsupportedContextError, *MISFITS) as failure:
+            why = f"{type(failure).__name__}: {failure}" if isinstance(failure, MISFITS) else str(failure)
+            before.put_back()
+        except BaseException:
+            before.put_back()
+            raise
+        whole = select(flags, again(), output)
+        self._pruner.proof.parts.learn(module, key, why or trial.finding(whole))
+        return whole, len(steps)
+
+    def replay(
+        self,
+        module: nn.Module,
+        steps: list[Step],
+        first: Callable[[], Tensor | None] | None = None,
+        some: Some | None = None,
+    ) -> Any:
         """Call the denoiser again for each step, with the same noise.
 
         A later step's latents were made from the earlier step's prediction, which has changed: the adapter carries the
-        change over. The first step's latents are noise, which only a control policy draws anew, and not where
-        ``redraw`` is off.
+        change over. The first step's latents are noise, which only a control policy draws anew.
+
+        Args:
+            module, steps: the denoiser, and its calls.
+            first: answers other latents for the first of them, or None; left out, those that the policy draws.
+            some: with which samples, and an output of all that theirs is put into; None: the whole batch.
         """
         with profiled("tokentrim.replay"):
-            output, call = self._in_step(module, steps[0], lambda: self._redrawn(steps[0]) if redraw else None)
+            first = first or functools.partial(self._redrawn, steps[0])
+            output, call = self._in_step(module, steps[0], first, some)
             for earlier, step in itertools.pairwise(steps):
                 carried = functools.partial(self._carried, earlier, step, call, output)
-                output, call = self._in_step(module, step, carried)
+                output, call = self._in_step(module, step, carried, some)
             if call is not steps[-1].call:
                 # The sampler goes on from its own latents, not from those of the replay's last call.
                 x0 = prediction_of(self._adapter, call, output)
@@ -93,7 +187,9 @@ class Replayer:
                     output = self._adapter.with_prediction(steps[-1].call, output, x0)
         return output
 
-    def _in_step(self, module: nn.Module, step: Step, latents: Callable[[], Tensor | None]) -> tuple[Any, Call]:
+    def _in_step(
+        self, module: nn.Module, step: Step, latents: Callable[[], Tensor | None], some: Some | None
+    ) -> tuple[Any, Call]:
         """Call again, as all ranks do that share the model: one that fails before the call makes it without us.
 
         Returns:
@@ -104,7 +200,7 @@ class Replayer:
         try:
             given = latents()
             moved = self._moved(module, step, given)
-            return self._call_again(module, step, given), moved
+            return self._call_again(module, step, given, some), moved
         except Exception as failure:
             if ranks.replays > made or not self._failures.hears(failure):
                 raise
@@ -126,12 +222,29 @@ class Replayer:
     def _redrawn(self, step: Step) -> Tensor | None:
         return self._policy.redraw(step.call.latents, step.call.start)
 
-    def _call_again(self, module: nn.Module, step: Step, latents: Tensor | None) -> Any:
+    def _call_again(self, module: nn.Module, step: Step, latents: Tensor | None, some: Some | None = None) -> Any:
         """Call the denoiser as in ``step``, with other ``latents`` unless None, and its tap on."""
         args, kwargs = step.args, step.kwargs
         if latents is not None:
             args, kwargs = moved_arguments(self._adapter, step.call, args, kwargs, latents)
-        tap, device = self._pruner.tap(step.call, step.place), step.call.latents.device
+        if some is None:
+            return self._tapped(module, step, args, kwargs)
+        output = some.output
+        for run in some.runs:
+            cut = CutCall(run, args, kwargs)
+            made = self._tapped(module, step, cut.args, cut.kwargs, run)
+            cut.carry_over()
+            output = cut.among(made, output)
+        return output
+
+    def _tapped(
+        self, module: nn.Module, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], part: Samples | None = None
+    ) -> Any:
+        """Make a call of ``step`` with these arguments, which may be those of a part of its batch."""
+        tap, device = self._pruner.tap(step.call, step.place, part), step.call.latents.device
+        if part is not None and self._pruner.weighs:
+            self._pruner.unhide(step.call)
+            raise NotSeparableError("a policy weighs keys")
         with scoped(tap, replayer=self._pruner.proof), random_stream_kept(device):
             output = replayed(self._adapter, module, args, kwargs)
         self._pruner.unhide(step.call)

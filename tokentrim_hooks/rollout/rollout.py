@@ -19,8 +19,8 @@ from tokentrim_hooks.inspection import bind, is_driven_by, profiled, weakly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import current_scope, open_scope, scope_left, scope_of_call
 from tokentrim_hooks.report.record import Report
-from tokentrim_hooks.rollout.pruner import Proof
 from tokentrim_hooks.rollout.records import Recorder
+from tokentrim_hooks.rollout.repeat.shown import Proof
 from tokentrim_hooks.rollout.repeat.snapshot import clear_kept_marks
 from tokentrim_hooks.rollout.session import Running
 from tokentrim_hooks.rollout.sessions import Sessions

@@ -7,7 +7,6 @@ Each hook of a policy has one place: ``guide`` and ``hide`` in :meth:`Session.be
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -259,11 +258,12 @@ class Session:
         """Prune another branch after its call, and call it again."""
         assert chunk.judgement is not None, "a branch is pruned only with a judged chunk"
         chunk.judgement.proof_calls += self._regenerator.prove_repeatable(module, [step], output, video, chunk)
-        prune = functools.partial(self._prune_branch, step.call, chunk)
-        if not self._regenerator.agreed("prune of a branch", video, chunk, prune):
+        if not self._regenerator.agreed("branch's prune", video, chunk, lambda: self._prune_branch(step.call, chunk)):
             return output
         chunk.judgement.extra_calls += 1
-        return self._regenerator.replay_branch(module, step, chunk, video, output)
+        output, calls = self._regenerator.replay_branch(module, step, chunk, video, output)
+        chunk.judgement.proof_calls += calls
+        return output
 
     def _prune_branch(self, call: Call, chunk: ChunkState) -> bool:
         """Prune another branch's context at its first call for a pruned chunk; whether that killed anything."""

@@ -9,8 +9,8 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.rollout.names import Names
 from tokentrim_hooks.rollout.pace import Habits
-from tokentrim_hooks.rollout.pruner import Proof
 from tokentrim_hooks.rollout.records import Recorder
+from tokentrim_hooks.rollout.repeat.shown import Proof
 
 Probe = Literal["first-step", "candidate"]
 

@@ -184,6 +184,8 @@ class _Functions(TorchFunctionMode):
 class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operators themselves, whoever calls them: mask indexing, nonzero, copies to the host."""
 
+    supports_higher_order_operators = True  # flex attention's, which waits for nothing
+
     def __init__(self, watch: _Watch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
@@ -191,7 +193,7 @@ class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not self.watch.quiet:
+        if not self.watch.quiet and hasattr(func, "_schema"):
             self._look(func, args)
         result = func(*args, **(kwargs or {}))
         if not self.watch.quiet and _copied_to_host(args, result):

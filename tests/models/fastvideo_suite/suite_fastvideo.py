@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import tiny
 import torch
+from counting import added_ops, syncs_of_rollout
 from tokentrim_hooks_adapters.fastvideo import FastVideo, FastVideoPair
 from torch import Tensor, nn
 
@@ -249,3 +250,15 @@ def test_a_composed_pipeline_is_recognised_by_its_stage() -> None:
     stage.transformer.blocks[0].attn1.rope_cache_policy = "block_relativistic"
     answer = FastVideo.probe(stage)
     assert isinstance(answer, tokentrim.NoMatch) and "block_relativistic" in answer.reason
+
+
+OPS = 49
+"""Operations that observing adds to a chunk, at most; see tests/adapters/test_ops.py."""
+
+
+def test_what_observing_adds(record_property: Any) -> None:
+    """In numbers that do not depend on the machine: they may fall, they may not grow unseen."""
+    ops = added_ops(tiny.Float32Stage, lambda stage: stage(0, 6))
+    syncs, log = syncs_of_rollout(tiny.Float32Stage, lambda stage: stage(0, 6))
+    record_property("figure", f"fastvideo: {ops:.1f} operations and {syncs:.2f} host syncs per chunk")
+    assert 0 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))

@@ -45,6 +45,12 @@ class Snapshot:
             generator.set_state(state)
 
 
+def tensors_within(thing: Any) -> Iterator[Tensor]:
+    """Tensors that an object, dict or list keeps, in others within it, too."""
+    leaves = _leaves(items_of(keeper) for keeper in _reachable([thing], DEPTH))
+    return (leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
 def clear_kept_marks(module: object) -> None:
     """Make finite again what a denoiser keeps beside its cache that was made of marked rows, as a running mean of them.
 
@@ -105,7 +111,8 @@ def _copies(leaves: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         left -= int(tensor.nbytes)
         if left < 0:
             return
-        yield tensor, tensor.detach().clone()
+        once = _once(tensor)
+        yield once, once.detach().clone()
 
 
 def _restore(keeper: Any, before: dict[Any, Any]) -> None:
