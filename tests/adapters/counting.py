@@ -40,7 +40,8 @@ def added_ops(make: Callable[[], Any], run: Callable[[Any], Any], **options: Any
     plain, pipeline = make(), make()
     with uncompiled(), Counter() as own:
         run(plain)
-    with uncompiled(), Counter() as watched, tokentrim.patched(pipeline, tokentrim.ObservePolicy(), **options) as handle:
+    patched = tokentrim.patched(pipeline, tokentrim.ObservePolicy(), **options)
+    with uncompiled(), Counter() as watched, patched as handle:
         run(pipeline)
     return (watched.count - own.count) / len({record.chunk for record in handle.report})
 
@@ -51,11 +52,8 @@ def syncs_of_rollout(make: Callable[[], Any], run: Callable[[Any], Any], **optio
     What an adapter reads of indices that live on the host stalls no device, and is not counted.
     """
     pipeline = make()
-    with (
-        uncompiled(),
-        tokentrim.patched(pipeline, tokentrim.ObservePolicy(), **options) as handle,
-        count_syncs() as log,
-    ):
+    patched = tokentrim.patched(pipeline, tokentrim.ObservePolicy(), **options)
+    with uncompiled(), patched as handle, count_syncs() as log:
         run(pipeline)
     found = sum(event.ours and "rollout/" in event.place for event in log.events)
     return found / len({record.chunk for record in handle.report}), log
