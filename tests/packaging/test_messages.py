@@ -22,7 +22,8 @@ COLUMNS, LINES = 120, 2
 HOLE = "x" * 10
 """What stands for a value that the source does not tell."""
 
-INNER = {"AssertionError", "AttributeError", "NotLoggedError", "NotSeparableError", "OSError", "StopIteration", "_WrongError", "Injected"}
+INNER = {"AssertionError", "AttributeError", "NotLoggedError", "NotSeparableError", "OSError", "StopIteration",
+         "_WrongError", "Injected"}  # fmt: skip
 """What no user reads by itself: kits' findings, Python's protocols, reasons that a message of ours ends with."""
 REASONS = {"tokentrim_hooks/report/fields.py", "tokentrim_hooks/experiments/compare/store.py"}
 """Where a ValueError is such a reason: what a file holds that no run of ours writes."""
