@@ -2,7 +2,9 @@
 
 ``pytest --record-checks docs/checks.json tests/adapters/test_diffusers_kits.py`` runs as ever, then merges outcomes.
 A kit's class knows its adapter, and :data:`COLUMNS` which of its tests fill which column. Another test says both with
-``@pytest.mark.checks(ADAPTER, COLUMN)``; its ``record_property("exact", (name, effect, error))`` gives the figures.
+``@pytest.mark.checks(ADAPTER, COLUMN)``, or while it runs with ``record_property("checks", (ADAPTER, SUITE, COLUMN,
+TEST))``; its ``record_property("exact", (name, effect, error))`` gives the figures. A test that runs a suite in a
+process of its own hands it :func:`passed_on`.
 """
 
 from __future__ import annotations
@@ -51,6 +53,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "checks(adapter, column): fills a column of docs/models.md for an adapter")
     if config.getoption("--record-checks"):
         config.pluginmanager.register(Recorder(config), "record-checks")
+
+
+def passed_on(config: pytest.Config) -> list[str]:
+    """Options by which pytest in another process, with this folder on its path, records into the same file.
+
+    Its ``--rootdir`` must be the checkout, for suites are named from there.
+    """
+    file = config.getoption("--record-checks")
+    return ["-p", "record_checks", "--record-checks", str(Path(file).resolve())] if file else []
 
 
 class Recorder:

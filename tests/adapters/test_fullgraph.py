@@ -61,7 +61,10 @@ CASES = [
     ("framepack", an_object),
     ("helios", blocks),
 ]
-each_way = pytest.mark.parametrize(("name", "compiled"), CASES, ids=[f"{n}-{c.__name__}" for n, c in CASES])
+each_way = pytest.mark.parametrize(
+    ("name", "compiled"),
+    [pytest.param(n, c, id=f"{n}-{c.__name__}", marks=pytest.mark.checks(n, "compiled")) for n, c in CASES],
+)
 
 
 def patched_run(target, policy, compiled=None, **options):

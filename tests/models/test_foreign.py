@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from record_checks import passed_on
 
 HERE = Path(__file__).resolve().parent
 ROOT = Path(os.environ.get("TOKENTRIM_THIRD_PARTY") or HERE.parents[1] / "third_party")
@@ -24,11 +25,13 @@ PACKAGES = [("fastvideo", "0.2.1", "fv", 126), ("streamdiffusionv2", "0.1.1", "s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("package", "version", "folder", "checks"), PACKAGES)
-def test_foreign(package: str, version: str, folder: str, checks: int, tmp_path: Path, record_property: Any) -> None:
+def test_foreign(
+    package: str, version: str, folder: str, checks: int, tmp_path: Path, record_property: Any, request: Any
+) -> None:
     """The package's suite passes in a process that sees this package and no other foreign one."""
     if not (ROOT / folder / f"{package}-{version}.dist-info").is_dir():
         pytest.skip(f"not checked against the real {package} {version}: run `make test-models`")
-    done = _run_suite(package, ROOT / folder, tmp_path / "report.xml")
+    done = _run_suite(package, ROOT / folder, tmp_path / "report.xml", passed_on(request.config))
     cases = list(ElementTree.parse(tmp_path / "report.xml").iter("testcase"))
     for case in cases:
         for found in case.iter("property"):
@@ -39,12 +42,13 @@ def test_foreign(package: str, version: str, folder: str, checks: int, tmp_path:
     assert sum(not list(case.iter("skipped")) for case in cases) >= checks
 
 
-def _run_suite(package: str, folder: Path, report: Path) -> subprocess.CompletedProcess[str]:
+def _run_suite(package: str, folder: Path, report: Path, record: list[str]) -> subprocess.CompletedProcess[str]:
     suite = HERE / f"{package}_suite"
     ours = (HERE.parents[1] / "tools", HERE.parent / "adapters")
     path = os.pathsep.join(str(entry) for entry in (folder, HERE, suite, *ours))
-    options = ["-q", "-c", os.devnull, "--rootdir", str(suite), "-p", "no:cacheprovider", f"--junitxml={report}"]
-    options += ["-o", "junit_family=xunit1", "--confcutdir", str(suite)]  # conftest.py above needs our own folders
+    options = ["-q", "-c", os.devnull, "--rootdir", str(HERE.parents[1]), "-p", "no:cacheprovider", *record]
+    options += ["-o", "junit_family=xunit1", f"--junitxml={report}"]
+    options += ["--confcutdir", str(suite)]  # conftest.py above needs our own folders
     command = [sys.executable, "-m", "pytest", *options, *map(str, sorted(suite.glob("suite_*.py")))]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(

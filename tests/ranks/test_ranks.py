@@ -17,6 +17,9 @@ import tokentrim_hooks as tokentrim
 from tokentrim_hooks.ranks.channel import Channel
 from tokentrim_hooks.testing import ForcedPolicy
 
+pytestmark = pytest.mark.checks("self-forcing", "ranks")
+"""The shared model is the reference model, whose adapter that is."""
+
 HERE = Path(__file__).parent
 PATIENCE = 420
 """Seconds for all scenarios of a job on a busy machine; a hang ends here (one takes the rest of it)."""

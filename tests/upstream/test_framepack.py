@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from harness import folder_of
+from record_checks import passed_on
 
 from tokentrim_hooks.testing import AdapterConformance
 
@@ -34,12 +35,14 @@ def found() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory) -> list[ElementTree.Element]:
+def kit(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> list[ElementTree.Element]:
     """The cases of the conformance kit in framepack_kit.py."""
     folder_of("FramePack")
     here, report = Path(__file__).parent, tmp_path_factory.mktemp("kit") / "report.xml"
-    path = os.pathsep.join([str(here), str(here.parent / "adapters"), os.environ.get("PYTHONPATH", "")])
-    options = ["-q", "--noconftest", "-c", os.devnull, "--rootdir", str(here), "-p", "no:cacheprovider"]
+    folders = [here, here.parent / "adapters", here.parents[1] / "tools", os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(map(str, folders))
+    options = ["-q", "--noconftest", "-c", os.devnull, "--rootdir", str(here.parents[1]), "-p", "no:cacheprovider"]
+    options += passed_on(pytestconfig)
     command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", str(here / "framepack_kit.py")]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=report.parent, env=environment)

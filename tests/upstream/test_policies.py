@@ -167,13 +167,38 @@ def rig(request: Any) -> Iterator[tuple[str, Rig, Tensor]]:
         yield request.param, made, made.run()
 
 
+def adapter_of(rig: Rig) -> Any:
+    """The adapter that recognises the rig's pipeline."""
+    name = next(found.adapter for found in tokentrim.detect(rig.model) if found.matches)
+    return next(info.adapter for info in tokentrim.adapters() if info.name == name)
+
+
+@pytest.fixture(autouse=True)
+def recorded(request: Any, rig: Any, record_property: Record) -> None:
+    """For the records: the column of docs/models.md that a test fills (``tools/record_checks.py``)."""
+    test, adapter = request.node.originalname, adapter_of(rig[1])
+    column = COLUMNS.get(test)
+    if column in adapter.takes or column == "neutral":
+        record_property("checks", (adapter.name, "tests/upstream/test_policies.py", column, request.node.name))
+
+
+COLUMNS = {
+    "test_a_commit_window_equals_minus_infinity": "hide",
+    "test_tokens_hidden_from_any_call_equal_minus_infinity": "hide",
+    "test_soft_prune_equals_attention_written_out": "weigh",
+    "test_latent_moments_equal_a_calculation_by_hand": "correct",
+    "test_row_moments_equal_a_calculation_by_hand": "settle",
+    "test_flowmo_equals_a_calculation_by_hand": "guide",
+    "test_no_answer_changes_no_bit": "neutral",
+}
+
+
 def require(rig: Rig, *needs: str) -> None:
     """Skip where the adapter declares that it does not take these: then it refuses, which another test shows."""
-    match = [found for found in tokentrim.detect(rig.model) if found.matches]
-    adapter = next(info.adapter for info in tokentrim.adapters() if info.name == match[0].adapter)
+    adapter = adapter_of(rig)
     lacking = set(needs) - adapter.takes
     if lacking:
-        pytest.skip(f"{match[0].adapter} declares no {', '.join(sorted(lacking))}")
+        pytest.skip(f"{adapter.name} declares no {', '.join(sorted(lacking))}")
 
 
 def exact(name: str, rig: tuple[str, Rig, Tensor], record: Record, ours: Tensor, expected: Tensor) -> None:
@@ -319,8 +344,7 @@ def test_no_answer_changes_no_bit(rig: Any) -> None:
     _, made, plain = rig
     state = torch.get_rng_state()
     policies = [HideSome(phases=()), tokentrim.LatentMoments(0.0), tokentrim.RowMoments(0.0), Looks()]
-    adapter = next(found.adapter for found in tokentrim.detect(made.model) if found.matches)
-    takes = next(info.adapter.takes for info in tokentrim.adapters() if info.name == adapter)
+    takes = adapter_of(made).takes
     ours, handle = made.patched([policy for policy in policies if policy.needs <= takes])
     assert torch.equal(ours, plain) and torch.equal(torch.get_rng_state(), state)
     assert not any(chunk.acts for chunk in handle.report)

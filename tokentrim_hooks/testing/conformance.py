@@ -18,15 +18,19 @@ import tokentrim_hooks as tokentrim
 from tokentrim_hooks.testing import checks
 from tokentrim_hooks.testing.checks.probes import Predictions
 from tokentrim_hooks.testing.fingerprint import assert_same, fingerprint
+from tokentrim_hooks.testing.laws.company import CompanyTests
 from tokentrim_hooks.testing.laws.exactness import PruningTests
 from tokentrim_hooks.testing.laws.guided import GuideConformance
 from tokentrim_hooks.testing.laws.hooks import HooksConformance
 from tokentrim_hooks.testing.laws.statements import StatementTests
 from tokentrim_hooks.testing.laws.weights import WeighConformance
+from tokentrim_hooks.testing.policies import CountingPolicy
 from tokentrim_hooks.testing.syncs import count_syncs
 
 
-class AdapterConformance(StatementTests, PruningTests, HooksConformance, GuideConformance, WeighConformance):
+class AdapterConformance(
+    StatementTests, PruningTests, CompanyTests, HooksConformance, GuideConformance, WeighConformance
+):
     """What every adapter must pass. Subclasses set ``adapter`` and write :meth:`make_model` and :meth:`run`.
 
     All settings, and what else can be overridden, are those of :class:`tokentrim_hooks.testing.laws.trial.Trial`.
@@ -56,12 +60,18 @@ class AdapterConformance(StatementTests, PruningTests, HooksConformance, GuideCo
         assert not torch.equal(first, self.run(model, 2)), "run() ignores its seed"
 
     def test_every_chunk_is_seen_once_and_in_order(self) -> None:
-        """Each chunk begins with exactly one FIRST call; all but the first are judged; no call goes unnoticed."""
-        model = self.make_model()
-        with self.patch(model, tokentrim.ObservePolicy()) as handle, checks.counting(self.denoisers(model)) as calls:
+        """Each chunk begins with exactly one FIRST call; all but the first are judged, against what was judged before;
+        no call goes unnoticed.
+        """
+        model, counts = self.make_model(), CountingPolicy(known=[])
+        with self.patch(model, counts) as handle, checks.counting(self.denoisers(model)) as calls:
             heard = Predictions(handle.adapter)
             self.run(model, 0)
         checks.check_records(handle.report, self.chunks, self.overlap, self.backwards)
+        assert sorted({*counts.known}) == list(range(self.chunks - 1)), (
+            f"severities known at each judged chunk: {counts.known}, expected one more each time: run() is one scene, "
+            "and neither changes_prompt() nor phase() may begin another"
+        )
         if not heard.in_flight:  # a call for several chunks is one chunk's only, and some are none's
             checks.check_calls(handle.report, calls.count)
 

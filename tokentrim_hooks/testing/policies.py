@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import severity_of, unstable_tokens
+from tokentrim_hooks.policy.token_trim import ObservePolicy
 from tokentrim_hooks.policy.views import Chunk, History, Verdict
 
 Tokens = float | Sequence[int] | Sequence[Sequence[int]]
@@ -42,6 +43,18 @@ class ForcedPolicy(Policy):
         # A threshold that agrees with the verdict, so that records and pictures read as for any other policy.
         threshold = torch.where(prune, torch.zeros_like(severity), torch.full_like(severity, math.inf))
         return Verdict(tokens, severity, threshold, prune)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountingPolicy(ObservePolicy):
+    """Observes; ``known`` collects how many severities are known at each chunk that is judged."""
+
+    known: list[int]
+
+    def judge(self, chunk: Chunk, history: History) -> Verdict:
+        """Note the count, measure."""
+        self.known.append(history.count)
+        return super().judge(chunk, history)
 
 
 def _chosen(plan: Tokens | None, drift: Tensor) -> tuple[Tensor, list[bool]]:

@@ -15,17 +15,22 @@ from tokentrim_hooks.testing.attention import Denoiser, KeyTracker, around_calls
 
 
 @dataclass
-class HalvedRows:
-    """How many rows were halved, all layers and calls together."""
+class ShrunkRows:
+    """How many rows were shrunk, all layers and calls together."""
 
     rows: int = 0
 
 
+def shrunk(layer: int) -> float:
+    """What rows of a layer are multiplied by: something else in each, so that layers cannot be taken for another."""
+    return 1 / (2 + layer)
+
+
 @contextmanager
-def halved_rows(denoisers: Sequence[Denoiser], chunk: int) -> Iterator[HalvedRows]:
-    """Halve K and V of the rows that a chunk's last call wrote, in every later kernel call that reads them."""
-    log = HalvedRows()
-    mode = _Halving(chunk, log)
+def shrunk_rows(denoisers: Sequence[Denoiser], chunk: int) -> Iterator[ShrunkRows]:
+    """Shrink K and V of the rows that a chunk's last call wrote, in every later kernel call that reads them."""
+    log = ShrunkRows()
+    mode = _Shrinking(chunk, log)
     with around_calls(denoisers, mode.enter, mode.leave), mode:
         yield log
 
@@ -39,8 +44,8 @@ class _Calls:
     trackers: dict[int, KeyTracker] = field(default_factory=dict)
 
 
-class _Halving(TorchFunctionMode):
-    def __init__(self, chunk: int, log: HalvedRows) -> None:
+class _Shrinking(TorchFunctionMode):
+    def __init__(self, chunk: int, log: ShrunkRows) -> None:
         super().__init__()
         self.chunk, self.log, self.calls = chunk, log, _Calls()
 
@@ -62,12 +67,14 @@ class _Halving(TorchFunctionMode):
         return func(**{**given, "key": given["key"] * factor, "value": given["value"] * factor})
 
     def _factors(self, value: Tensor) -> Tensor:
-        """1/2 at the keys to halve, 1 elsewhere: ``[keys, 1]``."""
+        """What keys are multiplied by, 1 for those that stay as they are: ``[keys, 1]``."""
         rows = signatures(value)
-        tracker = self.calls.trackers.setdefault(self.calls.layer, KeyTracker())
+        trackers = self.calls.trackers
+        tracker = trackers.setdefault(self.calls.layer, KeyTracker())
+        below = [of for of, other in trackers.items() if of < self.calls.layer and len(other.chunks) > self.chunk]
         self.calls.layer += 1
         tracker.see(rows)
         chosen = set(tracker.chunks[self.chunk]) if len(tracker.chunks) > self.chunk else set()
         marks = torch.tensor([row in chosen for row in rows], device=value.device)
         self.log.rows += int(marks.sum())
-        return torch.where(marks, 0.5, 1.0).to(value.dtype)[:, None]
+        return torch.where(marks, shrunk(len(below)), 1.0).to(value.dtype)[:, None]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from tokentrim_hooks.testing import checks
 from tokentrim_hooks.testing.attention import watch_attention
+from tokentrim_hooks.testing.checks.memory import held
 from tokentrim_hooks.testing.checks.probes import HeldRows
 from tokentrim_hooks.testing.laws.trial import Trial
 from tokentrim_hooks.testing.policies import ForcedPolicy
@@ -92,12 +96,23 @@ class PruningTests(Trial):
             self.run(model, 8)
         checks.check_anchors(seen, keys)
 
+    def _twice(self, model: Any) -> tuple[Tensor, Tensor, int]:
+        """Two videos of one model, and how many bytes of tensors the second has left behind."""
+        first = self.run(model, 11)
+        before = held((first,))
+        second = self.run(model, 11)
+        return first, second, held((first, second)) - before
+
     def test_a_second_video_starts_from_nothing(self) -> None:
-        """A second run on the patched model repeats the first: marks and statistics do not survive a video."""
+        """A second run on the patched model repeats the first: marks, statistics and tensors do not survive a video."""
         model = self.make_model()
         with self.patch(model, self._forced()) as handle:
-            first, second = self.run(model, 11), self.run(model, 11)
+            first, second, kept = self._twice(model)
         assert torch.equal(first, second), "the second video differs from the first"
+        if kept > second.nbytes // 2 and self._twice(self.make_model())[2] <= second.nbytes // 2:
+            raise AssertionError(
+                f"tensors of {kept} bytes are kept of a video of {second.nbytes}: what does the adapter keep of calls?"
+            )
         videos = [[r for r in handle.report if r.video == v] for v in (0, 1)]
         assert len(videos[0]) == len(videos[1]) == len(handle.report) // 2, "the second video was not recognised"
         for one, two in zip(*videos, strict=True):

@@ -41,7 +41,7 @@ class GuideConformance:
 
     def test_a_look_ahead_touches_nothing(self: Any) -> None:
         """What the denoiser is handed, caches above all, is the same to the bit before a look ahead and behind it, in
-        every call; so are the video and the stream of random numbers.
+        every call; so are the video and the stream of random numbers. From call to call of a chunk the noise falls.
         """
         declared(self, "guide")
         plain, state = self.run(self.make_model(), 9), torch.get_rng_state()
@@ -55,6 +55,11 @@ class GuideConformance:
                 hook.remove()
         assert torch.equal(torch.get_rng_state(), state), "a look ahead draws random numbers"
         assert len(looks.count) > self.chunks, "no call was looked ahead of"
+        levels = [[level for of, level in looks.levels if of == chunk] for chunk in range(self.chunks)]
+        assert all(0 <= level <= 1 for _, level in looks.levels), f"noise_level() is not in 0..1: {levels}"
+        assert all(line == sorted({*line}, reverse=True) for line in levels), (
+            f"noise levels of each chunk's calls, which must fall, by noise_level(): {levels}"
+        )
 
     def _descended(self: Any, call: int, seed: int) -> Tensor:
         """Run unpatched, the latents of one denoiser call moved; override where x0 is not the last output."""
@@ -116,7 +121,7 @@ class Looks(Policy):
     handed: list[Any]
     looking: list[bool]
     count: list[int]
-    last: list[Any] = field(default_factory=list)
+    levels: list[tuple[int, float]] = field(default_factory=list)
 
     def keep(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook of the denoiser: keep what it is handed, look aheads aside."""
@@ -141,6 +146,7 @@ class Looks(Policy):
         kept = [leaf for leaf, _ in before if isinstance(leaf, Tensor)]
         assert not any(leaf.requires_grad for leaf in kept), "a look ahead has left gradients on what was handed"
         self.count.append(chunk.index)
+        self.levels.append((chunk.index, chunk.level()))
         return None
 
 

@@ -18,7 +18,7 @@ from tokentrim_hooks.policy.token_trim import ObservePolicy
 from tokentrim_hooks.policy.views import ContextView, Denoised, Place, Rows
 from tokentrim_hooks.testing import checks
 from tokentrim_hooks.testing.attention import around_calls
-from tokentrim_hooks.testing.checks.kernels import halved_rows
+from tokentrim_hooks.testing.checks.kernels import shrunk, shrunk_rows
 
 WORDS = "this adapter declares no"
 
@@ -90,18 +90,20 @@ class HooksConformance:
     # ------------------------------------------------------------------------------ settle
 
     def test_rows_that_a_policy_settles_are_those_of_the_commit(self: Any) -> None:
-        """K and V of one committed chunk halved in the cache are the same rows halved in every kernel behind it."""
+        """K and V of one committed chunk made smaller in the cache, by another factor in each layer, are the same rows
+        made smaller in every kernel behind it.
+        """
         declared(self, "settle")
         if "first" not in self.adapter.hides_from:
             raise checks.not_checked("the model makes new rows of old ones, which the kernel's reference cannot follow")
         chunk, model = self.chunk_to_prune - 1, self.make_model()
         plain = self.run(model, 9)
-        with halved_rows(self.denoisers(model), chunk) as log:
+        with shrunk_rows(self.denoisers(model), chunk) as log:
             expected = self.run(model, 9)
         if not log.rows:
             raise checks.not_checked("the keys of earlier chunks cannot be followed by value")
         assert not torch.equal(expected, plain), "the reference itself changed nothing"
-        with self.patch(model, HalvesRows(chunk=chunk)) as handle:
+        with self.patch(model, ShrinksRows(chunk=chunk)) as handle:
             checks.assert_close(self.run(model, 9), expected, self.tolerance)
         assert any(act["hook"] == "settle" for record in handle.report for act in record.acts), "nothing was rewritten"
         assert torch.equal(self.run(model, 9), plain), "unpatched, the model gives other results than before"
@@ -185,16 +187,17 @@ class Halves(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalvesRows(Policy):
-    """Halves the rows that the commit of one chunk wrote."""
+class ShrinksRows(Policy):
+    """Shrinks the rows that the commit of one chunk wrote."""
 
     chunk: int
 
     def settle(self, chunk: Place, rows: Rows) -> Rows | None:
-        """Half of K and V, or no answer."""
+        """A part of K and V, or no answer."""
         if chunk.index != self.chunk or rows.keys is None:
             return None
-        return replace(rows, values=rows.values / 2, keys=rows.keys / 2)
+        part = shrunk(rows.layer)
+        return replace(rows, values=rows.values * part, keys=rows.keys * part)
 
 
 @dataclass(frozen=True)
