@@ -45,6 +45,10 @@ class SelfForcing(CausalWan):
 
     takes: ClassVar[frozenset[str]] = frozenset({"judge", "hide", "commit", "correct", "settle", "guide", "weigh"})
     switches = SWITCHES
+    constructors: ClassVar[tuple[str, ...]] = (
+        *CausalWan.constructors,
+        "tokentrim_hooks.reference.pipeline:ReferencePipeline",
+    )
     structure: ClassVar[str] = ""
     """The one of STRUCTURES that this adapter knows; its model must have it."""
     opens = True

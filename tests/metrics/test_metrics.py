@@ -72,6 +72,16 @@ def test_motion_follows_a_moving_square():
     assert still < slow < fast
 
 
+@pytest.mark.parametrize(("height", "scale"), [(64, 1), (479, 1), (480, 2), (720, 3), (1080, 4)])
+def test_motion_of_a_large_frame_is_measured_on_a_smaller_one_in_its_own_pixels(height, scale):
+    """A texture that moves by (2, 3) pixels, as wide as it is high: flow on the whole says the same, within 3 %."""
+    texture = np.random.default_rng(0).integers(0, 256, (height // 8 + 1,) * 2 + (3,), dtype=np.uint8)
+    whole = texture.repeat(8, 0).repeat(8, 1)[:height, :height].astype(np.float32) / 255
+    frames = np.stack([whole, np.roll(whole, (2, 3), (0, 1))])
+    assert m.reduction((height, height)) == scale and m.grey(frames).shape[1:] == (height // scale,) * 2
+    assert m.motion(frames) == pytest.approx([np.hypot(2, 3)], rel=0.1 if height == 64 else 0.03)
+
+
 def test_boundary_spike_by_hand():
     steps = np.array([1, 1, 3, 1, 1, 3, 1, 1.0])
     assert m.boundary_spike(steps, 3) == pytest.approx(3.0)

@@ -65,6 +65,18 @@ def test_memory_does_not_grow_by_more_than_numbers():
     assert long - short < 400 * 400, "400 more frames of 12,288 bytes, or 98,304 as floats: not one of them is kept"
 
 
+def test_a_frame_of_a_real_video_takes_tens_of_megabytes():
+    def peak(length):
+        tracemalloc.start()
+        metered(synthetic(length, (480, 832)), 16.0)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    short, long = peak(2), peak(5)
+    assert long < 64e6 and long - short < 1e6, "of a gigabyte the rest is Python, torch and OpenCV"
+
+
 def test_numbers_per_frame_are_few():
     meter = metered(synthetic(60), 16.0)
     assert sum(series.itemsize * len(series) for series in meter.series.values()) <= 88 * 60

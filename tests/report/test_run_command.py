@@ -4,9 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
+import wrapt
 
+from tokentrim_hooks.cli.script.runner import Run
 from tokentrim_hooks.report.record import read_report
 
 SCRIPT = """
@@ -77,7 +80,7 @@ def test_mistakes_have_a_clear_message(project):
         ("--config", "bad.toml", "inference.py", "v"): "policy.fracton is not an option",
         ("--fraction", "-1", "inference.py", "v"): "fraction must be",
         ("none.py",): "no such script",
-        ("--out", "empty", "empty.py"): "no model was patched.\nThe script constructed no class that an adapter names",
+        ("--out", "empty", "empty.py"): "no model was patched: the script constructed no class that an adapter names",
     }
     for arguments, words in cases.items():
         done = tokentrim(project, *arguments)
@@ -177,6 +180,114 @@ def test_a_known_class_that_is_no_known_model_is_told_at_once(project):
     assert first.startswith("tokentrim run: CausalInferencePipeline is left unpatched. ") and "self-forcing: " in first
     assert "framepack" not in first and advice.startswith("Call tokentrim_hooks.patch"), "only who asked for it"
     assert done.stderr.index("left unpatched") < done.stderr.index("the work")
+
+
+NESTED = """
+from pathlib import Path
+import torch
+from tokentrim_hooks.reference.pipeline import ReferencePipeline
+
+class Owner:
+    def __init__(self):
+        self.pipe = ReferencePipeline.random(grid=(2, 2))
+
+class Heir(ReferencePipeline):
+    def __init__(self):
+        inner = ReferencePipeline.random(grid=(2, 2))
+        Path("inside.txt").write_text(str(inner.is_patched))
+        super().__init__(inner.generator)
+        self.inner = [inner]
+
+torch.manual_seed(0)
+pipe = {made}
+pipe.inference(torch.randn(1, 24, 3, 8, 8))
+"""
+
+
+@pytest.mark.parametrize("made", ["ReferencePipeline.random(grid=(2, 2))", "Owner().pipe", "Heir()", "Heir().inner[0]"])
+def test_our_own_pipeline_is_patched_as_anybody_s(project, made):
+    """Also one that is built within another's constructor: then the outermost object is asked first."""
+    script = NESTED.replace("{made}", made).replace("inner.is_patched", "tokentrim.is_patched(inner)")
+    (project / "own.py").write_text(f"import tokentrim_hooks as tokentrim\n{script}")
+    done = tokentrim(project, "--out", "log", "--sensitivity", "0", "--quiet", "own.py")
+    assert done.returncode == 0 and "left unpatched" not in done.stderr, done.stderr
+    assert len(read_report(project / "log")) == 8 and not list(project.glob("log/model-*"))
+    if "Heir" in made:
+        assert (project / "inside.txt").read_text() == "False"
+
+
+def test_of_nested_objects_the_outermost_is_asked_first(project):
+    asked = []
+
+    class Asked(Run):
+        def _patch(self, instance):
+            asked.append(type(instance).__name__)
+            return "" if self.takes in asked else "no"
+
+        def _refused(self, instance, words):
+            asked.append(f"refused {type(instance).__name__}")
+
+    class Inner:
+        def __init__(self):
+            pass
+
+    class Base:
+        def __init__(self):
+            self.early = Inner()
+
+    class Outer(Base):
+        def __init__(self, fails=False):
+            super().__init__()
+            self.late = Inner()
+            if fails:
+                raise ValueError
+
+    this = Asked(project)
+    this.takes = "Outer"
+    for kind in (Inner, Base, Outer):
+        wrapt.wrap_function_wrapper(kind, "__init__", this._init)
+    Outer()
+    assert asked == ["Outer", "Inner", "Inner"]
+    asked.clear()
+    this.takes = "nobody"
+    Outer()
+    assert asked == ["Outer", "Inner", "Inner", "refused Outer", "refused Inner", "refused Inner"]
+    asked.clear()
+    with pytest.raises(ValueError):
+        Outer(fails=True)
+    assert asked == []
+    Inner()
+    assert asked == ["Inner", "refused Inner"], "nothing is left over of what failed"
+
+
+def test_heirs_of_a_known_class_are_the_outermost_too(project):
+    told, asked = [], []
+
+    class Asked(Run):
+        def _patch(self, instance):
+            asked.append(type(instance).__name__)
+            return ""
+
+    class Known:
+        def __init_subclass__(cls, label="none"):
+            told.append((cls.__name__, label))
+
+    this = Asked(project)
+    this._wrap_class("Known", types.SimpleNamespace(Known=Known))
+
+    class Heir(Known, label="given"):
+        def __init__(self):
+            self.inner = Known()
+
+    class Grandchild(Heir):
+        pass
+
+    Heir(), Grandchild()
+    assert told == [("Heir", "given"), ("Grandchild", "none")], "its own hook still runs"
+    assert asked == ["Heir", "Known", "Grandchild", "Known"]
+    this.stop()
+    Grandchild()
+    assert len(asked) == 4
 
 
 def test_what_stands_behind_the_script_is_the_script_s(project):

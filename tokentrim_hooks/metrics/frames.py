@@ -47,7 +47,10 @@ def one_by_one(frames: Iterable[npt.NDArray[Any]]) -> Iterator[Frames]:
 
 
 def _in_range(array: npt.NDArray[Any]) -> Frames:
-    scaled = array.astype(np.float32) / 255 if array.dtype == np.uint8 else array.astype(np.float32)
+    if array.dtype == np.uint8:
+        scaled: Frames = np.divide(np.ascontiguousarray(array), np.float32(255), dtype=np.float32)
+        return scaled
+    scaled = array.astype(np.float32)
     if not np.isfinite(scaled).all():
         raise VideoError("the video holds NaN or inf; give one of finite values")
     return np.ascontiguousarray(np.clip(scaled, 0, 1))

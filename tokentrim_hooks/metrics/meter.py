@@ -18,10 +18,12 @@ from tokentrim_hooks.metrics.metrics import (
     LAGS,
     SERIES,
     boundary_spike,
+    change_between,
     grey,
     histogram,
     lab,
     motion_between,
+    reduction,
     shift_of,
 )
 from tokentrim_hooks.metrics.trends import Drift, drift, start_end
@@ -91,8 +93,8 @@ class Meter:
         plane = grey(frame[None])[0]
         if self._latest is not None:
             before, plane_before = self._latest
-            self.series["change"].append(float(np.abs(frame.astype(np.float64) - before).mean()))
-            self.series["motion"].append(motion_between(plane_before, plane))
+            self.series["change"].append(change_between(frame, before))
+            self.series["motion"].append(reduction(frame.shape[:2]) * motion_between(plane_before, plane))
         self._latest = frame, plane
 
     def _compare_colours(self, now: Array) -> None:

@@ -21,6 +21,10 @@ LUMA = np.array([0.2126, 0.7152, 0.0722])
 """Rec. 709 weights."""
 DARK, BRIGHT = 0.02, 0.98
 """A pixel with luma beyond these counts as clipped."""
+OPPONENT = 255.0 * np.array([[1.0, -1.0, 0.0], [0.5, 0.5, -1.0]], dtype=np.float32)
+"""Red-green and yellow-blue, on the 0..255 scale."""
+FLOW_SIDE = 240
+"""Pixels that the short side of a frame keeps at least when it is reduced for optical flow."""
 BINS = 8
 """Histogram bins per colour channel."""
 LAGS = (1, 2, 5, 10, 20, 50)
@@ -47,23 +51,23 @@ def clipped(frames: Frames) -> Array:
 
 def saturation(frames: Frames) -> Array:
     """Mean HSV saturation per frame, ``[T]`` in [0, 1]: (max - min) / max of R, G, B, 0 for black."""
-    high, low = frames.max(axis=-1).astype(np.float64), frames.min(axis=-1).astype(np.float64)
+    red, green, blue = (frames[..., c] for c in range(3))
+    high, low = (take(take(red, green), blue) for take in (np.maximum, np.minimum))
     share = np.divide(high - low, high, out=np.zeros_like(high), where=high > 0)
-    return np.asarray(share.mean(axis=(1, 2)))
+    return np.asarray(share.mean(axis=(1, 2), dtype=np.float64))
 
 
 def colourfulness(frames: Frames) -> Array:
     """Hasler and Suesstrunk's colourfulness (2003) per frame, on the 0..255 scale, ``[T]``."""
-    red, green, blue = (255.0 * frames[..., c].astype(np.float64) for c in range(3))
-    rg, yb = red - green, (red + green) / 2 - blue
-    spread = np.hypot(rg.std(axis=(1, 2)), yb.std(axis=(1, 2)))
-    return np.asarray(spread + 0.3 * np.hypot(rg.mean(axis=(1, 2)), yb.mean(axis=(1, 2))))
+    cv2 = require("cv2", "metrics")
+    found = [cv2.meanStdDev(cv2.transform(frame, OPPONENT)) for frame in frames]
+    return np.array([np.hypot(*spread.ravel()) + 0.3 * np.hypot(*mean.ravel()) for mean, spread in found])
 
 
 def lab(frames: Frames) -> Array:
     """Mean CIELAB colour per frame (D65), ``[T, 3]``: L* in 0..100, a*, b*."""
     cv2 = require("cv2", "metrics")
-    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2LAB).mean(axis=(0, 1)) for frame in frames]).astype(np.float64)
+    return np.array([cv2.mean(cv2.cvtColor(frame, cv2.COLOR_RGB2LAB))[:3] for frame in frames])
 
 
 def sharpness(frames: Frames) -> Array:
@@ -81,9 +85,13 @@ def _luma_planes(frames: Frames) -> Array:
 
 def flicker(frames: Frames) -> float:
     """VBench's temporal flickering: (255 - mean |f_t - f_t+1|) / 255; 1 = no change. 1 for a single frame."""
-    if len(frames) < 2:
-        return 1.0
-    return float(1.0 - np.abs(np.diff(frames.astype(np.float64), axis=0)).mean())
+    return 1.0 - float(np.mean([change_between(a, b) for a, b in pairwise(frames)])) if len(frames) > 1 else 1.0
+
+
+def change_between(one: Frames, other: Frames) -> float:
+    """Mean absolute difference of two frames ``[H, W, 3]``, in 0..1."""
+    cv2 = require("cv2", "metrics")
+    return float(cv2.norm(one, other, cv2.NORM_L1)) / one.size
 
 
 def lag_similarity(frames: Frames, lags: Sequence[int] = LAGS) -> dict[int, float]:
@@ -98,26 +106,42 @@ def lag_similarity(frames: Frames, lags: Sequence[int] = LAGS) -> dict[int, floa
 
 def histogram(frame: Frames) -> Array:
     """Joint RGB histogram with BINS bins per channel, summing to 1."""
-    index = np.minimum((frame * BINS).astype(int), BINS - 1)
-    flat = (index[..., 0] * BINS + index[..., 1]) * BINS + index[..., 2]
+    index = np.minimum((frame * BINS).astype(np.uint8), BINS - 1)
+    flat = (index[..., 0].astype(np.intp) * BINS + index[..., 1]) * BINS + index[..., 2]
     return np.asarray(np.bincount(flat.ravel(), minlength=BINS**3) / flat.size)
 
 
 def motion(frames: Frames) -> Array:
-    """Mean magnitude of Farneback's optical flow between neighbouring frames, pixels per frame, ``[T-1]``."""
-    return np.array([motion_between(a, b) for a, b in pairwise(grey(frames))])
+    """Mean magnitude of Farneback's optical flow between neighbouring frames, pixels per frame, ``[T-1]``.
+
+    Frames whose short side is 480 or longer are reduced to 240 or more (:func:`grey`), where flow costs a quarter or
+    less; pixels are the frame's own all the same.
+    """
+    scale = reduction(frames.shape[1:3])
+    return scale * np.array([motion_between(a, b) for a, b in pairwise(grey(frames))])
+
+
+def reduction(size: tuple[int, ...]) -> int:
+    """By which whole number height and width are divided before optical flow: the short side keeps FLOW_SIDE pixels."""
+    return max(1, min(size) // FLOW_SIDE)
 
 
 def grey(frames: Frames) -> npt.NDArray[np.uint8]:
-    """Luma planes as optical flow takes them, ``[T, H, W]`` in 0..255."""
-    return (255.0 * _luma_planes(frames)).astype(np.uint8)
+    """Luma planes as optical flow takes them, ``[T, h, w]`` in 0..255; means of squares of :func:`reduction` pixels."""
+    cv2 = require("cv2", "metrics")
+    scale = reduction(frames.shape[1:3])
+    size = frames.shape[2] // scale, frames.shape[1] // scale
+    planes = 255.0 * _luma_planes(frames)
+    if scale > 1:
+        planes = np.stack([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes])
+    return planes.astype(np.uint8)
 
 
 def motion_between(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
-    """Mean magnitude of Farneback's optical flow between two planes of :func:`grey`, in pixels."""
+    """Mean magnitude of Farneback's optical flow between two planes of :func:`grey`, in pixels of these planes."""
     cv2 = require("cv2", "metrics")
     flow = cv2.calcOpticalFlowFarneback(one, other, None, 0.5, 3, 15, 3, 5, 1.2, 0)
-    return float(np.linalg.norm(flow, axis=-1).mean())
+    return float(cv2.magnitude(flow[..., 0], flow[..., 1]).mean(dtype=np.float64))
 
 
 def boundary_spike(per_step: Array, period: int, first: int | None = None) -> float:

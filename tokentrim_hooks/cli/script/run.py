@@ -76,7 +76,7 @@ def _say_what_happened(this: Run) -> None:
     for handle in this.handles:
         print(handle.report.summary(), file=sys.stderr)
     if not this.handles:
-        print(printable(f"tokentrim run: no model was patched.\n{this.why_none()}"), file=sys.stderr)
+        print(printable(f"tokentrim run: no model was patched: {this.why_none()}"), file=sys.stderr)
     for log in this.logs:
         try:
             print(f"report: {write_page(log.path, sections=[section(log.path)])}", file=sys.stderr)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,34 @@ from tokentrim_hooks.rollout.shared import Probe
 ADVICE = "Call tokentrim_hooks.patch on the right object in the script, or write an adapter for it."
 
 
+class Building(threading.local):
+    """What a thread is constructing: how deep constructors are nested, and the objects that are complete."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.made: list[Any] = []
+
+    @contextmanager
+    def deeper(self) -> Iterator[None]:
+        """One constructor more for its duration; where the outermost one fails, nothing was made."""
+        self.depth += 1
+        try:
+            yield
+        except BaseException:
+            self.made = self.made if self.depth > 1 else []
+            raise
+        finally:
+            self.depth -= 1
+
+    def ended(self, instance: Any) -> list[Any]:
+        """A constructor of ``instance`` has returned; if it was the outermost: all that was made, that one first."""
+        self.made = [instance, *(one for one in self.made if one is not instance)]
+        if self.depth:
+            return []
+        made, self.made = self.made, []
+        return made
+
+
 @dataclass
 class Run:
     """One run of a script: its settings, and the handles of all models that were patched in it."""
@@ -48,7 +78,7 @@ class Run:
     logs: list[JsonLines] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     process: int = field(default_factory=os.getpid)
-    _constructing: list[int] = field(default_factory=list)
+    _building: Building = field(default_factory=Building)
     _active: bool = True
 
     def watch(self, constructors: Sequence[str]) -> None:
@@ -72,20 +102,40 @@ class Run:
             handle.unpatch()
 
     def _wrap_class(self, name: str, module: Any) -> None:
-        if self._active and isinstance(getattr(module, name, None), type):
-            wrapt.wrap_function_wrapper(getattr(module, name), "__init__", self._init)
+        cls = getattr(module, name, None)
+        if self._active and isinstance(cls, type):
+            wrapt.wrap_function_wrapper(cls, "__init__", self._init)
+            self._wrap_heirs(cls)
+
+    def _wrap_heirs(self, cls: Any) -> None:
+        """Classes that the script derives: their constructors are the outermost ones."""
+        own = vars(cls).get("__init_subclass__")
+
+        def told(heir: Any, **options: Any) -> None:
+            (own.__get__(None, heir) if own else super(cls, heir).__init_subclass__)(**options)
+            if self._active and "__init__" in vars(heir):
+                wrapt.wrap_function_wrapper(heir, "__init__", self._init)
+
+        cls.__init_subclass__ = classmethod(told)
 
     def _init(self, wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> None:
-        """Patch an object when its outermost ``__init__`` returns: a subclass calls its base's half built."""
-        self._constructing.append(id(instance))
-        try:
+        """Patch when the outermost constructor returns: before that a subclass's object is half built, and a pipeline
+        may hold another only to take it apart.
+        """
+        with self._building.deeper():
             wrapped(*args, **kwargs)
-        finally:
-            self._constructing.pop()
-        if self._active and id(instance) not in self._constructing:
-            self._patch(instance)
+        made = self._building.ended(instance)
+        if self._active:
+            self._patch_all(made)
 
-    def _patch(self, instance: Any) -> None:
+    def _patch_all(self, made: Sequence[Any]) -> None:
+        """The outermost object comes first, and has what it shares with the others."""
+        refused = {id(one): words for one in made if (words := self._patch(one))}
+        for one in made if len(refused) == len(made) else ():
+            self._refused(one, refused[id(one)])
+
+    def _patch(self, instance: Any) -> str:
+        """Patch it, if it is not patched already; why no adapter takes it, else nothing."""
         number = len(self.handles) + 1
         try:
             folder = self.folder if number == 1 else below(self.folder, f"model-{number}")
@@ -93,9 +143,10 @@ class Run:
             watching = [log, *self._observers(folder)]
             handle = patch(instance, self.policies, probe=self.probe, on_error="warn", observers=watching)
         except AlreadyPatchedError:
-            return
+            self._leave(number)
         except UnsupportedModelError as refusal:
-            self._refused(instance, str(refusal))
+            self._leave(number)
+            return str(refusal)
         except TokenTrimError as failure:
             self.refusals.append(str(failure))
             warnings.warn(f"not patched: {failure}", TokenTrimWarning, stacklevel=3)
@@ -103,23 +154,32 @@ class Run:
             self.handles.append(handle)
             self.logs.append(log)
             self._clear_pictures(folder)
+        return ""
+
+    def _leave(self, number: int) -> None:
+        """The folder that a further model would have had is not left empty."""
+        if number > 1:
+            with suppress(OSError):
+                (self.folder / f"model-{number}").rmdir()
 
     def _refused(self, instance: Any, words: str) -> None:
         """Say at once that a known class is not what an adapter knows: the script may go on for an hour."""
         name = type(instance).__qualname__
         # Every adapter's reason would fill a screen: those count that asked to look at this class.
         reasons = [f"{found.adapter}: {found.reason}" for found in _asked(instance)]
-        refusal = f"{name} is left unpatched. {'; '.join(reasons) or words}"
+        refusal = f"{name} is left unpatched. {'; '.join(reasons) or words.splitlines()[0]}"
         self.refusals.append(refusal)
         print(printable(f"tokentrim run: {refusal}\n{ADVICE}"), file=sys.stderr, flush=True)
 
     def why_none(self) -> str:
-        """Why no model was patched, and what to do."""
+        """Why no model was patched, as what follows a colon, and what to do."""
         if self.refusals:
-            return "\n".join([*dict.fromkeys(self.refusals), ADVICE])
+            told = list(dict.fromkeys(self.refusals))
+            reason = told[0] if len(told) == 1 else f"{len(told)} objects were refused, see above."
+            return reason if "\n" in reason else f"{reason}\n{ADVICE}"
         return (
-            "The script constructed no class that an adapter names (`tokentrim adapters`).\n"
-            "See what one makes of your model with `tokentrim detect`, or call tokentrim_hooks.patch in the script."
+            "the script constructed no class that an adapter names.\n"
+            "See `tokentrim adapters`, try `tokentrim detect` on your model, or call tokentrim_hooks.patch in it."
         )
 
     def _clear_pictures(self, folder: Path) -> None:
