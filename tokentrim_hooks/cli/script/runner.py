@@ -111,7 +111,7 @@ class Run:
         """Classes that the script derives: their constructors are the outermost ones."""
         own = vars(cls).get("__init_subclass__")
 
-        def told(heir: Any, **options: Any) -> None:
+        def told(heir: Any, /, **options: Any) -> None:
             (own.__get__(None, heir) if own else super(cls, heir).__init_subclass__)(**options)
             if self._active and "__init__" in vars(heir):
                 wrapt.wrap_function_wrapper(heir, "__init__", self._init)
