@@ -80,6 +80,14 @@ def test_marked(record_property): record_property("exact", ("name", 0.5, 1.23e-6
 
 @pytest.mark.checks("causvid", "exact")
 def test_marked_with_its_module_but_no_comparison(): pass
+
+def test_that_says_so_while_it_runs(record_property):
+    record_property("checks", ("causvid", "test_other.py", "hide", "told"))
+    assert False
+
+def test_that_has_others_record(pytestconfig):
+    from record_checks import passed_on
+    print("options:", *passed_on(pytestconfig))
 """
 
 
@@ -87,9 +95,12 @@ def test_a_run_is_recorded(pytester):
     pytester.makeconftest("from record_checks import pytest_addoption, pytest_configure")
     pytester.makepyfile(test_it=SUITE)
     pytester.path.joinpath("checks.json").write_text('{"device": "ours"}')
-    pytester.runpytest("--record-checks", "checks.json", "-p", "no:cacheprovider")
-    known = json.loads(pytester.path.joinpath("checks.json").read_text())
-    marked, kit = known["tests"]
+    file = pytester.path.joinpath("checks.json")
+    run = pytester.runpytest("--record-checks", "checks.json", "-p", "no:cacheprovider", "-s")
+    run.stdout.fnmatch_lines(["*options: -p record_checks --record-checks */checks.json*"])
+    known = json.loads(file.read_text())
+    marked, kit, told = known["tests"]
+    assert (told["suite"], told["outcomes"]) == ("test_other.py", {"hide": {"told": "failed"}})
     assert known["device"] == "ours" and CausVid.name == kit["adapter"] == marked["adapter"]
     assert (marked["suite"], kit["suite"]) == ("test_it.py", "test_it.py::TestKit")
     assert marked["outcomes"] == {"exact": {"test_marked": "passed"}}
