@@ -11,6 +11,7 @@ import framepack_tiny
 import helios_tiny
 import ltx_tiny
 import pytest
+import sana_wm_tiny
 import skyreels_tiny
 import tiny_reference
 from torch import Tensor, nn
@@ -20,12 +21,16 @@ WINDOWS = {"num_frames": 33, "base_num_frames": 17, "overlap_history": 9}
 
 @dataclass(frozen=True)
 class Target:
-    """A model: ``make()`` gives a pipeline, ``run(pipeline)`` a video, ``part`` names the denoiser."""
+    """A model: ``make()`` gives a pipeline, ``run(pipeline)`` a video, ``part`` names the denoiser.
+
+    ``beside`` counts the calls of a video that are of no chunk.
+    """
 
     name: str
     make: Callable[[], Any]
     run: Callable[..., Tensor]
     part: str = "transformer"
+    beside: int = 0
 
     def denoiser(self, pipeline: Any) -> nn.Module:
         module: nn.Module = getattr(pipeline, self.part)
@@ -51,5 +56,6 @@ TARGETS = (
     Target("helios", helios_tiny.pipeline, helios_tiny.run),
     Target("anyflow-far", anyflow_tiny.pipeline, anyflow_tiny.run),
     Target("ltx-long", ltx_tiny.pipeline, ltx_tiny.run),
+    Target("sana-wm", sana_wm_tiny.pipeline, sana_wm_tiny.run, beside=1),  # the sink is captured first
 )
 each_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)

@@ -94,6 +94,8 @@ class CallScope:
 
     def begin(self, tap: CallTap | None, note: object) -> None:
         """The call itself comes now, after what was done in its scope before: with this tap, and this note."""
+        if not self.open:
+            return
         self.tap, self.note = tap, note
         if tap is not None:
             BUSY.add(self)

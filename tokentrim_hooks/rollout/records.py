@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import sys
 import threading
 from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import PolicyError, SessionError
+from tokentrim_hooks.pruning.call_scope import executes
 from tokentrim_hooks.report.floats import Floats
 from tokentrim_hooks.report.observers import Observer, progress_line, tell
 from tokentrim_hooks.report.record import ChunkRecord, Report
@@ -37,7 +40,8 @@ class Recorder:
         self.report, self.observers = report, list(observers)
         self.fault: PolicyError | None = None
         self._videos = 0
-        self._telling: int | None = None
+        # The thread that tells observers, and its frame, which says whether it is still at it.
+        self._telling: tuple[int, FrameType] | None = None
         # Videos that are made at the same time, in several threads, share one report and its observers.
         self._lock = threading.RLock()
 
@@ -63,7 +67,7 @@ class Recorder:
                 self._tell(records, chunk.latents)
 
     def _tell(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
-        before, self._telling = self._telling, threading.get_ident()
+        before, self._telling = self._telling, (threading.get_ident(), sys._getframe())
         try:
             tell(self.observers, "on_chunk", records, latents)
         finally:
@@ -75,7 +79,8 @@ class Recorder:
         Raises:
             SessionError: an observer makes it, amid the video that it is told of.
         """
-        if self._telling == threading.get_ident():
+        telling = self._telling
+        if telling is not None and telling[0] == threading.get_ident() and executes(telling[1]):
             raise SessionError(
                 "an observer runs the model that it observes, amid a video: that one would end here.\n"
                 "Run it when the video is done, or give the observer a model of its own."

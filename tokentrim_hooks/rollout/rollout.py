@@ -22,7 +22,7 @@ from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.rollout.records import Recorder
 from tokentrim_hooks.rollout.repeat.shown import Proof
 from tokentrim_hooks.rollout.repeat.snapshot import clear_kept_marks
-from tokentrim_hooks.rollout.session import Running
+from tokentrim_hooks.rollout.session import Running, found_of
 from tokentrim_hooks.rollout.sessions import Sessions
 from tokentrim_hooks.rollout.shared import Probe, Shared
 
@@ -108,10 +108,9 @@ class Rollout:
         scope = scope_left()
         if scope is None:
             return
-        running = scope.note
-        if isinstance(running, Running):
-            session = running.found.session
-            session.fail() if output is None else session.release()
+        found = found_of(scope)
+        if found is not None:
+            found.session.fail() if output is None else found.session.release()
         scope.close()
 
     @property
@@ -153,5 +152,5 @@ class Rollout:
     def snapshot(self) -> Report:
         """The report so far, chunks in progress included."""
         for session in self._sessions:
-            session.notice_end()
+            session.idle()
         return self.shared.recorder.snapshot([(s.timeline.video, s.timeline.chunk) for s in self._sessions])

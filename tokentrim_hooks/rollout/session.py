@@ -53,6 +53,7 @@ class Running:
     Those before other people's hooks changed them, for a replay runs these hooks again.
     """
 
+    module: Any
     found: Found
     phase: Phase | None
     args: tuple[Any, ...]
@@ -85,18 +86,23 @@ class Session:
         Raises:
             SessionError: one is running in another thread or task.
         """
-        self.notice_end()
-        if self._scope is None or self._scope.encloses:
-            return self._scope is None
+        idle, scope = self.idle(), self._scope
+        if scope is None or scope.encloses:
+            return idle
         raise SessionError(
             "two threads or tasks run this model at the same time, and their videos cannot be told apart: give each a "
             "model of its own, or let one wait for the other"
         )
 
-    def notice_end(self) -> None:
-        """Notice a call that has ended in a way that no hook sees (Ctrl-C, a timeout, a cancelled task)."""
+    def take(self, found: Found) -> None:
+        """A call begins: its scope comes before all else, so that whatever happens from now on happens to this call."""
+        self._scope = open_scope(None, note=found)
+
+    def idle(self) -> bool:
+        """Whether none of its calls is running; notices one whose end no hook has seen (Ctrl-C, a cancelled task)."""
         if self._scope is not None and not self._scope.runs:
             self.fail()
+        return self._scope is None
 
     def before(
         self, module: Any, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -112,14 +118,11 @@ class Session:
             chunk.hear(call, judged=phase is not None)
             if self.shared.policy.persist:
                 self._prune_branch(call, chunk)
-        note = Running(found, phase, args, kwargs, self._place(call, phase))
+        note = Running(module, found, phase, args, kwargs, self._place(call, phase))
         if self._guidance:
-            # The scope comes first: whatever ends a look ahead has ended this call.
-            self._scope = open_scope(None, note=note)
-            note = self._guide(module, note, chunk)
-            self._scope.begin(self.pruner.tap(note.found.call, note.place), note)
-        else:
-            self._scope = open_scope(self.pruner.tap(call, note.place), note=note)
+            note = self._guide(note, chunk)
+        if (scope := self._scope) is not None:  # else the patch has come off meanwhile
+            scope.begin(self.pruner.tap(note.found.call, note.place), note)
         if chunk is not None:
             chunk.acts += self.pruner.acts
         return None if note.args is args and note.kwargs is kwargs else (note.args, note.kwargs)
@@ -134,7 +137,7 @@ class Session:
         self.pruner.follow(call)
         missed = self.pruner.missed(self._scope.tap if self._scope is not None else None)
         # Where pruning lasts for one chunk only, another branch is pruned after its call, else before it.
-        late = phase is None and not self.shared.policy.persist and _awaits_pruning(call, chunk)
+        late = phase is None and not self.shared.policy.persist and chunk.awaits_pruning(call)
         if phase is None and not late and not missed:
             self._settle(running, video, chunk)
             return output
@@ -145,7 +148,7 @@ class Session:
             step.prediction = prediction_of(self.adapter, call, output)
         if phase is None:
             return self._replay_branch(module, step, chunk, video, output) if late else output
-        return self._after_step(module, running, step, phase, chunk, video, output)
+        return self._after_step(running, step, phase, chunk, video, output)
 
     def release(self) -> None:
         """Let go of the call: also when the patch comes off in the middle of it."""
@@ -162,29 +165,22 @@ class Session:
 
     def reset(self) -> None:
         """Forget statistics and marks: the next call begins a new video."""
-        self.notice_end()
+        self.idle()
         self.timeline.reset()
 
     def abandon(self) -> None:
         """Step aside for good: leave no mark in any cache."""
-        running = None if self._scope is None else self._scope.note
-        self.timeline.abandon(running.found.call if isinstance(running, Running) else None)
+        found = found_of(self._scope)
+        self.timeline.abandon(None if found is None else found.call)
 
     def _after_step(
-        self,
-        module: nn.Module,
-        running: Running,
-        step: Step,
-        phase: Phase,
-        chunk: ChunkState,
-        video: VideoState,
-        output: Any,
+        self, running: Running, step: Step, phase: Phase, chunk: ChunkState, video: VideoState, output: Any
     ) -> Any:
         """A call of the judged stream has come back."""
         chunk.count(phase, step.call)
         prediction, summary = step.prediction, None
         if steps := self._steps_to_judge(step, phase, chunk, video):
-            judgement = self._regenerator.judge(Case(module, steps, phase, video, chunk), output)
+            judgement = self._regenerator.judge(Case(running.module, steps, phase, video, chunk), output)
             self._enter(judgement, chunk, video)
             output, prediction, summary = judgement.output, judgement.prediction, judgement.summary
             judgement.output = None  # some models return their cache, which is the sampler's to keep
@@ -220,9 +216,10 @@ class Session:
         self.steering.scene = video.scene
         return place_of(call, phase, video, chunk)
 
-    def _guide(self, module: Any, running: Running, chunk: ChunkState | None) -> Running:
+    def _guide(self, running: Running, chunk: ChunkState | None) -> Running:
         """Let policies move the latents of a denoising call."""
-        given = Given(module, running.found.call, running.args, running.kwargs, running.phase, running.place)
+        call, phase = running.found.call, running.phase
+        given = Given(running.module, call, running.args, running.kwargs, phase, running.place)
         moved, acts = self._guidance.guided(given, self.timeline.video, chunk)
         if chunk is not None:
             chunk.acts += acts
@@ -267,7 +264,7 @@ class Session:
 
     def _prune_branch(self, call: Call, chunk: ChunkState) -> bool:
         """Prune another branch's context at its first call for a pruned chunk; whether that killed anything."""
-        if not _awaits_pruning(call, chunk):
+        if not chunk.awaits_pruning(call):
             return False
         assert chunk.judgement is not None, "tokens come from a judgement"
         chunk.pruned_streams.add(call.stream)
@@ -294,6 +291,8 @@ class Session:
         return chunk.history if self.timeline.pace.is_last(chunk, video.usual_steps) else []
 
 
-def _awaits_pruning(call: Call, chunk: ChunkState) -> bool:
-    """Whether a call is the first of another branch of a chunk that was pruned."""
-    return bool(chunk.tokens) and call.stream not in chunk.pruned_streams and call.start == chunk.start
+def found_of(scope: CallScope | None) -> Found | None:
+    """The call that a scope was opened for, made ready for or running; None if it is of no session."""
+    note = None if scope is None else scope.note
+    note = note.found if isinstance(note, Running) else note
+    return note if isinstance(note, Found) else None

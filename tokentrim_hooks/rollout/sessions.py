@@ -33,7 +33,7 @@ class Sessions:
         return iter(list(dict.fromkeys(self._by_key.values())))
 
     def of(self, arguments: Mapping[str, Any]) -> Found | None:
-        """The session that a call belongs to.
+        """The session that a call belongs to, which has taken it.
 
         None for calls that are no rollout's, and for those that are made inside another call of their session.
 
@@ -41,18 +41,24 @@ class Sessions:
             SessionError: it cannot be told to which of two running videos the call belongs.
         """
         with self._lock:
-            parts = identity_of(self._adapter, arguments)
-            key = self._shared.names.key(parts)
-            session = self._by_key.get(key)
-            if session is None:
-                return self._join(key, parts, arguments)
-            if not session.free():
-                return None
-            call = read_call(session.adapter, arguments, self._shared)
-            first = None if call is None else session.timeline.mistook(call)
-            if first is not None:
-                return self._open(key, arguments, first)
-            return None if call is None else Found(session, call, key, arguments)
+            found = self._find(arguments)
+            if found is not None:
+                found.session.take(found)
+            return found
+
+    def _find(self, arguments: Mapping[str, Any]) -> Found | None:
+        parts = identity_of(self._adapter, arguments)
+        key = self._shared.names.key(parts)
+        session = self._by_key.get(key)
+        if session is None:
+            return self._join(key, parts, arguments)
+        if not session.free():
+            return None
+        call = read_call(session.adapter, arguments, self._shared)
+        first = None if call is None else session.timeline.mistook(call)
+        if first is not None:
+            return self._open(key, arguments, first)
+        return None if call is None else Found(session, call, key, arguments)
 
     def follow(self, found: Found) -> None:
         """After a call: know its context again where the cache made its tensors anew."""
@@ -66,13 +72,13 @@ class Sessions:
         if call is None:
             return None
         for known, session in list(self._by_key.items()):
-            session.notice_end()
-            if not gone(known) and session.timeline.takes(call):
+            idle = session.idle()
+            if idle and not gone(known) and session.timeline.takes(call):
                 self._by_key[key] = session
                 return Found(session, call, key, arguments)
             if gone(known) and session.timeline.continues(call):
                 self._shared.names.follow(known, parts)
-                return self.of(arguments)
+                return self._find(arguments)
         self._forget_the_gone()
         return self._open(key, arguments)
 

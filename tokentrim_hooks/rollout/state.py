@@ -98,6 +98,10 @@ class ChunkState:
         else:
             self.heard.add(call.stream)
 
+    def awaits_pruning(self, call: Call) -> bool:
+        """Whether a call is the first of another branch, while this chunk was pruned."""
+        return bool(self.tokens) and call.stream not in self.pruned_streams and call.start == self.start
+
     def make_up_for(self, call: Call, phase: Phase) -> None:
         """Count a call that was taken for another video's when it was made."""
         self.hear(call, judged=True)

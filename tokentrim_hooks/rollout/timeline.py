@@ -39,6 +39,7 @@ class Timeline:
         rolls = type(adapter).in_flight is not Adapter.in_flight
         self.pace = Pace(shared.habits, shared.probe == "candidate" and shared.policy.judges, rolls)
         self._left: list[Traces] = []
+        self._midway = False
         self.compares = any(policy.compares for policy in shared.policies)
         self.keeps_opening = any(policy.overrides("correct") for policy in shared.policies)
 
@@ -48,6 +49,15 @@ class Timeline:
         Guidance keeps one context per branch, and the branches take turns. The stream that a video's first call reads
         is judged; a call of another stream at the same frames is a branch of the same chunk, elsewhere a new video.
         """
+        if self._midway:
+            # The call before was broken off in here (Ctrl-C, a failure): nobody can go on from where that has left us.
+            self.reset()
+        self._midway = True
+        phase = self._place(call)
+        self._midway = False
+        return phase
+
+    def _place(self, call: Call) -> Phase | None:
         video, chunk = self.video, self.chunk
         if video is not None and video.has_branch(call, chunk):
             video.streams.add(call.stream)

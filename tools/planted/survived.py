@@ -49,7 +49,7 @@ SURVIVED = (
     planted(
         "rollout",
         "session",
-        "late = phase is None and not self.shared.policy.persist and _awaits_pruning(call, chunk)",
+        "late = phase is None and not self.shared.policy.persist and chunk.awaits_pruning(call)",
         "late = False",
         "a branch is not regenerated where the tokens come back",
         OURS + "a_branch_is_regenerated_where_the_tokens_come_back",
