@@ -185,7 +185,8 @@ class Adapter(ABC, Generic[CallT]):
     def parse(self, arguments: Mapping[str, Any]) -> CallT | None:
         """Translate one denoiser call, just before it is made.
 
-        Asked per call of the sampler, in order, not for a replay; of the same arguments it must answer the same.
+        Asked per call of the sampler, in order, not for a replay; of the same arguments it must answer the same, but
+        for a number in ``stream``, which may count the calls of a step where nothing else tells guidance's branches.
 
         Args:
             arguments: the denoiser's arguments by name, defaults included; for a :class:`Method` also ``self``.
