@@ -2,8 +2,8 @@
 
 ``python tools/full_size.py`` measures two of its layers (12 heads of 128, 1,560 tokens a frame, 21 frames in the
 window, 3 in a chunk) with random weights: single calls, for a whole video takes hours on a CPU. The window is full from
-the beginning; calls that are not measured go without the attention kernel. Times are CPU time of one thread, all arms
-in turns in one process; run it as ``MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000 python
+the beginning; calls that are not measured go without their products of matrices. Times are CPU time of one thread, all
+arms in turns in one process; run it as ``MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000 python
 tools/full_size.py``, see growth.py. What a whole video costs follows by arithmetic (:func:`whole_video`).
 """
 
@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.experiments.bench.memory import Alive
@@ -37,39 +36,60 @@ COMMITS = 6
 """Frames that CommitWindow lets a commit read."""
 
 
-class Kernel:
-    """Attention's kernel, which only runs while it is ``on``."""
+class Kernels:
+    """The model's products of matrices, attention's among them, which are only made while they are ``on``."""
 
     def __init__(self) -> None:
         self.on = False
-        self._attend = reference._dot_product
+        self._attend, self._multiply = reference._dot_product, nn.Linear.forward
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As the model's own; ``q`` while it is off."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As the model's own; ``q`` while they are off."""
         return self._attend(q, k, v) if self.on else q
+
+    def linear(self) -> Callable[[nn.Linear, Tensor], Tensor]:
+        """In the place of ``Linear.forward``; zeros while they are off."""
+
+        def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+            return self._multiply(layer, x) if self.on else x.new_zeros(*x.shape[:-1], layer.out_features)
+
+        return forward
+
+    @contextmanager
+    def switched(self) -> Iterator[None]:
+        """While these stand in for the model's own."""
+        places = (
+            mock.patch.object(reference, "_dot_product", self.attend),
+            mock.patch.object(nn.Linear, "forward", self.linear()),
+        )
+        with places[0], places[1]:
+            yield
 
 
 class Video:
-    """A video whose window is full, call by call."""
+    """A video whose window is full, call by call. Its cache is made once, and serves one video after the other."""
 
     def __init__(self, pipeline: ReferencePipeline, dtype: torch.dtype) -> None:
-        self.model, self.frame = pipeline.generator.model, pipeline.frame_seq_length
-        rows, heads = WINDOW * self.frame, self.model.num_heads
-        rng = torch.Generator().manual_seed(0)
-        shape = (1, rows, heads, self.model.head_dim)
-        self.cache = [
-            {name: torch.randn(shape, generator=rng).to(dtype) for name in "kv"}
-            | {name: torch.tensor([rows]) for name in ("global_end_index", "local_end_index")}
-            for _ in range(self.model.num_layers)
+        self.generator, self.frame = pipeline.generator, pipeline.frame_seq_length
+        model, rng = pipeline.generator.model, torch.Generator().manual_seed(0)
+        self.rows, self.chunk = WINDOW * self.frame, 0
+        shape = (1, self.rows, model.num_heads, model.head_dim)
+        self.cache: list[dict[str, Tensor]] = [
+            {name: torch.randn(shape, generator=rng).to(dtype) for name in "kv"} for _ in range(model.num_layers)
         ]
-        height, width = self.model.grid
-        self.noise = torch.randn(1, FRAMES, 3, 4 * height, 4 * width, generator=rng).to(dtype)
-        self.chunk, self.generator = 0, pipeline.generator
+        height, width = model.grid
+        self.noise = torch.randn(2, 1, FRAMES, 3, 4 * height, 4 * width, generator=rng).to(dtype)
+
+    def begin(self) -> None:
+        """Another video in the same cache."""
+        self.chunk = 0
+        for layer in self.cache:
+            layer |= {name: torch.tensor([self.rows]) for name in ("global_end_index", "local_end_index")}
 
     def call(self, step: int, latents: Tensor | None = None) -> Tensor:
         """One denoiser call of the chunk in progress; x0."""
-        start = (WINDOW + self.chunk * FRAMES) * self.frame
-        given = self.noise if latents is None else latents
+        start = self.rows + self.chunk * FRAMES * self.frame
+        given = self.noise[self.chunk] if latents is None else latents
         timestep = torch.full((1, FRAMES), step)
         answer: Tensor = self.generator(given, None, timestep, kv_cache=self.cache, current_start=start)[1]
         return answer
@@ -79,42 +99,40 @@ class Video:
         self.call(0, x0)
         self.chunk += 1
 
+    @property
+    def bytes(self) -> int:
+        """Of the cache."""
+        return sum(int(tensor.nbytes) for layer in self.cache for tensor in layer.values())
+
 
 def arms() -> dict[str, tuple[list[tokentrim.Policy], bool]]:
     """Policies by arm, and whether it is the commit that is measured, not the call behind the prune."""
     dead = {f"{share:.0%} dead": ([ForcedPolicy({1: share})], False) for share in SHARES}
     window = {f"CommitWindow({COMMITS}), commit": ([tokentrim.CommitWindow(COMMITS)], True)}
-    return {"unpatched": ([], False), "observing": ([tokentrim.ObservePolicy()], False), **dead, **window}
-
-
-@contextmanager
-def measured(kernel: Kernel, take: Callable[[], Any]) -> Iterator[list[float]]:
-    """CPU seconds of the block, with the kernel on; or what ``take`` counts of it, without."""
-    found: list[float] = []
-    counting = take()
-    kernel.on = counting is None
-    began = time.process_time()
-    with counting or nullcontext():
-        yield found
-    found.append(time.process_time() - began if counting is None else counting.peak)
-    kernel.on = False
+    return {"unpatched": ([], False), **dead, **window, "unpatched again": ([], False)}
 
 
 @torch.no_grad()
-def cost(pipeline: ReferencePipeline, arm: str, kernel: Kernel, dtype: torch.dtype, take: Callable[[], Any]) -> float:
-    """Of one call of an arm."""
+def cost(video: Video, arm: str, kernels: Kernels, peak: bool = False) -> float:
+    """CPU seconds of one call of an arm; or the peak of the bytes that it makes, which needs no kernels."""
     policies, of_commit = arms()[arm]
-    video, generator = Video(pipeline, dtype), pipeline.generator
-    with tokentrim.patched(generator, policies) if policies else nullcontext() as handle:
+    video.begin()
+    with tokentrim.patched(video.generator, policies) if policies else nullcontext() as handle:
         x0 = video.call(1000)
         if not of_commit:
             video.finish(x0)
             video.call(1000)
         # Behind a prune the first call has been made again; this one is like all that follow.
-        with measured(kernel, take) as found:
-            video.call(*((0, x0) if of_commit else (500, video.noise + 0)))
+        given = (0, x0) if of_commit else (500, video.noise[video.chunk] + 0)
+        if peak:
+            with Alive() as alive:
+                video.call(*given)
+            return float(alive.peak)
+        kernels.on, began = True, time.process_time()
+        video.call(*given)
+        seconds, kernels.on = time.process_time() - began, False
     assert handle is None or handle.report.triggers == arm.endswith("dead"), handle.report.summary()
-    return found[0]
+    return seconds
 
 
 def whole_video(ratios: dict[float, float]) -> tuple[float, float, float | None]:
@@ -136,26 +154,28 @@ def whole_video(ratios: dict[float, float]) -> tuple[float, float, float | None]
     return fixed, slope, share if 0 < share < 1 else None
 
 
-def main(dtype: torch.dtype, rounds: int, small: bool) -> dict[str, Any]:
+def main(dtype: torch.dtype, rounds: int, small: bool, file: Path | None) -> None:
     """Measure and print."""
-    kernel = Kernel()
-    with mock.patch.object(reference, "_dot_product", kernel):
-        pipeline = ReferencePipeline.random(local_attn_size=WINDOW, dtype=dtype, **(SMALL if small else FULL))
-        peaks = {arm: cost(pipeline, arm, kernel, dtype, Alive) for arm in arms()}
-        times: dict[str, list[float]] = {arm: [] for arm in arms()}
+    pipeline = ReferencePipeline.random(local_attn_size=WINDOW, dtype=dtype, **(SMALL if small else FULL))
+    video, kernels, names = Video(pipeline, dtype), Kernels(), list(arms())
+    with kernels.switched():
+        peaks = {arm: cost(video, arm, kernels, peak=True) for arm in names}
+        times: dict[str, list[float]] = {arm: [] for arm in names}
         for turn in range(rounds):
-            for arm in list(times)[:: 1 if turn % 2 else -1]:
-                times[arm].append(cost(pipeline, arm, kernel, dtype, lambda: None))
+            for arm in names[:: -1 if turn % 2 else 1]:
+                times[arm].append(cost(video, arm, kernels))
                 print(turn, arm, f"{times[arm][-1]:.2f} s", flush=True)
+            if file:
+                file.write_text(json.dumps({"times": times, "peaks": peaks, "cache": video.bytes}))
     ratios = {arm: [a / b for a, b in zip(found, times["unpatched"], strict=True)] for arm, found in times.items()}
     for arm, found in ratios.items():
-        ends = f"{min(found):.3f} to {max(found):.3f}"
-        memory = f"peak {peaks[arm] / 2**20:.0f} MiB, x {peaks[arm] / peaks['unpatched']:.3f}"
-        print(f"{arm}: {statistics.median(times[arm]):.2f} s, x {statistics.median(found):.3f} ({ends}); {memory}")
+        ends, whole = f"{min(found):.3f} to {max(found):.3f}", (peaks[arm] + video.bytes) / 2**20
+        more = (peaks[arm] - peaks["unpatched"]) / 2**20
+        print(f"{arm}: {statistics.median(times[arm]):.2f} s, x {statistics.median(found):.3f} ({ends}); "
+              f"peak with the cache {whole:.0f} MiB ({more:+.0f})")  # fmt: skip
     fixed, slope, share = whole_video({share: statistics.median(ratios[f"{share:.0%} dead"]) for share in SHARES})
     even = "at no share" if share is None else f"at {share:.1%} of the tokens"
     print(f"a call with dead tokens: {fixed:+.3f}, and {slope:+.3f} for all keys; a trigger breaks even {even}")
-    return {"times": times, "peaks": peaks, "fixed": fixed, "slope": slope, "even": share}
 
 
 if __name__ == "__main__":
@@ -166,6 +186,4 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = main(getattr(torch, options.dtype), options.rounds, options.small)
-    if options.json:
-        options.json.write_text(json.dumps(results))
+    main(getattr(torch, options.dtype), options.rounds, options.small, options.json)

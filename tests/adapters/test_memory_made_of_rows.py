@@ -388,3 +388,30 @@ def test_accounting_costs_no_synchronisation() -> None:
         return sum(event.ours and "pruning/" in event.place for event in log.events)
 
     assert waits(SelfForcing) == waits(Trusting) > 0
+
+
+def test_within_a_chunk_keys_are_looked_for_where_they_lay_and_then_everywhere() -> None:
+    """No sort where all but the chunk's own keys lie as in its call before; where they do not, what is known stays so.
+
+    And what is not known is refused as in a chunk's first call.
+    """
+    torch.manual_seed(0)
+    rows, alive = torch.randn(1, 8, 2, 8), torch.arange(10)[None] > 0
+    account = KeyAccount(CacheRows([rows], 0, 8, 4))
+
+    def call(start: int, values: torch.Tensor) -> int:
+        account.begin(start)
+        with torch.profiler.profile() as profile:
+            known = account.known(values, new=2)
+            account.require(alive, known, new=2)
+        return sum(event.count for event in profile.key_averages() if event.key == "aten::sort")
+
+    def keys(*parts: torch.Tensor) -> torch.Tensor:
+        return torch.cat([*parts, torch.randn(1, 2, 2, 8)], dim=1)
+
+    assert call(3, keys(rows)) == 1
+    assert call(3, keys(rows)) == 0, "looked for everywhere, though nothing has moved"
+    assert call(3, keys(rows.roll(4, 1))) == 1
+    assert call(6, keys(rows)) == 1, "another chunk, whose rows may have moved"
+    with pytest.raises(UnsupportedContextError, match="4 of 10 keys"):
+        call(6, keys(rows[:, :4], rows[:, :4] / 2 + rows[:, 4:] / 2))

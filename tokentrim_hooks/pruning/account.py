@@ -9,6 +9,9 @@ a content that no row has had is refused.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,7 +44,13 @@ class KeyAccount:
         self._most = (context.stop, int(values.shape[1])) if values.ndim == 4 else None
         # What the call that came first after a prune was held to: its other parts are, too.
         self._marked_most: tuple[list[int], tuple[int, int] | None] = ([], None)
+        self._start, self._same = -1, False
+        self._thorough: Callable[[], Tensor] | None = None
         self.read(context)
+
+    def begin(self, start: int) -> None:
+        """A call comes for the chunk at latent frame ``start``: rows move between chunks, hardly within one."""
+        self._start, self._same = start, start == self._start
 
     def read(self, context: CacheRows) -> None:
         """Know all rows that a cache holds: at a prune, or where rows were rewritten on purpose."""
@@ -56,12 +65,13 @@ class KeyAccount:
             new: keys that are the chunk's own, at most.
             part: samples that the call is made with, where not with all: what the others have seen stays known.
         """
-        contents = _contents(values, self._kind)
-        found = _among(contents, torch.cat([self._rows.to(contents.device), *self._seen.values()]))
-        # A row that is NaN or infinite all over is no mark of ours: the model has diverged, which is told elsewhere.
-        # One that is 0 all over is no memory: it pads keys.
-        some = values[..., 0, : 1 + ELEMENTS].float()
-        found = found | ~some[..., 1:].isfinite().all(-1) | (some == 0).all(-1)
+        contents, latest = _contents(values, self._kind), self._seen.get(new)
+        thorough = functools.partial(_found, values, contents, [self._rows, *self._seen.values()])
+        if self._same and part is None and latest is not None and latest.numel() == contents.numel():
+            # All but the chunk's own lie where they lay in its call before: to find them there costs no sort.
+            found, self._thorough = (contents.flatten() == latest).view_as(contents), thorough
+        else:
+            found, self._thorough = thorough(), None
         kinds = {queries: seen for queries, seen in self._seen.items() if queries != new}
         others = [self._seen[new]] if part is not None and new in self._seen else []
         seen = torch.cat([*others, contents.flatten()]) if others else contents.flatten()
@@ -96,14 +106,21 @@ class KeyAccount:
             return
         keys = int(alive.shape[1])
         history, size = most or (keys, keys)
-        strange, spread = (int(flags.sum(1).max()) for flags in (~known, ~known & ~alive))
         more = 0 if padded or keys == size else keys - new - history
-        beside = max(strange - new, more, spread)
+        thorough, self._thorough = self._thorough, None
+        beside = max(_strange(alive, known, new), more)
+        if beside > 0 and thorough is not None:
+            beside = max(_strange(alive, thorough().cpu(), new), more)
         if beside > 0:
             raise UnsupportedContextError(
                 f"{beside} of {keys} keys in self attention are no rows of the KV cache: memory that keeps what is "
                 "pruned?\nSwitch it off (a mean, a bank), or write an adapter that spares it, with keeps_memory = True."
             )
+
+
+def _strange(alive: Tensor, known: Tensor, new: int) -> int:
+    """Keys that are unknown, more than ``new`` of them, or unknown and dead; of the sample that has most."""
+    return max(int((~known).sum(1).max()) - new, int((~known & ~alive).sum(1).max()))
 
 
 def keeps_contents(context: CacheRows) -> bool:
@@ -120,8 +137,9 @@ def _contents(values: Tensor, kind: torch.dtype) -> Tensor:
     if kind.itemsize == 1:
         return _signs(values)
     elements = values[..., 0, 1 : 1 + ELEMENTS].to(kind).float()
-    number = torch.zeros_like(elements[..., 0], dtype=torch.long)
-    for bits in elements.view(torch.int32).unbind(-1):
+    first, *others = elements.view(torch.int32).unbind(-1)
+    number = first.long()
+    for bits in others:
         number = number * MIXER + bits
     return number
 
@@ -131,6 +149,15 @@ def _signs(values: Tensor) -> Tensor:
     rows = values[..., 0, :] if values.shape[-1] > SIGNS else values.flatten(-2)
     signs = rows[..., 1 : 1 + SIGNS].float().signbit().long()
     return (signs << torch.arange(signs.shape[-1], device=signs.device)).sum(-1)
+
+
+def _found(values: Tensor, contents: Tensor, known: list[Tensor]) -> Tensor:
+    """Which keys have a content that is known, or are no memory for another reason."""
+    found = _among(contents, torch.cat([rows.to(contents.device) for rows in known]))
+    # A row that is NaN or infinite all over is no mark of ours: the model has diverged, which is told elsewhere. One
+    # that is 0 all over is no memory: it pads keys.
+    some = values[..., 0, : 1 + ELEMENTS].float()
+    return found | ~some[..., 1:].isfinite().all(-1) | (some == 0).all(-1)
 
 
 def _among(contents: Tensor, known: Tensor) -> Tensor:

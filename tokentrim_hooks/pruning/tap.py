@@ -46,11 +46,11 @@ def live_keys(groups: Sequence[QueryGroup], device: torch.device) -> tuple[LiveK
 
 
 def _live_in(group: QueryGroup, device: torch.device) -> LiveKeys:
-    rows, kind = torch.unique(group.alive, dim=0, return_inverse=True)
+    rows, kind = (group.alive, None) if len(group.alive) == 1 else torch.unique(group.alive, dim=0, return_inverse=True)
     if not bool(rows.any(dim=1).all()):
         raise UnsupportedContextError("pruning would leave a sample with no key at all; choose fewer tokens")
     index = tuple(_moved(row.nonzero().squeeze(1), device) for row in rows)
-    if len(rows) == 1:
+    if kind is None or len(rows) == 1:
         return LiveKeys(group.start, group.stop, index)
     order = kind.argsort(stable=True)
     samples = tuple(_moved(part, device) for part in order.split(kind.bincount().tolist()))

@@ -96,7 +96,8 @@ class Pruner:
             self._frames |= layout.frames
         self._tapped += self.dead
         veil, gated = self._fleeting if self._hid else None, self.proof.layers > 0
-        account = self._accounts.get(call.stream) if call.stream in self._marked else None
+        if account := self._accounts.get(call.stream) if call.stream in self._marked else None:
+            account.begin(call.start)
         own = call.frames * math.prod(grid_of(call.latents, self._patch_size))
         dead, failures = self._dead_tokens, self._failures
         if part is not None:
