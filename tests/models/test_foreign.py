@@ -53,5 +53,5 @@ def _run_suite(package: str, folder: Path, report: Path, record: list[str]) -> s
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=report.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=600, check=False,
+        timeout=1800, check=False,
     )  # fmt: skip

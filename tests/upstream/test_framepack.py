@@ -28,7 +28,7 @@ KITS = ("TestForward", "TestBackward", "TestForwardWithTeaCache")
 def found() -> dict[str, Any]:
     folder = folder_of("FramePack")
     script = Path(__file__).with_name("framepack_script.py")
-    run = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=600)
+    run = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stderr[-3000:]
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))
     return json.loads(line.removeprefix("RESULT "))
@@ -45,7 +45,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
     options += passed_on(pytestconfig)
     command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", str(here / "framepack_kit.py")]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=report.parent, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=report.parent, env=environment)
     assert report.is_file(), (run.stdout + run.stderr)[-3000:]
     return list(ElementTree.parse(report).iter("testcase"))
 
