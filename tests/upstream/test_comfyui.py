@@ -169,6 +169,15 @@ def test_lighter_frames_equal_biased_attention(comfy: Comfy, model: Any) -> None
     assert difference(ours, reference) <= TOLERANCE and difference(ours, video(comfy, model, setup)) > VISIBLE
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(comfy: Comfy, dtype: torch.dtype) -> None:
+    half = model_of(comfy, dtype)
+    plain = video(comfy, half, Setup())
+    assert half.model.get_dtype() is dtype and torch.equal(video(comfy, applied(half, ObservePolicy()), Setup()), plain)
+    ours = video(comfy, applied(half, ForcedPolicy({4: [DEAD]})), Setup())
+    assert difference(ours, plain) > VISIBLE and torch.equal(ours, masked(comfy, half, Setup(), {4: [DEAD]}, drop=True))
+
+
 def test_an_ordinary_model_is_refused_in_words(comfy: Comfy, model: Any) -> None:
     plain = comfy.supported.WAN21_T2V({"image_model": "wan2.1", "model_type": "t2v", "dim": 128, "num_layers": 1})
     base = plain.get_model({}, device="meta")

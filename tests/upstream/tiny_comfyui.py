@@ -91,8 +91,9 @@ def model_of(comfy: Comfy, dtype: torch.dtype = torch.float32) -> Any:
     sizes = {"dim": DIM, "ffn_dim": 128, "freq_dim": 32, "text_dim": TEXT, "num_heads": 2, "num_layers": LAYERS}
     config = comfy.supported.WAN21_CausalAR_T2V({"image_model": "wan2.1", "model_type": "t2v", "dtype": dtype, **sizes})
     base = config.get_model({}, device="cpu")
-    randomise(base.diffusion_model)
-    base.diffusion_model.to(dtype)
+    dtypes = [parameter.dtype for parameter in base.diffusion_model.parameters()]  # some layers stay in float32
+    for parameter, own in zip(randomise(base.diffusion_model).parameters(), dtypes, strict=True):
+        parameter.data = parameter.data.to(own)
     device = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=device)
 
