@@ -13,7 +13,6 @@ are refused, with the reason.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -40,6 +39,8 @@ from tokentrim_hooks import (
     parameters_of,
     shares_storage,
 )
+
+from ._replaced import replaced_forward
 
 PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache", "crossattn_cache", "current_start")
 """Parameters that the forward of every generator wrapper of the family takes."""
@@ -276,21 +277,6 @@ def history_rows(arguments: Mapping[str, Any], new: int, per_frame: int, anchors
 def start_of(arguments: Mapping[str, Any]) -> int:
     """First token of the call, counted from the start of the video."""
     return int(arguments["current_start"] or 0)
-
-
-def replaced_forward(layer: nn.Module) -> str:
-    """By what function a layer's forward was replaced that deals with the cache itself; empty if it was not.
-
-    On the object, as forks do that install themselves into a model, or on its class. A wrapper that hands on whatever
-    it is given is none, nor is one that says what it wraps, if that is the layer's own.
-    """
-    forward: Any = inspect.unwrap(layer.forward)
-    function = getattr(forward, "__func__", forward)
-    name = str(getattr(function, "__qualname__", ""))
-    own = any(name.endswith(f"{kind.__name__}.forward") for kind in type(layer).__mro__)
-    if own or not inspect.isfunction(function) or "kv_cache" not in inspect.signature(function).parameters:
-        return ""
-    return f"{function.__module__}.{name}"
 
 
 def self_attentions(generator: object) -> list[Any]:

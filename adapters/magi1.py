@@ -40,6 +40,8 @@ from tokentrim_hooks import (
     layers_of,
 )
 
+from ._replaced import replaced_forward
+
 DENOISER = "forward_dispatcher"
 
 
@@ -86,6 +88,11 @@ class Magi1(Adapter):
         memory, options = arguments["inference_params"], arguments["kwargs"]
         if arguments["self"].runtime_config is not self.runtime or memory is None:
             return None
+        if other := replaced_forward(arguments["self"], "inference_params"):
+            raise UnsupportedContextError(
+                f"the model's forward was replaced by {other}, which keeps K and V and leaves out calls by rules of "
+                "its own.\nNothing of it can be pruned: sample without it, as FlowCache's entry.py does."
+            )
         self.new_memory = self.memory is None or self.memory() is not memory
         self.memory = weakref.ref(memory)
         width = int(options["chunk_width"])
@@ -185,7 +192,9 @@ def _attend_one(
         max_seqlen_q=query.shape[0],
         max_seqlen_k=key.shape[0],
     )
-    meta = dataclasses.replace(meta_args, denoising_range_num=1, core_attn_params=alone)
+    # FlowCache counts the chunks of the call from here, where it is one.
+    first = {"start_chunk_id": meta_args.slice_point} if hasattr(meta_args, "start_chunk_id") else {}
+    meta = dataclasses.replace(meta_args, denoising_range_num=1, core_attn_params=alone, **first)
     return attention(query, key, value, 1, meta)
 
 

@@ -123,6 +123,21 @@ def test_lengths_follow_the_keys() -> None:
     assert told == [[6], [4]]
 
 
+def _is_first(values: Tensor) -> bool:
+    return float(values[0, 0, 0, 1]) == float(V[0, 0, 0, 1])
+
+
+def test_only_some_calls_of_a_function_read_the_context() -> None:
+    """Those of which ``only`` says so; of the others every key is seen, infinite ones and all."""
+    functions, patches = {"attend": plain}, Patches()
+    patches.tap(functions, "attend", only=_is_first)
+    other = marked() + 1
+    output, unseen = (through_tap(functions["attend"], Q, K, values) for values in (marked(), other))
+    patches.undo()
+    assert torch.equal(output, plain(Q, K[:, LIVE], V[:, LIVE]))
+    assert not unseen.isfinite().all() and torch.equal(unseen.nan_to_num(), plain(Q, K, other).nan_to_num())
+
+
 def test_rows_of_the_current_chunk_amid_history_are_spared() -> None:
     """A ring buffer of 4 frames of 2 rows: the sink and the slot of the current chunk get no mark."""
     values = torch.zeros(1, 8, 1, 4)

@@ -119,10 +119,10 @@ def prompt() -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def magi1() -> Iterator[Repository]:
-    """Open the checkout in a process group of one."""
+def magi1(name: str = "MAGI-1", subfolder: str = "") -> Iterator[Repository]:
+    """Open the checkout, or a fork's, in a process group of one."""
     torch.utils._triton.has_triton_package()  # asked while there is no stand-in, and remembered by torch
-    with checkout("MAGI-1", STUBS) as folder, process_group():
+    with checkout(name, STUBS, subfolder) as folder, process_group():
         importlib.import_module("triton").jit = lambda function: function
         tokens = {"SPECIAL_TOKEN_PATH": str(folder / "example/assets/special_tokens.npz")}
         sys.modules.update(heavy_modules())

@@ -11,6 +11,7 @@ import pytest
 import tiny_causvid
 import tiny_forks
 import tiny_longlive
+import tiny_matrix_game
 import tiny_memflow
 import tiny_memrope
 import tiny_rolling_forcing
@@ -23,6 +24,7 @@ from tokentrim_hooks_adapters.causvid import CausVid
 from tokentrim_hooks_adapters.infinity_rope import InfinityRope
 from tokentrim_hooks_adapters.krea import KreaRealtime
 from tokentrim_hooks_adapters.longlive import LongLive
+from tokentrim_hooks_adapters.matrix_game2 import MatrixGame2
 from tokentrim_hooks_adapters.memflow import MemFlow
 from tokentrim_hooks_adapters.memrope import MemRope
 from tokentrim_hooks_adapters.reward_forcing import RewardForcing
@@ -166,6 +168,28 @@ class TestCausVid(Kit):
 
     def make_model(self) -> Any:
         return tiny_causvid.pipeline_of(self.repository, tiny_causvid.Setup())
+
+
+class TestMatrixGame(Kit):
+    """Two caches, one of them by site: a window of six frames, as in two of its configurations."""
+
+    adapter = MatrixGame2
+    anchor_frames, late_chunk = 0, 6
+    opened = staticmethod(tiny_matrix_game.matrix_game)
+
+    def make_model(self) -> Any:
+        return tiny_matrix_game.matrix_pipeline(self.repository, Setup(window=6))
+
+    def generate(self, model: Any, noise: Tensor) -> Tensor:
+        return tiny_matrix_game.generate(model, noise.shape[1], noise=noise)
+
+    def reference(self, model: Any, seed: int) -> Tensor:
+        source = tiny_matrix_game.source_of(self.repository, model)
+        prunes = [Prune(3 * self.chunk_to_prune, [self.tokens])]
+        with tiny_matrix_game.MouseReference(source, prunes, action=self.repository.diffusion) as reference:
+            latents = self.run(model, seed)
+        assert any(reference.sites) and any(any(counts) for counts in reference.masked)
+        return latents
 
 
 class TestMemFlow(Kit):

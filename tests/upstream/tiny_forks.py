@@ -18,9 +18,11 @@ FULL_SIZE = 1560
 
 
 @contextmanager
-def rescaled(function: types.FunctionType, scales: tuple[int, ...] = (1,)) -> Iterator[None]:
-    """Bring the literal numbers of tokens (times ``scales``) in ``function`` down to the tiny model's, for a while."""
-    small = {sign * FULL_SIZE * times: sign * TOKENS * times for times in scales for sign in (1, -1)}
+def rescaled(
+    function: types.FunctionType, scales: tuple[int, ...] = (1,), full: int = FULL_SIZE
+) -> Iterator[None]:
+    """Bring the literal numbers of tokens (``full``, times ``scales``) down to the tiny model's, for a while."""
+    small = {sign * full * times: sign * TOKENS * times for times in scales for sign in (1, -1)}
     before, defaults = function.__code__, function.__defaults__
     function.__code__ = _with_constants(before, small)
     function.__defaults__ = defaults and tuple(_swapped(value, small) for value in defaults)

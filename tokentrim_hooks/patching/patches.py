@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import wrapt
-from torch import nn
+from torch import Tensor, nn
 
 from tokentrim_hooks.errors import AttachError
 from tokentrim_hooks.failures import FailurePolicy
@@ -129,6 +129,7 @@ class Patches:
         lengths: str | None = None,
         heads: str | None = None,
         within: Iterable[nn.Module] = (),
+        only: Callable[[Tensor], bool] | None = None,
     ) -> None:
         """Let only live keys reach the attention function ``namespace.name``.
 
@@ -140,12 +141,14 @@ class Patches:
         calls it counts: so is ``torch.nn.functional.scaled_dot_product_attention``, whose names are known, tapped for
         modules that call it inside their own forward.
         A call that sets a parameter named in ``refuse`` raises instead of going wrong. ``lengths`` names the parameter
-        with the number of keys of each sample, where all given keys are valid.
+        with the number of keys of each sample, where all given keys are valid. ``only(v)``, a function of a module,
+        says whether a call reads the context, where the same function also reads a memory of something else.
 
         Raises:
             AttachError: there is no such function, it has no parameter of that name, or it is tapped otherwise already.
         """
-        site = TapSite.use(namespace, name, TapNames(q, k, v, mask, refuse, heads_first, lengths, heads))
+        names = TapNames(q, k, v, mask, refuse, heads_first, lengths, heads, only=only)
+        site = TapSite.use(namespace, name, names)
         self._undo.append(site.release)
         self.taps += 1
         modules = list(within)

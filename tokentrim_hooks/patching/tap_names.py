@@ -19,7 +19,8 @@ class TapNames:
     """Names under which an attention function takes query, key, value and mask; it refuses what ``refuse`` names.
 
     ``heads_first_out`` is for functions whose result, too, is ``[B, heads, length, head_dim]``; ``heads`` names the
-    parameter with the number of heads, for functions that take ``[B, length, heads * head_dim]``.
+    parameter with the number of heads, for functions that take ``[B, length, heads * head_dim]``. ``only(v)`` says
+    which of its calls count, where others read something else than the context.
     """
 
     q: str = "q"
@@ -31,6 +32,7 @@ class TapNames:
     lengths: str | None = None
     heads: str | None = None
     heads_first_out: bool = False
+    only: Callable[[Tensor], bool] | None = None
 
     def require_in(self, signature: inspect.Signature, label: str) -> None:
         """Raise AttachError unless a function takes what these names say (those in ``refuse`` may be missing)."""

@@ -190,6 +190,8 @@ class TapSite:
     def _attend_live(self, tap: CallTap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self.signature.bind(*args, **kwargs)
         given, names = bound.arguments, self.names
+        if names.only is not None and not names.only(given[names.v]):
+            return self.original(*args, **kwargs)
         for name in names.refuse:
             if given.get(name) is not None and given[name] is not False:
                 raise UnsupportedContextError(f"cannot prune while {self.name}() is called with {name}; leave it out")
