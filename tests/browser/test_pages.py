@@ -145,6 +145,15 @@ def test_the_comparison_draws_every_interval(browser, comparison, dark):
     assert background < 60 if dark else background > 200
 
 
+def test_on_a_phone_the_comparison_begins_with_its_results(browser, comparison):
+    """Pairs and shares stand below the setting's name there, and in columns of their own elsewhere."""
+    for width, below in ((WIDTHS["phone"], True), (WIDTHS["desktop"], False)):
+        browser.open(comparison, width)
+        assert browser.boxes("td svg")[0][2] <= width
+        seen = "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).length"
+        assert (browser.ask(seen, ".narrow") > 0) == below and (browser.ask(seen, "td.share") > 0) != below
+
+
 CONTRAST = """
 const light = colour => { const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(v => {
     v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });

@@ -58,6 +58,13 @@ def test_it_fits_logs_nothing_and_asks_for_nothing_but_its_videos(browser, page,
     }  # fmt: skip
 
 
+def test_a_command_is_not_broken_behind_a_hyphen(browser, page):
+    browser.open(page, 390)
+    heights = {bottom - top for _, top, _, bottom in browser.boxes("#again span")}
+    assert len(browser.boxes("#again span")) == 5 and max(heights) <= 24, "a word each, on one line"
+    assert browser.ask("return document.getElementById('again').textContent") == "tokentrim try --pairs 8 x.py"
+
+
 def test_both_videos_go_together(browser, page):
     browser.open(page, 1280)
     assert until(lambda: browser.ask("return [...document.querySelectorAll('video')].every(v => v.readyState > 1)"))

@@ -205,7 +205,7 @@ def test_command_on_a_users_function(tmp_path, capsys):
     ("arguments", "words"),
     [
         ([], "either"),
-        (["--reference", "x:y"], "either"),
+        (["--reference", "x:y"], "no kind of drift 'x:y'; there are fading"),
         (["--reference", "--untrained", "--only", "nonsense"], "no such setting"),
         (["--reference", "--untrained", "--fault", "chunk", "--chunks", "5"], "at least 8 chunks"),
         (["no_such_module_anywhere:make"], "cannot import"),

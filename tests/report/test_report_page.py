@@ -234,7 +234,7 @@ def test_verdict_says_which_chunks_and_whether_it_helped():
     assert verdict([ChunkRecord(0, 0, 0, 0, 3, {})]) == "No chunk was judged."
     pruned = [judged(3, 3.0, pruned=True, accepted_severity=1.0), judged(5, 4.0, pruned=True, accepted_severity=2.5)]
     assert verdict(calm + pruned).startswith("2 of 4 judged chunks regenerated: 3, 5. 1 of these stayed above")
-    assert verdict(calm + pruned[:1]).endswith("None of these stayed above the threshold after it.")
+    assert verdict(calm + pruned[:1]).endswith("Made again, it was below the threshold.")
 
 
 def test_maps_are_of_the_most_severe_chunks_in_order():

@@ -88,7 +88,8 @@ def _what_was_pruned(pair: Pair) -> str:
         early = f", {warming} of them while the statistics were warming up" if warming else ""
         return f"{len(judged)} chunks were judged{early}; none drifted above its threshold, so nothing was changed."
     numbers = ", ".join(map(str, pair.pruned)) or "none of the first video"
-    return f"{pair.report.triggers} of {len(judged)} judged chunks were pruned and made again: {numbers}."
+    were = "was" if pair.report.triggers == 1 else "were"
+    return f"{pair.report.triggers} of {len(judged)} judged chunks {were} pruned and made again: {numbers}."
 
 
 def _drift(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:

@@ -27,10 +27,11 @@ def headline(gathered: Gathered, settings: Mapping[str, Any]) -> str:
         return f"Nothing was pruned: none of {_count(tally.judged, 'judged chunk')}{many} was regenerated.{why}"
     touched = sum(run.tally.pruned > 0 for run in runs)
     where = f", in {touched} of {len(runs)} samples" if len(runs) > 1 else ""
+    were, their = ("was", "its") if tally.pruned == 1 else ("were", "their")
     return (
-        f"{tally.pruned} of {_count(tally.judged, 'judged chunk')} {_were(tally.pruned)} regenerated without their "
-        f"drifting tokens{where}. {_afterwards(tally)} Whether the video is better for it, no log can say: look at it, "
-        "or measure many pairs with tokentrim compare."
+        f"{tally.pruned} of {_count(tally.judged, 'judged chunk')} {were} regenerated without {their} drifting tokens"
+        f"{where}. {_afterwards(tally)} Whether the video is better for it, no log can say: look at it, or measure "
+        "many pairs with tokentrim compare."
     )
 
 
@@ -75,6 +76,9 @@ def verdict(tally: Tally) -> str:
 
 def _afterwards(tally: Tally) -> str:
     end = f"and {_were(tally.above)} accepted all the same" if tally.above else "after it"
+    if tally.pruned == 1:
+        still = "still above the threshold, and accepted all the same" if tally.above else "below the threshold"
+        return f"Made again, it was {still}."
     return f"{tally.above or 'None'} of these stayed above the threshold {end}."
 
 
