@@ -15,7 +15,7 @@ LINES = [
     for line in block.code.splitlines()
     if line.startswith("$ ")
 ]
-ELSEWHERE = ("pip install ", "cd ", "chromium ")
+ELSEWHERE = ("pip install ", "uv pip install ", "cd ", "chromium ")
 """Beginnings of commands that belong to other programs."""
 
 

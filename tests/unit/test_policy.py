@@ -1,11 +1,12 @@
 """Policies refuse bad settings and follow Algorithm 1 to the letter."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from tokentrim_hooks import DriftPolicy, History, ObservePolicy, Policy
+from tokentrim_hooks import DriftPolicy, History, ObservePolicy, Policy, make_policy
 from tokentrim_hooks.testing import ForcedPolicy, chunk_of
 
 BAD = [
@@ -110,3 +111,11 @@ def test_forced_policy_can_choose_samples():
     policy = ForcedPolicy({3: (1,)}, samples=(1,))
     verdict = policy.judge(chunk_of(torch.ones(2, 4), index=3), History(2, torch.zeros(2), torch.zeros(2)))
     assert verdict.prune.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("wrong", ["persists", "max_regeneration", "fracton"])
+def test_an_option_that_there_is_none_of_is_an_error_by_its_name(wrong):
+    """Never silence: a typo would run the paper's policy under another's name."""
+    for make in (DriftPolicy, partial(make_policy, "drift"), partial(make_policy, "adaptive")):
+        with pytest.raises(TypeError, match=wrong):
+            make(**{wrong: False})

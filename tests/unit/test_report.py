@@ -38,6 +38,16 @@ def test_summary_counts():
     assert Report().summary() == "tokentrim: no chunk seen yet"
 
 
+def test_a_report_that_is_shown_fits_on_a_line_of_a_screen():
+    """In a notebook and at the prompt: not its records, which may be thousands with a thousand drifts each."""
+    records = [record(n, drift=(0.5,) * 1560) for n in range(99)]
+    long = Report({"adapter": "self-forcing", "policy": "DriftPolicy"}, records)
+    assert repr(long) == (
+        "<Report self-forcing, DriftPolicy: tokentrim: 99 chunk records, 0 judged, 0 pruned; see summary()>"
+    )
+    assert repr(Report()) == "<Report tokentrim: no chunk seen yet; see summary()>"
+
+
 def test_save_writes_one_line_a_record(tmp_path):
     folder = Report({"adapter": "x"}, [record(0), record(1)]).save(tmp_path / "deep" / "run")
     lines = (folder / "chunks.jsonl").read_text().splitlines()
