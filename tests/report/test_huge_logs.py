@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.report import record as records
 from tokentrim_hooks.report.page import gathering, writing
 from tokentrim_hooks.report.page.charts import SIDE, cache_cells
@@ -73,6 +74,15 @@ def test_of_many_samples_some_are_drawn_and_all_are_counted(tmp_path, monkeypatc
     html = write_page(tmp_path).read_text()
     assert "The first 2 of 6 samples are drawn." in html and html.count('class="chart"') == 2
     assert html.count("not drawn") == 2 and "none of 18 judged chunks of 6 samples was regenerated" in html
+
+
+def test_how_long_a_large_log_takes_is_said_before_it_is_read(tmp_path, monkeypatch, capsys):
+    log = log_of(tmp_path, 3, grid=(1, 2))
+    assert main(["report", str(tmp_path)]) == 0 and not capsys.readouterr().err
+    monkeypatch.setattr("tokentrim_hooks.cli.report.LARGE", 100)
+    monkeypatch.setattr("tokentrim_hooks.cli.report.PER_SECOND", log.stat().st_size / 7)
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"tokentrim report: {log} has 0.0 GB, which takes about 7 seconds to read\n"
 
 
 def test_samples_that_cannot_be_told_apart_any_more_are_counted(tmp_path, monkeypatch):

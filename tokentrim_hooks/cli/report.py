@@ -8,9 +8,12 @@ from pathlib import Path
 
 import click
 
+from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import ReportError
 
 VIDEO = click.Path(dir_okay=False, path_type=Path)
+LARGE, PER_SECOND = 200e6, 25e6
+"""Bytes of a log from which on it is said how long reading takes, and how many a second are read."""
 
 
 @click.command()
@@ -32,8 +35,20 @@ def report(
         from tokentrim_hooks.cli.belongs import require_own
 
         require_own(video, folder)
+    _say_how_long(folder)
     click.echo(str(page_of(folder, video, unpatched, what_if)))
     _say_what_else(folder)
+
+
+def _say_how_long(folder: Path) -> None:
+    """A log of gigabytes takes minutes, in which nothing else would be seen."""
+    from tokentrim_hooks.report.record import log_in
+
+    log = log_in(folder) if folder.exists() else folder
+    size = log.stat().st_size if log.is_file() else 0
+    if size >= LARGE:
+        words = f"{log} has {size / 1e9:.1f} GB, which takes about {size / PER_SECOND:.0f} seconds to read"
+        print(printable(f"tokentrim report: {words}"), file=sys.stderr, flush=True)
 
 
 def _say_what_else(folder: Path) -> None:
