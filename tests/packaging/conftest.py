@@ -1,5 +1,6 @@
-"""Installing an example package as a stranger would, without an index."""
+"""Installing an example package as a stranger would, without an index, and running Python with it."""
 
+import os
 import subprocess
 import sys
 
@@ -19,3 +20,19 @@ def install(tmp_path_factory):
         return folder
 
     return into_a_folder
+
+
+@pytest.fixture(scope="session")
+def python():
+    """Run Python with a folder of packages before the others; what it prints, or a failure."""
+
+    def run(target, *arguments):
+        path = os.pathsep.join([str(target), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=target, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run

@@ -1,9 +1,6 @@
 """The node pack for ComfyUI installs offline, its adapter is found by its entry point, and its own tests pass."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,23 +15,12 @@ def target(install):
     return install(EXAMPLE)
 
 
-def python(target, *arguments):
-    """Run Python with the package installed; the rest of the path stays as it is."""
-    path = os.pathsep.join([str(target), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=target, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_the_adapter_is_found(target):
+def test_the_adapter_is_found(python, target):
     script = "import tokentrim_hooks as t; print([i.distribution for i in t.adapters() if i.name == 'comfyui-ar'])"
     assert python(target, "-c", script).strip() == "['comfyui-tokentrim 0.1.0']"
 
 
-def test_its_own_tests_pass(target):
+def test_its_own_tests_pass(python, target):
     out = python(target, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", str(EXAMPLE / "tests"))
     assert "passed" in out and "failed" not in out and "skipped" not in out
 

@@ -1,8 +1,5 @@
 """The example package installs offline, is found by its entry point, and passes its own conformance test."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,20 +27,11 @@ def target(install):
     return install(EXAMPLE)
 
 
-def python(target, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=target, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_found_and_used_through_entry_points(target):
+def test_found_and_used_through_entry_points(python, target):
     assert python(target, "-c", SCRIPT).split() == ["1", "16", "True"]
 
 
-def test_its_own_conformance_test_passes(target):
+def test_its_own_conformance_test_passes(python, target):
     test = str(EXAMPLE / "tests" / "test_conformance.py")
     out = python(target, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "-rs", test)
     assert "passed" in out and "failed" not in out

@@ -1,8 +1,5 @@
 """The example policy installs offline, is found by its entry point, passes the kit, and is used by the command line."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,27 +21,16 @@ def target(install):
     return install(EXAMPLE)
 
 
-def python(target, *arguments):
-    """Run Python with the package installed; the rest of the path stays as it is."""
-    path = os.pathsep.join([str(target), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=target, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_found_and_made_by_its_name(target):
+def test_found_and_made_by_its_name(python, target):
     assert python(target, "-c", SCRIPT).strip() == "ContrastLimit(limit=1.5)"
 
 
-def test_listed_by_the_command(target):
+def test_listed_by_the_command(python, target):
     row = next(line for line in python(target, "-m", "tokentrim_hooks", "policies").splitlines() if "contrast" in line)
     assert row.split()[:3] == ["contrast-limit", "correct", "contrast-tokentrim"]
 
 
-def test_its_own_test_passes(target):
+def test_its_own_test_passes(python, target):
     test = str(EXAMPLE / "tests" / "test_policy.py")
     out = python(target, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "-rs", test)
     assert "passed" in out and "failed" not in out
