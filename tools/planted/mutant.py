@@ -31,4 +31,5 @@ OURS = "adapters/test_core_mutants.py::test_"
 HIDE, SETTLE, CORRECT, ADAPTIVE = (
     f"policies/test_{name}.py::test_" for name in ("hide", "settle", "correct", "adaptive")
 )
+PARTS = "adapters/test_parts_of_a_batch.py::test_"
 PRUNING, WRONG = "properties/test_pruning_laws.py::test_", "unit/test_when_things_go_wrong.py::test_"

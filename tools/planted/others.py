@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planted.mutant import ADAPTIVE, CORRECT, HIDE, OURS, PRUNING, SETTLE, WRONG, planted
+from planted.mutant import ADAPTIVE, CORRECT, HIDE, OURS, PARTS, PRUNING, SETTLE, WRONG, planted
 
 OTHERS = (
     planted(
@@ -164,5 +164,53 @@ OTHERS = (
         "if False:",
         "tokens never come back",
         WRONG + "tokens_come_back_after_the_chunk_without_persist",
+    ),
+    planted(
+        "rollout",
+        "repeat/cut",
+        "            place = self.samples.of(whole[name])\n",
+        "            place = whole[name]\n",
+        "what a part of a batch puts into its cache goes to all samples",
+        PARTS + "a_cut_call_writes_into_its_own_rows_and_its_containers_are_carried_over",
+    ),
+    planted(
+        "rollout",
+        "repeat/parts",
+        "if kept := next(_kept_of_batch(module, runs[0]), \"\"):",
+        "if kept := \"\":",
+        "samples are called alone though the model keeps something of the batch",
+        PARTS + "what_cannot_be_cut_is_made_whole_and_said_once[keep_of_batch]",
+    ),
+    planted(
+        "rollout",
+        "replays",
+        "learn(module, key, why or trial.finding(whole))",
+        "learn(module, key, why)",
+        "samples that see one another are called alone",
+        PARTS + "what_cannot_be_cut_is_made_whole_and_said_once[mix]",
+    ),
+    planted(
+        "rollout",
+        "replays",
+        "redrawn, Some(runs, output)), 0",
+        "redrawn), 0",
+        "a part of a batch is paid for as the whole",
+        PARTS + "a_replay_of_one_of_eight_costs_an_eighth",
+    ),
+    planted(
+        "rollout",
+        "pruner",
+        "dead.of(part), FailurePolicy(), tuple",
+        "dead, FailurePolicy(), tuple",
+        "a part of a batch is made with the dead tokens of other samples",
+        PARTS + "samples_alone_are_what_they_are_in_the_whole_batch[skyreels-v2-0010]",
+    ),
+    planted(
+        "pruning",
+        "account",
+        "others = [self._seen[new]] if part is not None and new in self._seen else []",
+        "others = []",
+        "a part of a batch forgets the keys that the other samples have seen",
+        PARTS + "prune_again_after_parts_with_keys_that_others_have_seen",
     ),
 )
