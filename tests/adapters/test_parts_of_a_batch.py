@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from dataclasses import dataclass
 
 import framepack_tiny
 import helios_tiny
@@ -130,13 +132,26 @@ def test_weighed_keys_are_left_to_the_whole_batch(caplog, monkeypatch):
     assert "whole batch, flagged or not: a policy weighs keys" in caplog.text
 
 
-def test_prune_again_after_parts_with_keys_that_others_have_seen(monkeypatch):
-    """A part sees the keys of its samples; those that the other samples have seen before are not forgotten for it."""
-    plan = {2: [DEAD, DEAD, DEAD, DEAD], 3: [[], DEAD, [], []], 4: [[], [], DEAD, []]}
-    video, sizes, report = rolled_out("self-forcing", FreshNoise(ForcedPolicy(plan)))
-    assert report.triggers == 6 and sizes.count(1) == 2
+@dataclass(frozen=True)
+class ThenNothing(ForcedPolicy):
+    """Behind chunk 2 it asks for another attempt, of other noise, and prunes nothing."""
+
+    def judge(self, chunk, history):
+        verdict = super().judge(chunk, history)
+        return verdict if chunk.index == 2 else dataclasses.replace(verdict, tokens=verdict.tokens[:, :0])
+
+
+def test_keys_that_the_other_samples_have_seen_are_not_forgotten(monkeypatch):
+    """While something is dead keys are accounted for: those of samples that sit out a replay are known behind it."""
+    policy = FreshNoise(ThenNothing({2: [DEAD] * BATCH, 3: [[], DEAD, [], []], 4: [[], [], DEAD, []]}))
+
+    def make():
+        return tiny_reference.make(local_attn_size=12)
+
+    video, sizes, report = rolled_out("self-forcing", policy, pipeline=make())
+    assert sizes.count(1) == 2 and sum(record.regenerations for record in report) == BATCH + 2
     whole_batches(monkeypatch)
-    assert_alike(video, rolled_out("self-forcing", FreshNoise(ForcedPolicy(plan)))[0])
+    assert_alike(video, rolled_out("self-forcing", policy, pipeline=make())[0])
 
 
 # -------------------------------------------------------------------------------------------- what it costs

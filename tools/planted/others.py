@@ -179,7 +179,7 @@ OTHERS = (
         "if kept := next(_kept_of_batch(module, runs[0]), \"\"):",
         "if kept := \"\":",
         "samples are called alone though the model keeps something of the batch",
-        PARTS + "what_cannot_be_cut_is_made_whole_and_said_once[keep_of_batch]",
+        PARTS + "what_cannot_be_cut_is_made_whole_and_said_once",
     ),
     planted(
         "rollout",
@@ -187,7 +187,7 @@ OTHERS = (
         "learn(module, key, why or trial.finding(whole))",
         "learn(module, key, why)",
         "samples that see one another are called alone",
-        PARTS + "what_cannot_be_cut_is_made_whole_and_said_once[mix]",
+        PARTS + "what_cannot_be_cut_is_made_whole_and_said_once",
     ),
     planted(
         "rollout",
@@ -203,7 +203,7 @@ OTHERS = (
         "dead.of(part), FailurePolicy(), tuple",
         "dead, FailurePolicy(), tuple",
         "a part of a batch is made with the dead tokens of other samples",
-        PARTS + "samples_alone_are_what_they_are_in_the_whole_batch[skyreels-v2-0010]",
+        PARTS + "samples_alone_are_what_they_are_in_the_whole_batch",
     ),
     planted(
         "pruning",
@@ -211,6 +211,6 @@ OTHERS = (
         "others = [self._seen[new]] if part is not None and new in self._seen else []",
         "others = []",
         "a part of a batch forgets the keys that the other samples have seen",
-        PARTS + "prune_again_after_parts_with_keys_that_others_have_seen",
+        PARTS + "keys_that_the_other_samples_have_seen_are_not_forgotten",
     ),
 )
