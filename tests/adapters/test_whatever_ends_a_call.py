@@ -12,8 +12,13 @@ import functools
 import os
 
 import pytest
-from interruptions import KINDS, Subject, unpatch_here, unpatch_in_a_thread
+import tiny_reference
+import torch
+from interruptions import KINDS, POLICY, Subject, raising, unpatch_here, unpatch_in_a_thread
 from targets import TARGETS, each_target
+
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.testing import assert_same, fingerprint
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 ROUNDS = 4
@@ -66,3 +71,46 @@ def test_the_patch_comes_off_in_the_middle_of_a_call(target, unpatch):
     offset = unpatch is unpatch_here
     for place in places(target) if NIGHTLY else places(target)[offset::2]:
         subject(target).unpatch_amid(place, unpatch)
+
+
+@pytest.mark.parametrize("probe", ("first-step", "candidate"))
+def test_a_patch_that_comes_off_while_a_call_is_proved_repeatable_prunes_nothing(probe):
+    """From another thread, in each call that the proof makes: nothing is pruned that nobody would keep out any more."""
+    target = TARGETS[0]
+    pipeline = target.make()
+    plain = target.run(pipeline)
+    for call in range(15, 19) if probe == "candidate" else (12,):
+        seen = []
+        handle = tokentrim.patch(pipeline, POLICY, probe=probe)
+
+        def count(*_, handle=handle, seen=seen, call=call):
+            seen.append(1)
+            if len(seen) == call:
+                unpatch_in_a_thread(handle)
+
+        hook = target.denoiser(pipeline).register_forward_hook(count)
+        assert torch.equal(target.run(pipeline), plain), call
+        hook.remove()
+        assert len(seen) > 5 * tiny_reference.CHUNKS and not handle.report.triggers
+
+
+def test_a_proof_that_is_broken_off_writes_nothing_that_it_did_not_change():
+    """Helios keeps buffers: what is put back leaves them as they were, the count of their writes too."""
+    target = next(target for target in TARGETS if target.name == "helios")
+    pipeline = target.make()
+    target.run(pipeline)
+    before, seen = fingerprint(target.denoiser(pipeline)), []
+    handle = tokentrim.patch(pipeline, POLICY)
+
+    def interrupt(*_):
+        seen.append(1)
+        if len(seen) == 6:
+            raising(KeyboardInterrupt)()
+
+    hook = target.denoiser(pipeline).register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        target.run(pipeline)
+    hook.remove()
+    assert len(handle.report.records) == 3
+    handle.unpatch()
+    assert_same(before, fingerprint(target.denoiser(pipeline)))

@@ -134,6 +134,8 @@ class PatchHandle:
         if not self._patches.active:
             return
         words = "" if quiet else self._replaced(at_end=True)
+        # A call that goes on, in whatever thread, prunes nothing from here on.
+        self._rollout.shared.proof.enabled = False
         try:
             self._rollout.reset()
         finally:

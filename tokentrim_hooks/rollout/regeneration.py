@@ -98,7 +98,7 @@ class Regenerator:
 
     def prune_branch(self, call: Call, chunk: ChunkState) -> int:
         """Prune the context of another branch of guidance for a chunk that was pruned; return the rows that died."""
-        return self.pruner.prune(call, chunk.tokens, chunk.start)
+        return self.pruner.prune(call, chunk.tokens, chunk.start) if self.pruner.proof.enabled else 0
 
     def replay_branch(
         self, module: nn.Module, step: Step, chunk: ChunkState, video: VideoState, output: Any
@@ -161,17 +161,17 @@ class Regenerator:
             return Opinion()
         verdict = checked(answer, self.policy, view.drift)
         reading = self._read(verdict, view, case.video, clean, waiting)
-        given = reading.clean or case.chunk.given
-        again = not given and self._wants_more(reading, found) and self._failures.ranks.leads
-        again = again and (not proven or self._prune(case, reading, found))
+        again = not (reading.clean or case.chunk.given) and self._wants_more(reading, found)
+        again = again and self._failures.ranks.leads and (not proven or self._prune(case, reading, found))
         return Opinion(reading, verdict.severity, reading.clean, again)
 
     def _prune_once_proven(self, case: Case, opinion: Opinion, found: Judgement) -> Opinion:
         """Before a model's first prune replay with nothing pruned, on all ranks; then the one that leads prunes."""
         assert opinion.reading is not None, "only a verdict asks for more"
         found.proof_calls += self.prove_repeatable(case.module, case.steps, found.output, case.video, case.chunk)
-        leads, prune = self._failures.ranks.leads, functools.partial(self._prune, case, opinion.reading, found)
-        again = self.agreed("first prune", case.video, case.chunk, lambda: leads and prune())
+        prunes = self._failures.ranks.leads and self.pruner.proof.enabled  # the patch may have come off meanwhile
+        prune = functools.partial(self._prune, case, opinion.reading, found)
+        again = self.agreed("first prune", case.video, case.chunk, lambda: prunes and prune())
         return dataclasses.replace(opinion, again=again)
 
     def _has_no_predecessor(self, case: Case) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tokentrim_hooks.rollout.repeat.keepers import items_of, keepers_of
 
 PLAIN = (numbers.Number, str)
+NO_VERSION = -1
 
 
 class Counters:
@@ -43,7 +44,7 @@ class Count:
             # Copies of it are not to be had in newer versions of Python.
             self._next = repr(value)
         elif isinstance(value, Tensor):
-            self._number, self._version = value.detach().clone(), _version(value)
+            self._number, self._version = value.detach().clone(), version_of(value)
 
     @classmethod
     def can_be(cls, value: Any) -> bool:
@@ -58,7 +59,7 @@ class Count:
             return repr(now) != self._next
         if not isinstance(self._value, Tensor):
             return isinstance(now, PLAIN) and now is not self._value and bool(now != self._value)
-        if now is self._value and self._version == _version(now) != -1:
+        if now is self._value and self._version == version_of(now) != NO_VERSION:
             return False
         return isinstance(now, Tensor) and now.shape == self._number.shape and bool((now != self._number).any())
 
@@ -72,9 +73,9 @@ class Count:
         return self._value
 
 
-def _version(tensor: Tensor) -> int:
-    """Times that it was written in place; -1 for those of inference mode, which do not count."""
-    return -1 if tensor.is_inference() else tensor._version
+def version_of(tensor: Tensor) -> int:
+    """Times that it was written in place; ``NO_VERSION`` for those of inference mode, which do not count."""
+    return NO_VERSION if tensor.is_inference() else tensor._version
 
 
 def _counting(text: str) -> itertools.count[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokentrim_hooks.pruning.tombstones import clear_marks
-from tokentrim_hooks.rollout.repeat.counters import put
+from tokentrim_hooks.rollout.repeat.counters import NO_VERSION, put, version_of
 from tokentrim_hooks.rollout.repeat.keepers import items_of, keepers_of, keeps
 
 DEPTH = 4
@@ -38,7 +38,9 @@ class Snapshot:
         """Make everything as it was."""
         for keeper, before in self._kept:
             _restore(keeper, before)
-        for tensor, copy in self._tensors:
+        for tensor, copy, version in self._tensors:
+            if version == version_of(tensor) != NO_VERSION:
+                continue  # untouched, and the model shall not look as if somebody had written
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.copy_(copy)
         for generator, state in self._generators:
@@ -104,15 +106,15 @@ def _leaves(kept: Iterable[dict[Any, Any]]) -> Iterator[Any]:
                     yield leaf
 
 
-def _copies(leaves: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Copies of the tensors, the small ones first, as far as the budget goes."""
+def _copies(leaves: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Copies of the tensors and their versions, the small ones first, as far as the budget goes."""
     left = BUDGET
     for tensor in sorted((leaf for leaf in leaves if isinstance(leaf, Tensor)), key=lambda t: int(t.nbytes)):
         left -= int(tensor.nbytes)
         if left < 0:
             return
         once = _once(tensor)
-        yield once, once.detach().clone()
+        yield once, once.detach().clone(), version_of(once)
 
 
 def _restore(keeper: Any, before: dict[Any, Any]) -> None:
