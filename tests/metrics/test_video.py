@@ -33,6 +33,12 @@ def test_command_measures_a_grey_video(grey, tmp_path, capsys):
     assert "colour shift" in capsys.readouterr().out
 
 
+def test_json_on_standard_output_is_all_that_stands_there(grey, capsys):
+    assert main(["metrics", str(grey), "--json", "-"]) == 0
+    (values,) = json.loads(capsys.readouterr().out).values()
+    assert values["frames"] > 0 and "windows" in values
+
+
 def test_the_command_shows_twelve_rows_or_all_and_what_differs(grey, capsys):
     def rows():
         lines = capsys.readouterr().out.splitlines()
