@@ -85,8 +85,9 @@ class FailurePolicy:
     def _step_aside(self, failure: Exception) -> None:
         self.stepped_aside = True
         self._clean()
+        words = "\n".join(str(failure).splitlines()[:2])  # torch's own may go on for a screen
         warnings.warn(
-            f"tokentrim stepped aside, generation goes on unpatched: {type(failure).__name__}: {failure}",
+            f"tokentrim stepped aside, generation goes on unpatched: {type(failure).__name__}: {words}",
             TokenTrimWarning,
             stacklevel=5,
         )

@@ -256,3 +256,12 @@ def test_a_new_video_after_a_failure_in_the_very_first_chunk():
         trap.remove()
         tiny.run(pipeline, batch=2)
         assert [r.chunk for r in handle.report if r.video == 1] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_of_a_long_message_that_is_not_ours_two_lines_are_shown():
+    """As torch's of a GPU, which names environment variables for a screen."""
+    failures = FailurePolicy("warn")
+    with pytest.warns(tokentrim.TokenTrimWarning) as caught:
+        assert failures.forgives(RuntimeError("CUDA error: first\nsecond\nthird\nfourth"))
+    (warning,) = caught
+    assert str(warning.message).endswith("unpatched: RuntimeError: CUDA error: first\nsecond")

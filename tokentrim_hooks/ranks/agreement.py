@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
@@ -179,7 +180,8 @@ class Ranks(Alone):
             return self._channel.hear(post)
         except RuntimeError as failure:
             raise RankError(
-                f"another rank of the group has gone, or does not answer: {failure}\nLook at what that rank has said."
+                f"another rank of the group has gone, or does not answer: {shorten(str(failure), 160)}\n"
+                "Look at what that rank has said."
             ) from failure
 
     def _check(self, slots: list[Slot], failure: BaseException | None) -> None:

@@ -26,7 +26,7 @@ def patch_first(transformer: Any) -> None:
     try:
         tokentrim.patch(transformer, wanted, adapter=SGLang, on_error="warn")
     except tokentrim.TokenTrimError as refusal:
-        words = f"SGLang's transformer stays unpatched: {refusal}\nLeave the plugin out, or mend what it says."
+        words = f"SGLang's transformer stays unpatched: {refusal}"  # which says what to do
         warnings.warn(words, tokentrim.TokenTrimWarning, stacklevel=2)
 
 
