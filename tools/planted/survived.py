@@ -57,7 +57,7 @@ SURVIVED = (
     planted(
         "rollout",
         "regeneration",
-        "again = not given and self._wants_more",
+        "again = not (reading.clean or case.chunk.given) and self._wants_more",
         "again = self._wants_more",
         "a given prefix is pruned",
         OURS + "a_given_prefix_is_neither_judged_nor_pruned",
