@@ -28,15 +28,15 @@ def messages_of_two_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each error and warning that a test meets, with the values that it has then: what happened, and what to do."""
     longer: list[str] = []
 
-    def noted(made: Any) -> Any:
-        def init(self: Any, *words: Any) -> None:
-            made(self, *words)
+    def noted(kind: type[BaseException]) -> Any:
+        def init(self: Any, *words: Any, **more: Any) -> None:
+            super(kind, self).__init__(*words, **more)
             longer.extend(str(word) for word in words[:1] if str(word).count("\n") > 1)
 
         return init
 
     for kind in (TokenTrimError, TokenTrimWarning):
-        monkeypatch.setattr(kind, "__init__", noted(kind.__init__))
+        monkeypatch.setattr(kind, "__init__", noted(kind))
     yield
     assert not longer, "a message of more than two lines:\n" + "\n---\n".join(longer)
 
