@@ -25,6 +25,7 @@ from tokentrim_hooks import (
     shares_storage,
 )
 
+from ._strangers import stranger
 from ._wan import SWITCHES, CausalWan, self_attentions
 
 STRUCTURES = {
@@ -53,6 +54,12 @@ class SelfForcing(CausalWan):
     """The one of STRUCTURES that this adapter knows; its model must have it."""
     opens = True
     """Whether the latest call is of a video's first generated block."""
+
+    @classmethod
+    def probe(cls, model: object) -> Match | NoMatch:
+        """As the family's; models that were looked at and cannot be pruned hear from Self-Forcing's own adapter why."""
+        words = stranger(model) if cls is SelfForcing else ""
+        return NoMatch(words, 1.0) if words else super().probe(model)
 
     @classmethod
     def _probe_layers(cls, generator: nn.Module) -> Match | NoMatch:

@@ -311,3 +311,29 @@ def test_each_bent_rule_has_one_adapter(home: types.ModuleType, mark: str, relat
     found = {item.adapter: item for item in tokentrim.detect(fork)}
     assert relative in found["self-forcing"].reason
     assert len([item for item in found.values() if item.matches]) == 1
+
+
+# ------------------------------------------------------------------------------------------ looked at, and refused
+
+
+class MatrixGame3(nn.Module):
+    def forward(self, x, t, context, seq_len, x_memory=None, plucker_emb=None, memory_latent_idx=None): ...
+
+
+class WorldPlayWan(nn.Module):
+    def forward(self, hidden_states, timestep, kv_cache=None, is_cache=False, viewmats=None, Ks=None): ...
+
+
+class WorldPlayHunyuan(nn.Module):
+    def forward(self, bi_inference=True, ar_txt_inference=False, ar_vision_inference=False, **kwargs): ...
+
+
+@pytest.mark.parametrize("holder", ["", "model", "transformer"])
+@pytest.mark.parametrize(
+    "kind, name",
+    [(MatrixGame3, "Matrix-Game 3"), (WorldPlayWan, "HY-WorldPlay"), (WorldPlayHunyuan, "HY-WorldPlay")],
+)
+def test_models_that_were_looked_at_are_refused_by_name(kind, name, holder):
+    model = types.SimpleNamespace(**{holder: kind()}) if holder else kind()
+    with pytest.raises(tokentrim.UnsupportedModelError, match=f"this is {name}"):
+        tokentrim.patch(model)

@@ -166,6 +166,19 @@ def guided(pipeline):
     return own_loop.last(own_loop.calls(pipeline, 1, guidance=1.5))
 
 
+def ringing(make, **options):
+    """A model whose attention goes over ranks, each with the keys of its own tokens."""
+    with shared_model.tokens_over_ranks():
+        return rollout(ForcedPolicy({2: (1,)}), make=make, **options)
+
+
+def own_part(pipeline):
+    """This rank's part of the picture."""
+    torch.manual_seed(dist.get_rank())
+    noise = torch.randn(1, tiny.CHUNKS * pipeline.num_frame_per_block, 3, 2 * tiny.PIXELS, 2 * tiny.PIXELS)
+    return pipeline.inference(noise, ["a"], return_latents=True)[1]
+
+
 def own_verdict():
     return ForcedPolicy({2: OTHER[dist.get_rank()], (3 if dist.get_rank() else 4): (0,)})
 
@@ -327,6 +340,11 @@ SCENARIOS = {
     "rounding": lambda: rollout(FORCED, make=rounding),
     "remembering-model": lambda: rollout(FORCED, make=remembering, run=from_the_start),
     "remembering-model-aside": lambda: rollout(FORCED, make=remembering, run=from_the_start, on_error="warn"),
+    "tokens-divided": lambda: ringing(shared_model.by_tokens),
+    "tokens-divided-aside": lambda: ringing(shared_model.by_tokens, on_error="warn"),
+    "tokens-divided-no-group": lambda: ringing(shared_model.by_tokens, group=None),
+    "picture-divided": lambda: ringing(shared_model.by_picture, run=own_part),
+    "picture-divided-aside": lambda: ringing(shared_model.by_picture, run=own_part, on_error="warn"),
     "interrupted": lambda: rollout(FORCED, sabotage=interrupted, again=True),
     "out-of-step": out_of_step,
     "unheard": after_an_unheard_word,

@@ -6,12 +6,16 @@ Like any tensor-parallel model it hangs when one rank makes a call that another 
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
 
 import tiny_reference as tiny
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from tokentrim_hooks.reference import model
+
+dot_product = model.attention
 HEADS = 4
 
 
@@ -64,3 +68,62 @@ def _check_step(number):
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     if most[0] != -most[1]:
         raise OutOfStep(f"this rank is in call {number}, others in {-int(most[1])} to {int(most[0])}")
+
+
+# ------------------------------------------------------------------------------------------ tokens over ranks
+
+
+def ring(q, k, v):
+    """Attention of this rank's queries over the keys of all ranks, each of which keeps those of its own tokens."""
+    gathered = []
+    for mine in (k, v):
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, mine.contiguous())
+        gathered.append(torch.cat(parts, dim=1))
+    return dot_product(q, *gathered)
+
+
+@contextmanager
+def tokens_over_ranks():
+    """Self attention of all reference models in this process goes over ranks."""
+    native, model.attention = model.attention, ring
+    try:
+        yield
+    finally:
+        model.attention = native
+
+
+def by_tokens(**settings):
+    """The model with every frame's tokens divided: latents and prediction are whole, what lies between is a part."""
+    pipeline = whole(**settings)
+    net, size = pipeline.generator.model, dist.get_world_size()
+    embed, unembed, arguments = net._embed, net._unembed, net._attention_arguments
+
+    def part(tokens, dim=1):
+        frames = tokens.unflatten(dim, (-1, net.grid[0] * net.grid[1]))
+        return frames.chunk(size, dim + 1)[dist.get_rank()].flatten(dim, dim + 1)
+
+    def joined(hidden, time, x, t):
+        parts = [torch.empty_like(hidden) for _ in range(size)]
+        dist.all_gather(parts, hidden.contiguous())
+        frames = [each.unflatten(1, (time.shape[1], -1)) for each in parts]
+        return unembed(torch.cat(frames, dim=2).flatten(1, 2), time, x, t)
+
+    def placed(frame_index, current_start, copies):
+        given = arguments(frame_index, current_start, copies)
+        table = tuple(part(each, 0) for each in given["table"])
+        return {**given, "table": table, "current_start": current_start // size}
+
+    net._embed, net._unembed = lambda x, t: part(embed(x, t)), joined
+    net._attention_arguments = placed
+    for block in net.blocks:
+        block.self_attn.max_attention_size //= size
+    keep_in_step(net)
+    return pipeline
+
+
+def by_picture(**settings):
+    """The model on this rank's part of the picture: latents, cache and prediction are the part's."""
+    pipeline = whole(**{"grid": (4, 4), **settings})
+    keep_in_step(pipeline.generator.model)
+    return pipeline

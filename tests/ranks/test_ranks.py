@@ -199,6 +199,34 @@ def test_a_model_that_keeps_something_on_one_rank_is_refused_on_all(two):
         assert rank["error"] is None and not rank["active"] and torch.equal(rank["video"], rank["plain"])
 
 
+# ------------------------------------------------------------------------------------------ tokens over ranks
+
+
+@pytest.mark.parametrize("name", ["tokens-divided", "tokens-divided-no-group"])
+def test_a_model_that_divides_tokens_is_refused(two, name):
+    """Its video is that of one process; what a row is only the rank knows that keeps it."""
+    for rank in two[name]:
+        kind, words = rank["error"]
+        assert kind == "UnsupportedContextError" and "4 of the chunk's 8 tokens on this rank" in words, rank
+        torch.testing.assert_close(rank["plain"], tiny.run(shared_model.whole()), rtol=0, atol=1e-4)
+
+
+def test_a_model_that_divides_the_picture_is_refused_before_anything_is_pruned(two):
+    """Each rank's own verdict would be about other tokens, whose numbers mean nothing on the others."""
+    for rank in two["picture-divided"]:
+        kind, words = rank["error"]
+        assert kind == "RankError" and "ranks 0 and 1 judge other tokens" in words, rank
+        assert pruned(rank) == []
+
+
+@pytest.mark.parametrize("name", ["tokens-divided-aside", "picture-divided-aside"])
+def test_a_model_that_divides_tokens_is_left_alone(two, name):
+    for rank in two[name]:
+        assert rank["error"] is None and not rank["active"] and pruned(rank) == []
+        assert torch.equal(rank["video"], rank["plain"])
+        assert sum("stepped aside" in words for words in rank["warnings"]) == 1
+
+
 # ------------------------------------------------------------------------------------------ cost
 
 

@@ -11,6 +11,7 @@ from tokentrim_hooks_adapters.self_forcing import SelfForcing
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import CacheRows, KeyLayout, Patches
+from tokentrim_hooks.pruning.fleeting import FleetingMarks
 from tokentrim_hooks.pruning.key_selection import QueryGroup
 from tokentrim_hooks.pruning.tap import attend_live, live_keys
 from tokentrim_hooks.pruning.tombstones import Tombstones, alive_rows
@@ -205,3 +206,12 @@ def test_a_view_by_frames_marks_the_sites_of_the_folded_batch():
 def test_a_view_of_another_shape_is_refused():
     with pytest.raises(tokentrim.UnsupportedContextError, match="neither"):
         Tombstones().mark(CacheRows([torch.ones(1, 2, 5, 1, 4)], 0, 6, 3), [[0]])
+
+
+def test_history_that_is_longer_than_the_cache():
+    """As where the rest of the rows is another rank's."""
+    rows = CacheRows([torch.ones(1, 6, 1, 4)], 0, 8, 2)
+    with pytest.raises(tokentrim.UnsupportedContextError, match="row 8 of a cache of 6 rows"):
+        Tombstones().mark(rows, [[1]])
+    with pytest.raises(tokentrim.UnsupportedContextError, match="row 8 of a cache of 6 rows"):
+        FleetingMarks().hide(rows, torch.ones(1, 4, 2, dtype=torch.bool))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,10 @@ import pytest
 import torch
 from comparison import OTHERS, TOKENS, TOLERANCE, VISIBLE, Comparison, difference, pruned_at, trace
 from forced import ForcedPolicy
-from harness import plain_attention
+from harness import checkout, plain_attention
 from masked_calls import commit_window, following, hiding
 from masked_reference import MaskedReference, Prune, masked_attention
-from tiny_matrix_game import MouseReference, generate, matrix_game, matrix_pipeline, source_of
+from tiny_matrix_game import MouseReference, generate, matrix_game, matrix_pipeline, skip_init, source_of
 from tiny_self_forcing import Repository, Setup
 from torch import Tensor
 
@@ -142,3 +143,13 @@ def test_what_every_fork_must_show(repository: Repository) -> None:
     fork_checks.restored(comparison, chunk=3)
     fork_checks.started_afresh(comparison, chunk=3, chunks=CHUNKS)
     assert repository.diffusion.flash_attn_func is native
+
+
+def test_matrix_game_3_is_refused_by_name() -> None:
+    """The real class; what was found of it is in docs/models.md."""
+    with checkout("Matrix-Game", stubs=("flash_attn",), subfolder="Matrix-Game-3") as folder:
+        skip_init(folder, "wan", "wan.modules")
+        kind = importlib.import_module("wan.modules.model").WanModel
+        model = kind("ti2v", dim=64, ffn_dim=64, freq_dim=32, num_heads=2, num_layers=1, text_dim=16, text_len=8)
+        with pytest.raises(tokentrim.UnsupportedModelError, match="this is Matrix-Game 3"):
+            tokentrim.patch(model)

@@ -44,7 +44,7 @@ def matrix_game() -> Iterator[Repository]:
     assert diffusers
     stubs = ("cv2", "ftfy", "flash_attn")
     with checkout("Matrix-Game", stubs=stubs, subfolder="Matrix-Game-2") as folder:
-        _skip_init(folder, "wan", "wan.modules")
+        skip_init(folder, "wan", "wan.modules")
         few_step = importlib.import_module("pipeline.causal_inference")
         causal = importlib.import_module("wan.modules.causal_model")
         action = importlib.import_module("wan.modules.action_module")
@@ -60,7 +60,7 @@ def matrix_game() -> Iterator[Repository]:
             yield Repository(few_step, action, causal)
 
 
-def _skip_init(folder: Path, *names: str) -> None:
+def skip_init(folder: Path, *names: str) -> None:
     """Make packages importable without their ``__init__``, which import models that nobody runs here."""
     for name in names:
         package = sys.modules[name] = types.ModuleType(name)

@@ -151,3 +151,14 @@ def require_floating(values: Sequence[Tensor]) -> None:
             raise UnsupportedContextError(
                 f"the KV cache holds {kind}, which cannot carry a tombstone; run with an unquantised cache"
             )
+
+
+def require_rows(context: CacheRows) -> None:
+    """Raise UnsupportedContextError unless a cache has as many rows as history is said to take."""
+    values = context.values[0]
+    rows = int(values.shape[1]) if values.ndim == 4 else int(values.shape[1] * values.shape[2])
+    if context.stop > rows:
+        raise UnsupportedContextError(
+            f"history ends at row {context.stop} of a cache of {rows} rows: do other ranks keep the rest?\n"
+            "Run on one device, or mend the adapter's context()."
+        )

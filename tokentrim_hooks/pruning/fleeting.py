@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
-from tokentrim_hooks.pruning.context import CacheRows, require_floating
+from tokentrim_hooks.pruning.context import CacheRows, require_floating, require_rows
 from tokentrim_hooks.pruning.tombstones import marked_element
 
 
@@ -88,6 +88,7 @@ class FleetingMarks:
         read = None if weights is None else torch.where(hidden, 0, weights)
         self.weights = [] if read is None else _in_order_of_rows(context, marked, read)
         require_floating(context.values)
+        require_rows(context)
         if any("float8" in str(values.dtype) for values in context.values):
             raise UnsupportedContextError(
                 "the KV cache holds float8, which has no infinity to hide rows with for one call; "

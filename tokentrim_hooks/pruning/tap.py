@@ -22,6 +22,7 @@ from tokentrim_hooks.pruning.context import KeyLayout
 from tokentrim_hooks.pruning.fleeting import FleetingMarks, Weighed
 from tokentrim_hooks.pruning.key_selection import NEWEST, DeadTokens, QueryGroup
 from tokentrim_hooks.pruning.samples import Samples
+from tokentrim_hooks.pruning.sharding import require_all_queries
 from tokentrim_hooks.pruning.tombstones import alive_rows, hidden_rows
 
 
@@ -213,8 +214,7 @@ class CallTap:
         """The block mask without the dead keys, made once per call: all layers are given the same mask."""
         if len(groups) > 1:
             raise UnsupportedContextError(
-                "cannot prune chunks in flight apart in a block mask of flex attention; "
-                "use sdpa"
+                "cannot prune chunks in flight apart in a block mask of flex attention; use sdpa"
             )
         if id(mask) not in self._masks:
             self._masks[id(mask)] = (mask, without_dead(mask, _of_each(groups[0], k.shape[0]), k.shape[0], k.shape[1]))
@@ -270,6 +270,8 @@ class CallTap:
 
     def _rows_seen(self, q: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
         """Rows of a cache that are not dead, and those of them that are not hidden. The host is read once."""
+        if not self.calls:
+            require_all_queries(q.shape[1], self._own)
         flags = [alive_rows(v)]
         if self.veil is not None:
             flags.append(flags[0] | hidden_rows(v))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
-from tokentrim_hooks.pruning.context import CacheRows, require_floating
+from tokentrim_hooks.pruning.context import CacheRows, require_floating, require_rows
 
 FOREIGN_MARKS = (
     "this video goes on from a copy of a KV cache in which an earlier patch had pruned tokens; they stay pruned. "
@@ -52,6 +52,7 @@ class Tombstones:
     def mark(self, rows: CacheRows, tokens: Sequence[Sequence[int]], prune_anchors: bool = False) -> int:
         """Mark all cached positions of ``tokens`` (one list per sample; empty = spare it); return rows marked."""
         require_floating(rows.values)
+        require_rows(rows)
         first = rows.start if prune_anchors else rows.start + rows.anchors
         sample, row = _positions(tokens, first, rows.stop, rows.rows_per_frame, range(*rows.current))
         if not sample:

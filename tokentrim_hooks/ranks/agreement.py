@@ -7,6 +7,7 @@ call alone nor leave alone; a failure waits until all know of it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from textwrap import shorten
 from typing import Any, Protocol, TypeVar
@@ -28,6 +29,9 @@ class Opinion(Protocol):
     @property
     def holds(self) -> bool:
         """Whether a check of its own holds; it has to hold on every rank."""
+
+    def marks(self) -> list[int]:
+        """Numbers that are about the same on ranks that see the same tokens, with mean 0; none if there are too few."""
 
     def told(self) -> dict[str, Any]:
         """For the others, in terms of JSON."""
@@ -122,6 +126,7 @@ class Ranks(Alone):
         answer = self._ask(propose)
         failure = self._heard
         slot = self._slot(turn, failure, holds=answer is None or answer.holds)
+        slot["marks"] = [] if answer is None else answer.marks()
         try:
             slots, told = self._exchange(slot, None if answer is None else answer.told(), failure)
             self._check(slots, failure)
@@ -199,6 +204,12 @@ class Ranks(Alone):
                     f"ranks are out of step: rank {name} is at {slot['turn']}, rank {other} at {second['turn']}.\n"
                     "Give patch() the group of the ranks that share one video, or no group at all."
                 )
+        for name, slot in zip(self.names, slots, strict=True):
+            if _unlike(slots[0].get("marks", []), slot.get("marks", [])):
+                raise RankError(
+                    f"ranks {self.names[0]} and {name} judge other tokens: each has a part of the chunk, or another "
+                    "video.\nGive patch() a group that divides heads; ranks with videos of their own need none."
+                )
 
     def _raise(self, failure: BaseException) -> None:
         if isinstance(failure, Exception):
@@ -234,6 +245,14 @@ class Ranks(Alone):
         if due:
             self._due = None
         return due
+
+
+def _unlike(some: list[int], others: list[int]) -> bool:
+    """Whether two ranks' marks have little in common: less than a half of what rounding would leave."""
+    if not some or len(some) != len(others):
+        return False
+    common = sum(x * y for x, y in zip(some, others, strict=True))
+    return 2 * common < math.hypot(*some) * math.hypot(*others)
 
 
 def ranks_of(group: object) -> Alone:

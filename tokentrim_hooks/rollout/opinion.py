@@ -11,6 +11,9 @@ from torch import Tensor
 
 from tokentrim_hooks.rollout.reading import Reading
 
+MARKS = 48
+"""Tokens whose drift ranks compare, at most; a third of that at least."""
+
 
 @dataclass(frozen=True)
 class Opinion:
@@ -29,6 +32,15 @@ class Opinion:
     given: bool = False
     again: bool = False
     holds: bool = True
+
+    def marks(self) -> list[int]:
+        """The drift of some tokens, in hundredths of its deviation: ranks that predict the same chunk agree on it."""
+        drift = None if self.reading is None else self.reading.drift.flatten()
+        if drift is None or drift.numel() < MARKS // 3:
+            return []
+        some = drift[:: -(-drift.numel() // MARKS)]
+        deviation = some.std(correction=0)
+        return [] if not deviation > 0 else ((some - some.mean()) / deviation * 100).round().int().tolist()
 
     def told(self) -> dict[str, Any]:
         """All but the drift, in terms of JSON; numbers survive that exactly."""
