@@ -74,6 +74,52 @@ def around_calls(
         yield
 
 
+Before = Callable[[Any, tuple[Any, ...], dict[str, Any]], "tuple[tuple[Any, ...], dict[str, Any]] | None"]
+After = Callable[[Any, tuple[Any, ...], Any], Any]
+
+
+@contextmanager
+def changed_calls(denoiser: Denoiser, before: Before | None = None, after: After | None = None) -> Iterator[None]:
+    """Give a denoiser's calls other arguments, or another answer, as hooks of a module do, also of a method.
+
+    Args:
+        denoiser: the module, or the method.
+        before: ``before(called, args, kwargs)``, after other hooks of that kind; None changes nothing.
+        after: ``after(called, args, output)``; None changes nothing.
+    """
+    with ExitStack() as undo:
+        if isinstance(denoiser, Method):
+            _put(denoiser, _changed(getattr(denoiser.owner, denoiser.name), before, after), undo)
+        else:
+            if before is not None:
+                undo.callback(denoiser.register_forward_pre_hook(before, with_kwargs=True).remove)
+            if after is not None:
+                undo.callback(denoiser.register_forward_hook(after).remove)
+        yield
+
+
+def _changed(called: Callable[..., Any], before: Before | None, after: After | None) -> Callable[..., Any]:
+    @functools.wraps(called)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            args, kwargs = before(called, args, kwargs) or (args, kwargs)
+        output = called(*args, **kwargs)
+        other = None if after is None else after(called, args, output)
+        return output if other is None else other
+
+    return changed
+
+
+def _put(method: Method, function: Callable[..., Any], undo: ExitStack) -> None:
+    """Put a function in the place of a method, which comes back."""
+    owner, name = method.owner, method.name
+    if name in vars(owner):
+        undo.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        undo.callback(delattr, owner, name)
+    setattr(owner, name, function)
+
+
 def _around_method(method: Method, enter: Callable[[], None], leave: Callable[[], None], undo: ExitStack) -> None:
     owner, name = method.owner, method.name
     if name in vars(owner):

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from tokentrim_hooks.adapter import Adapter
 from tokentrim_hooks.inspection import bind
 from tokentrim_hooks.pruning.context import CacheRows
-from tokentrim_hooks.testing.attention import Denoiser
+from tokentrim_hooks.testing.attention import Denoiser, changed_calls
 from tokentrim_hooks.testing.checks.basics import Injected
 
 
@@ -49,8 +49,8 @@ def poisoned(denoisers: Sequence[Denoiser], adapter: Adapter[Any]) -> Iterator[P
     """Before every call, fill the marked rows of V (known by a first element that is not finite) with NaN."""
     log = PoisonLog()
 
-    def fill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = adapter.parse(bind(module, args, kwargs))
+    def fill(called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = adapter.parse(bind(called, args, kwargs))
         context = adapter.context(call) if call is not None else None
         for values in context.values if isinstance(context, CacheRows) else ():
             marks = values[..., 0, 0].clone()
@@ -60,9 +60,8 @@ def poisoned(denoisers: Sequence[Denoiser], adapter: Adapter[Any]) -> Iterator[P
             values[..., 0, 0] = marks
 
     with ExitStack() as undo:
-        for module in denoisers:
-            if isinstance(module, nn.Module):
-                undo.callback(module.register_forward_pre_hook(fill, with_kwargs=True, prepend=True).remove)
+        for denoiser in denoisers:
+            undo.enter_context(changed_calls(denoiser, fill))
         yield log
 
 

@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase, Seen
 from tokentrim_hooks.errors import UnsupportedProbeError
+from tokentrim_hooks.inspection import bind
+from tokentrim_hooks.patching.patches import Method
 from tokentrim_hooks.pruning.context import CacheRows, Context
-from tokentrim_hooks.testing.attention import Denoiser, fingerprints_of
+from tokentrim_hooks.testing.attention import Denoiser, changed_calls, fingerprints_of
 from tokentrim_hooks.testing.checks.basics import Injected, not_checked
 
 CLOSE = 1e-3
@@ -129,8 +131,6 @@ def rows_of_pixels(
     Returns:
         Which rows each pixel changes, and the latents' (height, width).
     """
-    if not isinstance(denoiser, nn.Module):
-        raise not_checked("the denoiser is a method: its latents cannot be changed from outside")
     before, size = _first_values(run, denoiser, adapter, None)
     if not before:
         raise not_checked("the model does not call scaled_dot_product_attention")
@@ -148,16 +148,18 @@ def _cross(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def _first_values(
-    run: Callable[[], object], denoiser: nn.Module, adapter: Adapter[Any], pixel: tuple[int, int] | None
+    run: Callable[[], object], denoiser: Denoiser, adapter: Adapter[Any], pixel: tuple[int, int] | None
 ) -> tuple[list[int], tuple[int, int]]:
     """V rows of the first attention, the pixel changed; and the latents' size."""
     watch, size = _FirstValues(), (0, 0)
 
-    def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def change(called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal size
         watch.inside = True
-        # Rollout has asked the adapter already: what this call is.
+        # Of a module rollout has asked the adapter already what this call is; around a method nobody has, yet.
         call = next((call for call in calls if call is not None), None)
+        if call is None and isinstance(denoiser, Method):
+            call = parse(bind(called, args, kwargs))
         if call is None:
             return None
         size = (int(call.latents.shape[-2]), int(call.latents.shape[-1]))
@@ -172,14 +174,12 @@ def _first_values(
         return calls[-1]
 
     listened.parse = note
-    hook = denoiser.register_forward_pre_hook(change, with_kwargs=True)
     try:
-        with watch:
+        with changed_calls(denoiser, change), watch:
             run()
     except Injected:
         pass
     finally:
-        hook.remove()
         del listened.parse
     return watch.rows, size
 

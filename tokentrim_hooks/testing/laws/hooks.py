@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import ObservePolicy
 from tokentrim_hooks.policy.views import ContextView, Denoised, Place, Rows
 from tokentrim_hooks.testing import checks
-from tokentrim_hooks.testing.attention import around_calls
+from tokentrim_hooks.testing.attention import around_calls, changed_calls
 from tokentrim_hooks.testing.checks.kernels import shrunk, shrunk_rows
 
 WORDS = "this adapter declares no"
@@ -79,12 +79,8 @@ class HooksConformance:
                 return None
             return output / 2 if isinstance(output, Tensor) else type(output)([*output[:-1], output[-1] / 2])
 
-        denoiser = self.denoisers(model)[0]
-        if not isinstance(denoiser, nn.Module):
-            raise checks.not_checked("the denoiser is a method: override _halved()")
-        hook = denoiser.register_forward_hook(halve)
-        latents: Tensor = self.run(model, seed)
-        hook.remove()
+        with changed_calls(self.denoisers(model)[0], after=halve):
+            latents: Tensor = self.run(model, seed)
         return latents
 
     # ------------------------------------------------------------------------------ settle
