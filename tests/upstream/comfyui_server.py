@@ -87,6 +87,7 @@ def server(folder: Path) -> Iterator[Server]:
         port = free.getsockname()[1]
     options = ["--cpu", "--base-directory", str(folder), "--listen", "127.0.0.1", "--port", str(port)]
     options += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+    options += ["--front-end-root", str(folder / "input")]  # so that the frontend need not be installed
     paths = [str(HERE), *sys.path, os.environ.get(VARIABLE, "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, str(HERE / "comfyui_start.py"), str(upstream), *options]
