@@ -131,7 +131,7 @@ class PatchHandle:
 
     def _take_off(self, quiet: bool = False) -> None:
         """:meth:`unpatch`; with ``quiet`` without a warning: the patch gives way to another one, or to a failure."""
-        if not self._patches.active:
+        if self._patches.gone:
             return
         words = "" if quiet else self._replaced(at_end=True)
         # A call that goes on, in whatever thread, prunes nothing from here on.
@@ -212,9 +212,9 @@ class PatchHandle:
     def _leave_card(self, owner: Any) -> None:
         put = type.__setattr__ if isinstance(owner, type) else object.__setattr__
         take = type.__delattr__ if isinstance(owner, type) else object.__delattr__
+        self._patches.on_undo(lambda: take(owner, ATTRIBUTE) if ATTRIBUTE in vars(owner) else None)
         put(owner, ATTRIBUTE, self)
         self._owners.append(owner)
-        self._patches.on_undo(lambda: take(owner, ATTRIBUTE))
 
     def _watch(self, match: Match) -> None:
         """Hook the rollout onto the denoiser's calls, and onto those of further denoisers."""

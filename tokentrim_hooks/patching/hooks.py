@@ -43,6 +43,10 @@ class Hook:
             return None
         return self._function(module, *args, **kwargs)
 
+    def belongs_to(self, patches: Switch) -> bool:
+        """Whether it is one of this patch."""
+        return self._patches is patches
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return INERT
 
@@ -67,6 +71,16 @@ def plain_hooks(
         hook = Hook(module, leave, patches)
         handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
     return handles
+
+
+def drop_hooks(module: nn.Module, patches: Switch) -> None:
+    """Take a patch's hooks off a module; nothing where there are none (any more)."""
+    for place in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = getattr(module, place)
+        for number in [n for n, hook in hooks.items() if isinstance(hook, Hook) and hook.belongs_to(patches)]:
+            for beside in (f"{place}_with_kwargs", f"{place}_always_called"):
+                getattr(module, beside, {}).pop(number, None)
+            hooks.pop(number, None)
 
 
 def outermost_hooks(

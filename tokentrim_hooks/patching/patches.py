@@ -7,6 +7,7 @@ model carries inert remains only.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tokentrim_hooks.errors import AttachError
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.patching.compiled import Watch
-from tokentrim_hooks.patching.hooks import outermost_hooks, plain_hooks
+from tokentrim_hooks.patching.hooks import drop_hooks, outermost_hooks, plain_hooks
 from tokentrim_hooks.patching.tap_names import TapNames
 from tokentrim_hooks.patching.tap_site import MISSING, TapSite, as_itself, depth_hooks, eagerly
 from tokentrim_hooks.pruning.call_scope import BUSY, current_tap
@@ -101,13 +102,15 @@ class Patches:
         ``leave`` has ``after``'s signature and runs also when the call raises an Exception. With ``outermost`` these
         stay the first and the last hooks of the module, whoever registers others later; all three are needed then.
         """
+        # What takes them off is there before they are, here and below: Ctrl-C may come in between.
         if outermost and before and after and leave:
             watch = Watch(module, before, after, leave, self, self._put)
-            handles = outermost_hooks(module, watch.before, after, leave, watch)
+            self._undo.append(lambda: drop_hooks(module, watch))
+            outermost_hooks(module, watch.before, after, leave, watch)
             self._stand_outside(module, watch)
         else:
-            handles = plain_hooks(module, before, after, leave, self)
-        self._undo += [handle.remove for handle in handles]
+            self._undo.append(lambda: drop_hooks(module, self))
+            plain_hooks(module, before, after, leave, self)
 
     def _stand_outside(self, module: nn.Module, watch: Watch) -> None:
         """Stay out of the denoiser's graph, whether it is compiled in place or by ``torch.compile(module)``."""
@@ -148,8 +151,8 @@ class Patches:
             AttachError: there is no such function, it has no parameter of that name, or it is tapped otherwise already.
         """
         names = TapNames(q, k, v, mask, refuse, heads_first, lengths, heads, only=only)
-        site = TapSite.use(namespace, name, names)
-        self._undo.append(site.release)
+        self._undo.append(lambda: TapSite.release(namespace, name, self))
+        TapSite.use(namespace, name, names, self)
         self.taps += 1
         modules = list(within)
         self.layers += len(modules)
@@ -221,7 +224,6 @@ class Patches:
     def _put(self, owner: Any, name: str, stand_in: Any) -> None:
         """Put something in the place of an attribute, which comes back when the patch comes off."""
         before = vars(owner).get(name, MISSING)
-        setattr(owner, name, stand_in)
 
         def undo() -> None:
             if vars(owner).get(name) is not stand_in:
@@ -232,6 +234,7 @@ class Patches:
                 setattr(owner, name, before)
 
         self._undo.append(undo)
+        setattr(owner, name, stand_in)
 
     def watch(
         self,
@@ -266,6 +269,11 @@ class Patches:
                 "nothing was patched. Report it as a bug"
             )
 
+    @property
+    def gone(self) -> bool:
+        """Whether everything was taken off."""
+        return not self.active and not self._undo
+
     def undo(self) -> None:
         """Take everything off, last first; runs to the end even if a step fails, then raises the first failure."""
         # The dead-man's switch comes first: what somebody has kept, copied or wrapped since does nothing from now on,
@@ -273,11 +281,14 @@ class Patches:
         # before it; what somebody else has wrapped meanwhile stays where it is, inert.
         self.active = False
         failures: list[Exception] = []
-        while self._undo:
+        while steps := self._undo[-1:]:
             try:
-                self._undo.pop()()
+                steps[0]()
             except Exception as failure:
                 failures.append(failure)
+            # Not before: a step in which Ctrl-C comes is taken again when this is called again.
+            with contextlib.suppress(ValueError):
+                self._undo.remove(steps[0])
         if failures:
             raise failures[0]
 

@@ -98,7 +98,7 @@ class TapSite:
 
     def __init__(self, namespace: Any, name: str, names: TapNames) -> None:
         self.namespace, self.name, self.given = namespace, name, names
-        self.users = 0
+        self.users: list[object] = []
         self.before = _place_of(namespace).get(name, MISSING)
         self.original: Any = namespace.get(name) if isinstance(namespace, dict) else getattr(namespace, name, None)
         if not callable(self.original):
@@ -107,16 +107,17 @@ class TapSite:
         self.tapped = self._make_tapped()
 
     @classmethod
-    def use(cls, namespace: Any, name: str, names: TapNames) -> TapSite:
-        """Install the tap, or share the one that is there."""
+    def use(cls, namespace: Any, name: str, names: TapNames, user: object) -> TapSite:
+        """Install the tap for ``user``, or share the one that is there."""
         key = (id(namespace), name)
         site = cls._sites.get(key)
         if site is None:
             site = cls._sites[key] = cls(namespace, name, names)
+            site.users.append(user)
             _put(namespace, name, site.tapped)
         else:
             site.share(names)
-        site.users += 1
+            site.users.append(user)
         return site
 
     def share(self, names: TapNames) -> None:
@@ -133,17 +134,25 @@ class TapSite:
         merged = tuple(dict.fromkeys((*self.names.refuse, *names.refuse)))
         self.names = dataclasses.replace(self.names, refuse=merged)
 
-    def release(self) -> None:
-        """Take the tap out with its last user, unless somebody has wrapped it since (then it stays, inert)."""
-        self.users -= 1
-        if self.users == 0:
-            del self._sites[(id(self.namespace), self.name)]
-            if _place_of(self.namespace).get(self.name) is not self.tapped:
-                return
-            if self.before is MISSING:
-                delattr(self.namespace, self.name)
-            else:
-                _put(self.namespace, self.name, self.before)
+    @classmethod
+    def release(cls, namespace: Any, name: str, user: object) -> None:
+        """Take a tap out with its last user; nothing where ``user`` is none of its users (any more)."""
+        site = cls._sites.get((id(namespace), name))
+        if site is None:
+            return
+        site.users = [other for other in site.users if other is not user]
+        if not site.users:
+            site._take_out()
+            cls._sites.pop((id(namespace), name), None)
+
+    def _take_out(self) -> None:
+        """Unless somebody has wrapped it since: then it stays, inert."""
+        if _place_of(self.namespace).get(self.name) is not self.tapped:
+            return
+        if self.before is MISSING:
+            delattr(self.namespace, self.name)
+        else:
+            _put(self.namespace, self.name, self.before)
 
     def _make_tapped(self) -> Callable[..., Any]:
         """A plain function, no wrapt proxy, and no context variable while nothing is dead: neither can be compiled."""
