@@ -132,3 +132,32 @@ def test_a_compiled_or_wrapped_model_is_refused_by_what_it_is():
         tokentrim.patch(Holder(torch.compile(generator, backend="eager")))
     with pytest.raises(tokentrim.UnsupportedModelError, match=r"\.generator is wrapped in DataParallel.*inside"):
         tokentrim.patch(Holder(nn.DataParallel(generator)))
+
+
+class Through(nn.Module):
+    """A wrapper as engines and offloaders write it: it shows what is inside, and takes whatever it is given."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@each_target
+def test_a_wrapper_that_shows_what_is_inside(target, pruned):
+    """Wrapped before, it is refused as wrapped: what its forward takes could not be told. Wrapped later, it works."""
+    before, after = target.make(), target.make()
+    setattr(before, target.part, Through(target.denoiser(before)))
+    with pytest.raises(tokentrim.UnsupportedModelError, match=rf"\.{target.part} is wrapped in Through.*inside"):
+        tokentrim.patch(before)
+    with tokentrim.patched(after, POLICY):
+        setattr(after, target.part, Through(target.denoiser(after)))
+        assert torch.equal(target.run(after), pruned[target.name])

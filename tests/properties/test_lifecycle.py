@@ -33,9 +33,9 @@ from tokentrim_hooks.testing.checks import assert_raises
 
 @contextlib.contextmanager
 def idleness_is_told():
-    """A patch that comes off having seen the calls of another pipeline only, or one chunk of a video, says so."""
+    """A patch that has seen one chunk, or another pipeline's calls only, says so; that one may share the scheduler."""
     with warnings.catch_warnings():
-        for words in ("tokentrim was patched in, but all", "tokentrim recorded"):
+        for words in ("tokentrim was patched in, but", "tokentrim recorded"):
             warnings.filterwarnings("ignore", words, tokentrim.TokenTrimWarning)
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,8 @@ def choose(model: Any, name: str | type[Adapter[Any]] | None) -> tuple[type[Adap
         _refuse_wrapped(model)
         raise UnsupportedModelError(_refusal(model, [found for _, found, _ in answers]))
     info, match = hits[0]
+    if _wraps(getattr(match.denoiser, "owner", match.denoiser)):
+        _refuse_wrapped(model)
     return info.loaded, match
 
 
@@ -132,10 +135,22 @@ def _refuse_wrapped(model: Any) -> None:
                 f"{name} is a {kind}, made by torch.compile(module), which hides the model: patch it before it is "
                 "compiled, or compile it in place with module.compile()"
             )
-        if isinstance(getattr(part, "module", None), nn.Module) and type(part).__module__.startswith("torch."):
+        if _wraps(part) or (_holds_module(part) and type(part).__module__.startswith("torch.")):
             raise UnsupportedModelError(
                 f"{name} is wrapped in {kind}, which hides the model: patch what is inside, before it is wrapped"
             )
+
+
+def _wraps(part: Any) -> bool:
+    """Whether it is a wrapper that shows the attributes of the module inside, but not what its forward takes."""
+    if not isinstance(part, nn.Module) or not _holds_module(part):
+        return False
+    _, *named = inspect.signature(type(part).forward).parameters.values()
+    return all(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in named)
+
+
+def _holds_module(part: Any) -> bool:
+    return isinstance(getattr(part, "module", None), nn.Module)
 
 
 def _refusal(model: Any, found: list[Detection]) -> str:
