@@ -5,7 +5,6 @@ Seven chunks each, on a grid that is not square. References count frames by hand
 
 from __future__ import annotations
 
-import inspect
 import math
 from contextlib import contextmanager
 from itertools import accumulate
@@ -16,6 +15,7 @@ import helios_tiny
 import ltx_tiny
 import torch
 from dispatch_tools import dead_keys, watched
+from framepack_waits import FramePackWaits
 from tokentrim_hooks_adapters.anyflow_far import AnyFlowFAR
 from tokentrim_hooks_adapters.framepack import FramePack
 from tokentrim_hooks_adapters.helios import Helios
@@ -24,8 +24,7 @@ from torch.nn.attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from video_checks import Clock
 
-import tokentrim_hooks as tokentrim
-from tokentrim_hooks.testing import AdapterConformance, count_syncs, not_checked
+from tokentrim_hooks.testing import AdapterConformance, not_checked
 
 GRID, COUNT = (4, 6), 24
 
@@ -91,7 +90,7 @@ class TestHelios(Packed):
         return self.forwards(chunk, 0)
 
 
-class TestFramePack(Packed):
+class TestFramePack(FramePackWaits, Packed):
     adapter = FramePack
     tail = 3 * COUNT + 6
     sampling = "vanilla"
@@ -107,18 +106,6 @@ class TestFramePack(Packed):
 
     def line(self, chunk):
         return self.forwards(chunk, 1)
-
-    def test_one_synchronisation_a_chunk(self):
-        """Forwards a second one: whether a section opens a video is read from its history.
-
-        The kit counts each tensor as one of a device; the pipeline keeps its frame indices on the host, wherever the
-        model is, and reading these waits for nothing.
-        """
-        model = self.make_model()
-        with self.patch(model, tokentrim.ObservePolicy()), count_syncs([inspect.getfile(FramePack)]) as log:
-            self.run(model, 0)
-        waits = [event for event in log.ours if not (event.kind == "__int__" and "framepack.py" in event.place)]
-        assert 0 < len(waits) <= self.chunks * (1 if self.backwards else 2), log
 
 
 class TestFramePackBackwards(TestFramePack):

@@ -10,17 +10,16 @@ from typing import Any, ClassVar
 import torch
 from dispatch_tools import dead_keys, watched
 from framepack_script import TEXT, Loop, W, build, import_repository
+from framepack_waits import FramePackWaits
 from harness import folder_of
 from tokentrim_hooks_adapters.framepack_original import FramePackOriginal
 from torch import Tensor
-
-from tokentrim_hooks.testing import AdapterConformance
 
 KIND, SAMPLE = import_repository(str(folder_of("FramePack")))
 GRID, COUNT, WIDTH = (4, 6), 24, 96
 
 
-class TestForward(AdapterConformance):
+class TestForward(FramePackWaits):
     """``demo_gradio_f1.py``: history grows behind a first frame that is given."""
 
     adapter = FramePackOriginal
