@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
@@ -37,7 +38,7 @@ class CompanyTests(Trial):
         raise AssertionError("two patched models mix: what does the adapter keep in its class, or hang on one?")
 
     def _amid(self, one: Any, other: Any, calls: Sequence[int]) -> list[Tensor]:
-        """The one's video, and those that the other makes within these calls of the one's."""
+        """The one's video, and those that the other makes in a thread of its own while these calls of the one's wait."""
         count, found, nested = checks.Counter(), list[Tensor](), False
 
         def enter() -> None:
@@ -47,8 +48,8 @@ class CompanyTests(Trial):
             count.up()
             if count.count in calls:
                 nested = True
-                with torch.random.fork_rng(devices=[]):
-                    found.append(self.run(other, 7))
+                with torch.random.fork_rng(devices=[]), ThreadPoolExecutor(1) as aside:
+                    found.append(aside.submit(self.run, other, 7).result())
                 nested = False
 
         with around_calls(self.denoisers(one), enter):
