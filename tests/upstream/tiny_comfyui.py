@@ -66,6 +66,8 @@ def comfyui(torch_kernel: bool = False) -> Iterator[Comfy]:
             names = "ldm.wan.ar_model sample samplers model_management model_patcher model_base supported_models"
             modules = [importlib.import_module(f"comfy.{name}") for name in names.split()]
         except ModuleNotFoundError as failure:
+            if failure.name == "comfy.ldm.wan.ar_model":
+                pytest.skip(f"{NOT_CHECKED} against the real ComfyUI: this checkout is older than its AR model")
             if str(failure.name).startswith("comfy."):
                 raise
             pytest.skip(f"{NOT_CHECKED} against the real ComfyUI: it imports {failure.name}, which is not installed")
