@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tokentrim_hooks as tokentrim
+from tokentrim_hooks.policy.token_trim import ObservePolicy
 from tokentrim_hooks.testing import checks
 from tokentrim_hooks.testing.attention import around_calls
 from tokentrim_hooks.testing.laws.hooks import calls_of
@@ -28,7 +28,7 @@ class CompanyTests(Trial):
         # As the chunk that is pruned begins, and when something is dead.
         amid = [calls_of(self, self.chunk_to_prune, 6)["first"][0] + 1, int(0.8 * calls.count)]
         one, other = self.make_model(), self.make_model()
-        with self.patch(one, self._forced()), self.patch(other, tokentrim.ObservePolicy()):
+        with self.patch(one, self._forced()), self.patch(other, ObservePolicy()):
             found = self._amid(one, other, amid)
         if all(map(torch.equal, found, (expected, plain, plain))):
             return
@@ -75,7 +75,7 @@ class CompanyTests(Trial):
         twice: Any = type(sound.__name__, (sound,), {name: ask_twice(name) for name in ("identity", "parse")})
         vars(self)["adapter"] = twice
         try:
-            with self.patch(model, tokentrim.ObservePolicy()) as handle:
+            with self.patch(model, ObservePolicy()) as handle:
                 self.run(model, 0)
         finally:
             del vars(self)["adapter"]
