@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokentrim_hooks.adapter import Call
 from tokentrim_hooks.policy.token_trim import ObservePolicy
 from tokentrim_hooks.testing import checks
 from tokentrim_hooks.testing.attention import around_calls
@@ -38,7 +39,7 @@ class CompanyTests(Trial):
         raise AssertionError("two patched models mix: what does the adapter keep in its class, or hang on one?")
 
     def _amid(self, one: Any, other: Any, calls: Sequence[int]) -> list[Tensor]:
-        """The one's video, and those that the other makes in a thread of its own while these calls of the one's wait."""
+        """The one's video, and those that the other makes in a thread of its own while these calls of it wait."""
         count, found, nested = checks.Counter(), list[Tensor](), False
 
         def enter() -> None:
@@ -85,9 +86,9 @@ class CompanyTests(Trial):
 
 def _changed(name: str, first: Any, again: Any) -> Iterator[str]:
     """What differs in two answers to one question."""
-    if isinstance(first, tokentrim.Call) and isinstance(again, tokentrim.Call):
+    if isinstance(first, Call) and isinstance(again, Call):
         counted = {"stream"} if isinstance(first.stream, int) and isinstance(again.stream, int) else set[str]()
-        known = [field.name for field in fields(tokentrim.Call) if field.name not in {"arguments", *counted}]
+        known = [field.name for field in fields(Call) if field.name not in {"arguments", *counted}]
         yield from (f"Call.{field}" for field in known if not _same(getattr(first, field), getattr(again, field)))
     elif name == "identity" and len(first) == len(again):
         yield from (f"{name}()" for one, other in zip(first, again, strict=True) if not _same(one, other))
