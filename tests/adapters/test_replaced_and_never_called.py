@@ -154,7 +154,20 @@ def test_never_called(target):
     denoiser.__class__ = type("Past" + own.__name__, (own,), past)
     target.run(pipeline)
     (words,) = said(handle.unpatch)
-    assert "its denoiser was never called, although the model was run" in words
+    assert "its denoiser was never called, although the model" in words
+
+
+@pytest.mark.parametrize("target", DIFFUSERS, ids=lambda target: target.name)
+def test_a_pipeline_that_shares_only_the_scheduler_is_not_taken_for_a_run(target):
+    """The patched pipeline was not run, and the words do not say that it was."""
+    pipeline, other = target.make(), target.make()
+    if not hasattr(pipeline, "scheduler"):
+        pytest.skip("NOT CHECKED: it has no scheduler to share")
+    pipeline.scheduler = other.scheduler
+    handle = tokentrim.patch(pipeline, POLICY)
+    target.run(other)
+    for words in said(handle.unpatch):
+        assert "although the model, or another that shares its scheduler, was run" in words
 
 
 @each_target

@@ -99,13 +99,19 @@ class Checkup:
         changes = (known.change(model, now) for known, now in zip(self._denoisers, found, strict=False))
         return next(filter(None, changes), "")
 
-    def was_run(self) -> bool:
-        """Whether the model shows signs of a run: samplers leave settings and timesteps in it and its scheduler."""
+    def signs_of_run(self) -> str:
+        """Where the model shows signs of a run, in words; empty if nowhere.
+
+        Samplers leave settings in the model and timesteps in its scheduler, which other pipelines may share.
+        """
         model = self._model()
         if model is None or not self._before:
-            return False
-        now = _values(model)
-        return now.keys() != self._before.keys() or any(not _is(self._before[name], now[name]) for name in now)
+            return ""
+        before, now = self._before, _values(model)
+        names = before.keys() ^ now.keys() | {n for n in before.keys() & now.keys() if not _is(before[n], now[n])}
+        if any(len(name) == 1 for name in names):
+            return "the model was run"
+        return f"the model, or another that shares its {min(names)[0]}, was run" if names else ""
 
 
 def _values(model: Any) -> dict[tuple[str, ...], Any]:
@@ -157,7 +163,7 @@ def never_judged(report: Report) -> str:
     return f"tokentrim recorded {len(made)} chunks and judged none: {reason}"
 
 
-def never_called(foreign: int, unread: int, was_run: bool) -> str:
+def never_called(foreign: int, unread: int, signs: str) -> str:
     """Why there is no record at all, in words; empty where nothing was run."""
     if unread:
         return (
@@ -169,9 +175,9 @@ def never_called(foreign: int, unread: int, was_run: bool) -> str:
             f"tokentrim was patched in, but all {foreign} calls of the denoiser came from another pipeline that shares "
             "it: nothing was judged or pruned. Patch the pipeline that you run."
         )
-    if was_run:
+    if signs:
         return (
-            "tokentrim was patched in, but its denoiser was never called, although the model was run: nothing was "
+            f"tokentrim was patched in, but its denoiser was never called, although {signs}: nothing was "
             "judged or pruned. Calls must go through the denoiser that was patched, and as denoiser(...), not "
             "denoiser.forward(...), which runs no hooks."
         )

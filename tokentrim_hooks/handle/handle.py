@@ -162,8 +162,8 @@ class PatchHandle:
         if len(report):
             return never_judged(report) if self.policy.judges else ""
         # A call that is in no count was refused, and whoever made it has been told.
-        was_run = not self._called and self._checkup.was_run()
-        return never_called(self._rollout.foreign_calls, self._rollout.unread_calls, was_run)
+        signs = "" if self._called else self._checkup.signs_of_run()
+        return never_called(self._rollout.foreign_calls, self._rollout.unread_calls, signs)
 
     def _listen(self) -> None:
         """Look at the first chunks as they are recorded: if none of them is judged, no later one may be."""
