@@ -77,3 +77,30 @@ def test_a_prune_that_is_not_seen_any_more_is_said_and_not_recorded(target: Any,
     assert len(words) == 1 and "could not be proved" in words[0], words
     assert not any(record.pruned or record.dead for record in records)
     assert any("self-check failed" in note for record in records for note in record.notes)
+
+
+class PutInLate:
+    """An observer that gives a denoiser other processors once a chunk has been accepted."""
+
+    def __init__(self, denoiser: torch.nn.Module, after: int) -> None:
+        self.denoiser, self.after, self.chunks = denoiser, after, []
+
+    def on_chunk(self, records: Any, _latents: Any) -> None:
+        self.chunks.append(records[0].chunk)
+        if records[0].chunk == self.after and self.chunks.count(self.after) == 1:
+            put_in(self.denoiser)
+
+
+@each_pipeline
+def test_what_is_dead_and_seen_again_is_said(target: Any) -> None:
+    """Amid a video, behind its last prune: no replay is there to find it."""
+    pipeline = target.make()
+    late = PutInLate(target.denoiser(pipeline), after=1)
+    with tokentrim.patched(pipeline, ForcedPolicy({1: [0, 3]}), observers=[late]) as handle:
+        _, words = said(lambda: target.run(pipeline))
+        records = handle.report.records
+    assert max(late.chunks) > 1 and any(record.dead for record in records)
+    (told,) = words
+    # The marks of a cache surface; a sequence has none.
+    assert "pruned tokens may have been read" in told or "pruned rows reached attention that is not tapped" in told
+    assert any("attention" in note and "tapped" in note for record in records for note in record.notes)

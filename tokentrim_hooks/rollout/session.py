@@ -135,7 +135,10 @@ class Session:
             return output
         self.pruner.unhide(call)
         self.pruner.follow(call)
-        missed = self.pruner.missed(self._scope.tap if self._scope is not None else None)
+        tap = self._scope.tap if self._scope is not None else None
+        missed = self.pruner.missed(tap)
+        if note := self.pruner.proof.overlooks(tap):
+            chunk.notes.append(note)
         # Where pruning lasts for one chunk only, another branch is pruned after its call, else before it.
         late = phase is None and not self.shared.policy.persist and chunk.awaits_pruning(call)
         if phase is None and not late and not missed:

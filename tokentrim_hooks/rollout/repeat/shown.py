@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tokentrim_hooks.errors import TokenTrimWarning
+from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.rollout.repeat.parts import Parts
+
+OVERLOOKED = "no attention of this call was tapped: what is dead in the sequence may have been read"
 
 
 @dataclass
@@ -19,6 +24,7 @@ class Proof:
         repeated: denoisers (referred to weakly) whose calls were shown to give the same when they are made twice.
         in_sequence: whether the context lies in the sequence, as far as is known: copies of it carry no mark.
         parts: which denoisers can be called with some samples of a batch.
+        overlooked: whether a call read, as it seems, what is dead, which is said once.
     """
 
     layers: int = 0
@@ -29,7 +35,26 @@ class Proof:
     repeated: list[Callable[[], object]] = field(default_factory=list)
     in_sequence: bool = False
     parts: Parts = field(default_factory=Parts)
+    overlooked: bool = False
 
     def repeats(self, denoiser: object) -> bool:
         """Whether a call of it was shown to give the same when it is made twice."""
         return any(known() is denoiser for known in self.repeated)
+
+    def overlooks(self, tap: CallTap | None) -> str:
+        """A note on a call that came back and has asked nowhere which tokens of its sequence are dead; empty if not.
+
+        A cache's marks would surface there. A sequence has none: attention that somebody has put in the place of the
+        tapped one reads what is dead in silence, until the next prune is found not to work.
+        """
+        if tap is None or tap.layout is None or tap.off or tap.calls:
+            return ""
+        told, self.overlooked = self.overlooked, True
+        if not told:
+            warnings.warn(
+                "pruned tokens may have been read: a call of the denoiser has come back in which no attention was "
+                "tapped.\nPatch again, with replace=True, if attention was replaced after the patch.",
+                TokenTrimWarning,
+                stacklevel=2,
+            )
+        return OVERLOOKED
