@@ -137,8 +137,7 @@ class Session:
         self.pruner.follow(call)
         tap = self._scope.tap if self._scope is not None else None
         missed = self.pruner.missed(tap)
-        if note := self.pruner.proof.overlooks(tap):
-            chunk.notes.append(note)
+        chunk.notes += self.pruner.proof.overlooks(tap)
         # Where pruning lasts for one chunk only, another branch is pruned after its call, else before it.
         late = phase is None and not self.shared.policy.persist and chunk.awaits_pruning(call)
         if phase is None and not late and not missed:

@@ -41,14 +41,14 @@ class Proof:
         """Whether a call of it was shown to give the same when it is made twice."""
         return any(known() is denoiser for known in self.repeated)
 
-    def overlooks(self, tap: CallTap | None) -> str:
-        """A note on a call that came back and has asked nowhere which tokens of its sequence are dead; empty if not.
+    def overlooks(self, tap: CallTap | None) -> list[str]:
+        """A note on a call that came back and has asked nowhere which tokens of its sequence are dead; none if not.
 
         A cache's marks would surface there. A sequence has none: attention that somebody has put in the place of the
         tapped one reads what is dead in silence, until the next prune is found not to work.
         """
         if tap is None or tap.layout is None or tap.off or tap.calls:
-            return ""
+            return []
         told, self.overlooked = self.overlooked, True
         if not told:
             warnings.warn(
@@ -57,4 +57,4 @@ class Proof:
                 TokenTrimWarning,
                 stacklevel=2,
             )
-        return OVERLOOKED
+        return [OVERLOOKED]
