@@ -38,6 +38,8 @@ def uncompiled() -> Any:
 def added_ops(make: Callable[[], Any], run: Callable[[Any], Any], **options: Any) -> float:
     """Operations per chunk that observing adds. ``options`` are those of ``patch``."""
     plain, pipeline = make(), make()
+    with uncompiled():
+        run(make())  # what the model computes once for all of its kind, as rotary tables, is nobody's
     with uncompiled(), Counter() as own:
         run(plain)
     patched = tokentrim.patched(pipeline, tokentrim.ObservePolicy(), **options)

@@ -142,9 +142,13 @@ class Shell:
         finally:
             os.chdir(before)
 
+    def log(self, *options: str) -> Path:
+        """The folder of a run's log; a run never takes the folder of another."""
+        return self.folder / f"log{'-'.join(options)}"
+
     def tokentrim(self, *options: str) -> tuple[torch.Tensor, Report]:
         """The video and the log of ``tokentrim run OPTIONS SCRIPT``."""
-        log = self.folder / f"log{'-'.join(options)}"  # a run never takes the folder of another
+        log = self.log(*options)
         video = self.video("-m", "tokentrim_hooks", "run", "--out", log, *options)
         return video, read_report(log)
 
@@ -171,8 +175,9 @@ def test_self_forcing(tmp_path: Path) -> None:
     assert len(log) == 4 and log.triggers == 0 and log.settings["adapter"] == "self-forcing"
     pruned, log = shell.tokentrim(*EAGER)
     assert_pruned(log, plain, pruned, SELF_FORCING)
-    assert (tmp_path / "log" / "report.html").stat().st_size > 10_000
-    thumbnails = sorted(path.name for path in (tmp_path / "log" / "thumbs").iterdir())
+    folder = shell.log(*EAGER)
+    assert (folder / "report.html").stat().st_size > 10_000
+    thumbnails = sorted(path.name for path in (folder / "thumbs").iterdir())
     assert thumbnails == [f"v0-c{chunk:04d}-s0.png" for chunk in range(4)]
 
 
