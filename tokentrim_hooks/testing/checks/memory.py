@@ -20,6 +20,8 @@ def held(besides: tuple[Tensor, ...] = ()) -> int:
 def _memory(tensor: Tensor) -> torch.UntypedStorage | None:
     """A tensor's memory; None for one that has none of its own (sparse, fake)."""
     try:
-        return tensor.untyped_storage()
+        memory = tensor.untyped_storage()
+        # A fake tensor, as torch.compile leaves some behind, has a storage without an address; one on "meta" has 0.
+        return memory if memory.data_ptr() else None
     except (NotImplementedError, RuntimeError):
         return None
