@@ -55,7 +55,7 @@ NAMES = {
     "KeyLayout and Segment": [*fields(tokentrim.KeyLayout), *fields(tokentrim.Segment)],
     "phases and roles": [member.name for kind in (tokentrim.Phase, tokentrim.Role) for member in kind],
     "taps": list(inspect.signature(tokentrim.Patches.tap).parameters)[1:],
-    "patches": sorted(set(public(tokentrim.Patches)) - {"require_tap", "undo"}),
+    "patches": sorted(set(public(tokentrim.Patches)) - {"require_tap", "undo", "gone"}),
     "errors": public(errors)[1:],
     "the kit": [*testing.__all__, *testing.AdapterConformance.__annotations__, *Trial.__annotations__],
     "the kit for policies": list(testing.PolicyConformance.__annotations__),

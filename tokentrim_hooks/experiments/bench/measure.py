@@ -117,7 +117,7 @@ def measure(
     records = list(report)
     if not any(r.severity is not None for r in records) or not report.triggers:
         raise TokenTrimError(
-            f"this run cannot be measured: {report.summary()}\nChoose another --target, or settings under which "
+            f"this run cannot be measured: {report.summary().splitlines()[0]}\nChoose another --target, or settings under which "
             "something is pruned."
         )
     times: dict[str, list[float]] = {name: [] for name in policies}
