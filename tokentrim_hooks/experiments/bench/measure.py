@@ -116,9 +116,9 @@ def measure(
     report = [_once(target, policy, advance)[1] for policy in policies.values()][-1]
     records = list(report)
     if not any(r.severity is not None for r in records) or not report.triggers:
-        first = report.summary().splitlines()[0]
+        first, *_ = report.summary().splitlines()
         raise TokenTrimError(
-            f"this run cannot be measured: {first}\nChoose another --target, or settings under which something is pruned."
+            f"this run cannot be measured: {first}\nChoose another --target, or settings that prune something."
         )
     times: dict[str, list[float]] = {name: [] for name in policies}
     names = list(policies)
