@@ -141,21 +141,30 @@ class Replayer:
         some: Some,
         key: Key,
     ) -> tuple[Any, int]:
-        """Regenerate some samples alone, then the whole batch, which is what counts; and learn from it."""
-        call, why = steps[-1].call, ""
+        """Regenerate the whole batch, then some samples alone, and learn from it.
+
+        Where both are the same it is the samples alone that count, as they will from then on: a video does not depend
+        on whether it is the first to be regenerated.
+        """
+        call = steps[-1].call
         trial = Trial(lambda: context_of(self._adapter, call), call.frames, flags)
-        before = Snapshot(module, *(part for step in steps for part in (step.args, step.kwargs)))
+        whole = select(flags, again(), output)
+        after = Snapshot(module, *(part for step in steps for part in (step.args, step.kwargs)))
         try:
-            trial.parts_made(again(some))
+            trial.whole_made(whole)
+            parts = again(some)
+            why = trial.finding(parts)
         except (NotSeparableError, UnsupportedContextError, *MISFITS) as failure:
             why = f"{type(failure).__name__}: {failure}" if isinstance(failure, MISFITS) else str(failure)
-            before.put_back()
         except BaseException:
-            before.put_back()
+            after.put_back()
             raise
-        whole = select(flags, again(), output)
-        self._pruner.proof.parts.learn(module, key, why or trial.finding(whole))
-        return whole, len(steps)
+        self._pruner.proof.parts.learn(module, key, why)
+        if not why:
+            return parts, len(steps)
+        # Made once more, so that all is as the whole batch leaves it, also what is known of its attention.
+        after.put_back()
+        return select(flags, again(), output), 2 * len(steps)
 
     def replay(
         self,

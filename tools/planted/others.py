@@ -184,8 +184,8 @@ OTHERS = (
     planted(
         "rollout",
         "replays",
-        "learn(module, key, why or trial.finding(whole))",
-        "learn(module, key, why)",
+        "why = trial.finding(parts)",
+        "why = \"\"",
         "samples that see one another are called alone",
         PARTS + "what_cannot_be_cut_is_made_whole_and_said_once",
     ),

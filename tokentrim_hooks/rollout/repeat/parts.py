@@ -2,7 +2,7 @@
 
 A replay is paid for by the sample where the arguments, and the caches among them, have samples in their first dimension
 and no sample sees another. Whether that is so is proved when it is first made use of: the chunk is regenerated both
-ways, some samples first, then the whole batch, and both must have predicted, and written, the same.
+ways, the whole batch first, then some samples, and both must have predicted, and written, the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokentrim_hooks.rollout.repeat.proof import ROUNDING
 
 _logger = logging.getLogger(__name__)
 
-SAME = {**ROUNDING, torch.float32: 1e-6}
+SAME = ROUNDING
 """How far two ways to make a chunk may lie apart, of the largest value: rounding, which differs with a batch's size."""
 
 Key = tuple[int, tuple[str, ...]]
@@ -115,22 +115,26 @@ class Trial:
 
     def __init__(self, context: Callable[[], Context], frames: int, flags: Sequence[bool]) -> None:
         self._context, self._frames, self._flags = context, frames, list(flags)
-        self._before, self._bounds = self._prints(), self._bounds_now()
+        self._bounds = self._bounds_now()
 
-    def parts_made(self, output: Any) -> None:
-        """The flagged samples were made alone; ``output`` has the others as they were."""
-        self._parts, self._after_parts = output, self._prints()
+    def whole_made(self, output: Any) -> None:
+        """The whole batch was made; ``output`` has those that are not flagged as they were.
+
+        Raises:
+            NotSeparableError: rows have moved with it.
+        """
+        self._whole, self._after_whole = output, self._prints()
         if self._bounds_now() != self._bounds:
             raise NotSeparableError("the call moves rows of the cache, which all samples share")
 
-    def finding(self, whole: Any) -> str:
-        """The whole batch was made as well, with ``output``: what differs, in words; empty if nothing does."""
-        spared = torch.tensor([not flag for flag in self._flags])
-        apart = [_apart(one, other) for one, other in zip(tree_leaves(self._parts), tree_leaves(whole), strict=True)]
+    def finding(self, parts: Any) -> str:
+        """The flagged samples were made alone as well: what differs, in words; empty if nothing does."""
+        spared, after_parts = torch.tensor([not flag for flag in self._flags]), self._prints()
+        apart = [_apart(one, other) for one, other in zip(tree_leaves(parts), tree_leaves(self._whole), strict=True)]
         apart += [
-            _apart(one[~spared], other[~spared]) for one, other in zip(self._after_parts, self._prints(), strict=True)
+            _apart(one[~spared], other[~spared]) for one, other in zip(after_parts, self._after_whole, strict=True)
         ]
-        for one, other in zip(self._before, self._after_parts, strict=True):
+        for one, other in zip(self._after_whole, after_parts, strict=True):
             if not torch.equal(one[spared], other[spared]):
                 return "a call with some samples writes into the rows of others"
         # Not ">": a distance that is no number is none that is small.
