@@ -91,6 +91,7 @@ class KeyAccount:
             UnsupportedContextError: more than ``new`` keys are unknown, or a dead one is, or there are more keys than
                 rows.
         """
+        thorough, self._thorough = self._thorough, None  # it holds the keys' V
         if part is None or not part.before:
             self._marked_most, self.marked, self._most = (self.marked, self._most), [], None
         marks, most = self._marked_most
@@ -107,7 +108,6 @@ class KeyAccount:
         keys = int(alive.shape[1])
         history, size = most or (keys, keys)
         more = 0 if padded or keys == size else keys - new - history
-        thorough, self._thorough = self._thorough, None
         beside = max(_strange(alive, known, new), more)
         if beside > 0 and thorough is not None:
             beside = max(_strange(alive, thorough().cpu(), new), more)
