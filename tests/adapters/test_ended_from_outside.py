@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import os
 import signal
 import threading
 import time
@@ -90,6 +91,14 @@ def all_is_as_before(subject: Subject, handle: Any, where: str) -> None:
     nothing_is_open()
 
 
+# It may come amid torch's own bookkeeping, which spoils the process for the tests behind it: seen in one run of four.
+at_any_moment = pytest.mark.skipif(
+    os.environ.get("HYPOTHESIS_PROFILE") != "nightly",
+    reason="NOT CHECKED: an exception at any moment, in torch's own code too; HYPOTHESIS_PROFILE=nightly does",
+)
+
+
+@at_any_moment
 @each_target
 @pytest.mark.parametrize("ending", (sent_by_a_thread, sent_by_a_timer), ids=lambda ending: ending.__name__)
 def test_a_run_is_ended_at_some_moment(target: Any, ending: Callable[[float], Any]) -> None:
