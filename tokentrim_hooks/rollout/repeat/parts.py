@@ -24,9 +24,6 @@ from tokentrim_hooks.rollout.repeat.proof import ROUNDING
 
 _logger = logging.getLogger(__name__)
 
-SAME = ROUNDING
-"""How far two ways to make a chunk may lie apart, of the largest value: rounding, which differs with a batch's size."""
-
 Key = tuple[int, tuple[str, ...]]
 """Samples in the batch, and where arguments are cut."""
 
@@ -137,8 +134,8 @@ class Trial:
         for one, other in zip(self._after_whole, after_parts, strict=True):
             if not torch.equal(one[spared], other[spared]):
                 return "a call with some samples writes into the rows of others"
-        # Not ">": a distance that is no number is none that is small.
-        far = [distance for distance, kind in apart if not distance <= SAME[kind]]
+        # Kernels round otherwise for other batch sizes. Not ">": a distance that is no number is none that is small.
+        far = [distance for distance, kind in apart if not distance <= ROUNDING[kind]]
         return f"samples made alone differ by {max(far):.1e} from what they are in the whole batch" if far else ""
 
     def _bounds_now(self) -> object:
@@ -159,12 +156,12 @@ def _print(rows: Tensor, first: int, stop: int, per_frame: int) -> Tensor:
     flat = torch.nn.functional.pad(own.flatten(1).float(), (0, 1))  # so that there is a mean of no rows
     ramp = torch.linspace(-1, 1, flat.shape[1], device=flat.device)
     prints = torch.stack([flat.abs().mean(1), (flat * ramp).mean(1)], dim=1).cpu()
-    return prints.to(rows.dtype if rows.dtype in SAME else torch.bfloat16)
+    return prints.to(rows.dtype if rows.dtype in ROUNDING else torch.bfloat16)
 
 
 def _apart(one: Any, other: Any) -> tuple[float, torch.dtype]:
     """How far two tensors lie apart, of the largest value, and the type that they are in; what is none is alike."""
-    if not isinstance(one, Tensor) or one.dtype not in SAME or not one.numel():
+    if not isinstance(one, Tensor) or one.dtype not in ROUNDING or not one.numel():
         return 0.0, torch.float32
     wide = torch.promote_types(one.dtype, torch.float32)
     distance, scale = torch.stack([(one.to(wide) - other.to(wide)).abs().amax(), other.to(wide).abs().amax()]).tolist()
