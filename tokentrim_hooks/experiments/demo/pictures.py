@@ -43,8 +43,9 @@ VERSIONS = ("truth", "unpatched", "pruned")
 PRUNED = VERSIONS.index("pruned")
 LEGEND = (
     "One cell per chunk: green accepted, orange pruned and generated again, grey not judged. "
-    "Orange squares: tokens pruned. Red: the planted fault."
+    "Orange squares: tokens pruned."
 )
+OF_FAULT = " Red: the planted fault."
 SHORT, LONG = 90, 400
 """Milliseconds of a frame, and of one in which the large scene is pruned or its fault is planted."""
 
@@ -69,6 +70,7 @@ class Pictures:
         self._videos = [[frames_of(self._with_fault(video, scene)) for video in videos] for scene in self.scenes]
         self._records = [records_of(act.paper, scene) for scene in self.scenes]
         self.chunks = len(self._records[0])
+        self.legend = LEGEND if self.fault_at is None else LEGEND + OF_FAULT
 
     def film(self) -> list[Image.Image]:
         """All frames: truth, unpatched and patched beside each other, the verdicts so far and to come under them."""
@@ -82,14 +84,29 @@ class Pictures:
 
     def still(self) -> Image.Image:
         """The same over time: around the fault chunk by chunk, else evenly over the whole video."""
-        if self.fault_at is not None:
-            chunks = list(range(self.fault_at - 1, min(self.fault_at - 1 + COLUMNS, self.chunks)))
-        else:
-            chunks = sorted({int(self.chunks * (i + 0.5) / COLUMNS) for i in range(COLUMNS)})
-        heads = f"chunks {', '.join(map(str, chunks))} of {self.chunks - 1}"
-        strips = [[self._strip(scene, version, chunks) for version in self._all()] for scene in self.scenes]
+        heads = f"chunks {', '.join(map(str, self.shown()))} of {self.chunks - 1}. {self.legend}"
+        strips = [[self.strip(s, v, self.versions[v], 2 if s else 3) for v in self._all()] for s in self.scenes]
         blocks = [above(rows, gap=2) for rows in strips]
-        return framed(above([words(self.act.title, 18), words(f"{heads}. {LEGEND}", 12, FAINT), *blocks], gap=10))
+        return framed(above([words(self.act.title, 18), words(heads, 12, FAINT), *blocks], gap=10))
+
+    def shown(self) -> list[int]:
+        """The chunks of a still."""
+        if self.fault_at is None:
+            return sorted({int(self.chunks * (i + 0.5) / COLUMNS) for i in range(COLUMNS)})
+        return list(range(self.fault_at - 1, min(self.fault_at - 1 + COLUMNS, self.chunks)))
+
+    def strip(self, scene: int, version: int, label: str, scale: int) -> Image.Image:
+        """One version of a scene over time, ``scale`` times as large; under the pruned one, the verdicts."""
+        chunks = self.shown()
+        tiles = [self._tile(scene, version, chunk * self.frames + self.frames // 2) for chunk in chunks]
+        every = self.chunks if self.fault_at is None else len(chunks)
+        first = 0 if self.fault_at is None else chunks[0]
+        colours = verdicts(self._records[scene])[first : first + every] if version == PRUNED else ()
+        return strip(label, [enlarged(tile, scale) for tile in tiles], colours)
+
+    def first_pruned(self) -> int | None:
+        """The first scene in which the paper's policy pruned; None where it pruned in none."""
+        return next((scene for scene in self.scenes if any(r.pruned for r in self._records[scene])), None)
 
     def _moment(self, frame: int) -> Image.Image:
         chunk = frame // self.frames
@@ -98,20 +115,13 @@ class Pictures:
         shown = [self._with_bar(beside(large), 0, chunk)]
         small = [beside([enlarged(self._tile(s, v, frame), 2) for v in self._all()], gap=2) for s in self.scenes[1:]]
         shown += [beside([self._with_bar(p, s, chunk) for s, p in enumerate(small, 1)], gap=24)] if small else []
-        return framed(above([words(head, 18), *shown, words(LEGEND, 12, FAINT)], gap=8))
+        return framed(above([words(head, 18), *shown, words(self.legend, 12, FAINT)], gap=8))
 
     def _all(self) -> range:
         return range(len(self.versions))
 
     def _with_bar(self, picture: Image.Image, scene: int, chunk: int) -> Image.Image:
         return above([picture, bar(verdicts(self._records[scene]), picture.width, chunk)], gap=2)
-
-    def _strip(self, scene: int, version: int, chunks: Sequence[int]) -> Image.Image:
-        tiles = [self._tile(scene, version, chunk * self.frames + self.frames // 2) for chunk in chunks]
-        every = self.chunks if self.fault_at is None else len(chunks)
-        first = 0 if self.fault_at is None else chunks[0]
-        colours = verdicts(self._records[scene])[first : first + every] if version == PRUNED else ()
-        return strip(self.versions[version], [enlarged(tile, 2 if scene else 3) for tile in tiles], colours)
 
     def _tile(self, scene: int, version: int, frame: int) -> Tile:
         """A frame with its outlines: the fault in all versions, what was pruned in the pruned one."""
