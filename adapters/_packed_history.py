@@ -25,6 +25,7 @@ from tokentrim_hooks import (
     Seen,
     Segment,
     UnsupportedContextError,
+    strand,
 )
 
 from ._diffusers import PINNED, sample_of, sigma_of, tap_dispatch, trouble
@@ -49,6 +50,39 @@ class Packing:
     pinned: int
     section: object
     video: object
+
+
+class Latest:
+    """The latest call of a model, whichever session it was of: are its objects handed on from call to call?"""
+
+    def __init__(self) -> None:
+        self._objects: tuple[Any, ...] = (_none, _none)
+        self._strand: Any = _none
+        self._timestep: Tensor | None = None
+        self._calls = 0
+
+    def follow(self, packing: Packing, timestep: Tensor) -> None:
+        """A call is made. Its timestep is read only where the chunk before had a single call.
+
+        Raises:
+            UnsupportedContextError: it goes on with a chunk whose objects are gone: somebody makes them anew.
+        """
+        new = any(known() is not now for known, now in zip(self._objects, _told(packing), strict=True))
+        alone = self._calls == 1 and self._strand() is strand()
+        if new and alone and any(known() is None for known in self._objects):
+            before = self._timestep
+            if before is not None and float(timestep.flatten()[0]) < float(before.flatten()[0]):
+                raise UnsupportedContextError(
+                    "each call is given other tensors for one and the same chunk, as by a wrapper that copies them.\n"
+                    "Pass on the sampler's own, or copy them inside the transformer's forward."
+                )
+        self._calls = 1 if new else self._calls + 1
+        self._objects = tuple(weakref.ref(thing) for thing in _told(packing))
+        self._strand, self._timestep = weakref.ref(strand()), timestep
+
+
+def _told(packing: Packing) -> tuple[object, object]:
+    return packing.section, packing.video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +136,7 @@ class PackedHistory(Adapter[PackedCall]):
         # Weak, or the last video's tensors would outlive it.
         self._video = self._chunk = self._timestep = _none
         self._section, self._step, self._branch, self._start, self._given = 0, 0, 0, 0, 0
+        self._latest = Latest()  # one for all sessions: where arguments are made anew each call seems another video's
         self.tap(patches)
 
     def tap(self, patches: Patches) -> None:
@@ -130,6 +165,7 @@ class PackedHistory(Adapter[PackedCall]):
     def _follow(self, packing: Packing, arguments: Mapping[str, Any], frames: int) -> None:
         """Which chunk, step and branch: told by the objects that the sampler passes, without reading any."""
         opens, new_section = self._video() is not packing.video, self._chunk() is not packing.section
+        self._latest.follow(packing, arguments["timestep"])
         self._video, self._chunk = weakref.ref(packing.video), weakref.ref(packing.section)
         if opens or (new_section and self.starts_over(packing, arguments)):
             self._given = self.begin(packing, arguments)

@@ -66,6 +66,33 @@ def test_a_hook_is_applied_once_to_a_replay(target, kind):
             assert handle.report.triggers
 
 
+def scale_in_place(module, args, kwargs):
+    next(part for name, part in kwargs.items() if name in ("noisy_image_or_video", "hidden_states")).mul_(SCALE)
+
+
+@each_target
+def test_a_hook_that_writes_into_what_it_is_given_is_named(target):
+    """A call made again is given what the first has left: nobody can undo that, so it is said, and what it comes of."""
+    plain, pipeline = target.make(), target.make()
+    target.denoiser(plain).register_forward_pre_hook(scale_in_place, with_kwargs=True)
+    target.denoiser(pipeline).register_forward_pre_hook(scale_in_place, with_kwargs=True)
+    words = r"argument (noisy_image_or_video|hidden_states) in place, by hook scale_in_place: .*\nReturn a new tensor"
+    with tokentrim.patched(pipeline, POLICY), pytest.raises(tokentrim.UnsupportedContextError, match=words):
+        target.run(pipeline)
+    with tokentrim.patched(pipeline, POLICY, on_error="warn"), pytest.warns(tokentrim.TokenTrimWarning, match=words):
+        assert torch.equal(target.run(pipeline), target.run(plain))
+
+
+def test_a_hook_that_writes_in_place_and_comes_once_a_prune_was_proved():
+    target = TARGETS[0]
+    pipeline = target.make()
+    with tokentrim.patched(pipeline, POLICY):
+        target.run(pipeline)
+        target.denoiser(pipeline).register_forward_pre_hook(scale_in_place, with_kwargs=True)
+        with pytest.raises(tokentrim.UnsupportedContextError, match=r"in place.*scale_in_place"):
+            target.run(pipeline)
+
+
 def wrapped_and_bound(denoiser):
     """functools.wraps on a function with self, bound with __get__: inspect drops the first real parameter."""
     inner = denoiser.forward

@@ -277,6 +277,52 @@ def test_an_image_embedding_kept_for_two_videos(sampling):
     assert told(again.report, 1) == told(handle.report, 0)
 
 
+REMADE = (
+    (framepack_tiny, "image_embeds"),
+    (framepack_tiny, "indices_latents"),
+    (helios_tiny, "indices_hidden_states"),
+    (helios_tiny, "latents_history_mid"),
+)
+
+
+def outside(pipeline, change):
+    """Have calls of the transformer made through ``change(arguments)``, in front of every hook."""
+    kind = type(pipeline.transformer)
+    call = {"__call__": lambda self, **arguments: kind.__call__(self, **change(arguments))}
+    pipeline.transformer.__class__ = type("Changed", (kind,), call)
+    return pipeline
+
+
+@pytest.mark.parametrize(("tiny", "name"), REMADE, ids=[name for _, name in REMADE])
+def test_arguments_made_anew_at_every_call_are_refused(tiny, name):
+    """By a wrapper that casts or copies: what tells videos and chunks apart is gone, and each step seemed a chunk."""
+    pipeline = outside(tiny.pipeline(), lambda given: {**given, name: given[name].clone()})
+    refused = pytest.raises(tokentrim.UnsupportedContextError, match="other tensors for one and the same chunk")
+    with tokentrim.patched(pipeline, POLICY), refused:
+        tiny.run(pipeline)
+
+
+@pytest.mark.parametrize("tiny", (framepack_tiny, helios_tiny, skyreels_tiny), ids=("framepack", "helios", "skyreels"))
+def test_a_text_that_videos_share_or_that_is_encoded_anew_tells_nothing(tiny):
+    """Two videos of one text are two, and one whose text is another tensor at every call is one."""
+
+    def made(pipeline, *seeds):
+        with tokentrim.patched(pipeline, POLICY) as handle:
+            videos = [tiny.run(pipeline, seed=seed, **text) for seed in seeds]
+        return videos, [told(handle.report, number) for number, _ in enumerate(seeds)]
+
+    given = tiny.settings()
+    text = {name: given[name] for name in given if "prompt" in name and torch.is_tensor(given[name])}
+    right = [made(tiny.pipeline(), seed) for seed in (5, 6)]
+    videos, records = made(tiny.pipeline(), 5, 6, 5)
+    assert records == [right[n][1][0] for n in (0, 1, 0)]
+    assert all(torch.equal(video, right[n][0][0]) for video, n in zip(videos, (0, 1, 0), strict=True))
+    name = "encoder_hidden_states"
+    anew = outside(tiny.pipeline(), lambda given: {**given, name: given[name].clone()})
+    videos, records = made(anew, 5)
+    assert torch.equal(videos[0], right[0][0][0]) and records == right[0][1]
+
+
 @pytest.mark.parametrize("sampling", ("vanilla", "inverted_anti_drifting"))
 @pytest.mark.parametrize("at", (0, 1), ids=("amid the first section", "amid the second"))
 def test_videos_that_share_an_embedding_and_take_turns_in_one_thread_are_refused(sampling, at):

@@ -22,7 +22,7 @@ from tokentrim_hooks.ranks.agreement import Alone
 from tokentrim_hooks.rollout.answers import prediction_of, replayed, shown, unwritten
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.repeat.counters import Counters
-from tokentrim_hooks.rollout.repeat.proof import require_uncounted
+from tokentrim_hooks.rollout.repeat.proof import require_repeated
 from tokentrim_hooks.rollout.scene import Act
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
 
@@ -134,7 +134,7 @@ class Guidance:
             raise
         finally:
             self._pruner.drop_hidden()
-        require_uncounted(counters.put_back())
+        require_repeated(given.module, counters)
         return x0
 
     def _require_gradients(self, given: Given) -> None:

@@ -24,7 +24,7 @@ from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, check_values, checked, merged, read
 from tokentrim_hooks.rollout.repeat.counters import Counters
-from tokentrim_hooks.rollout.repeat.proof import require_uncounted
+from tokentrim_hooks.rollout.repeat.proof import require_repeated
 from tokentrim_hooks.rollout.replays import Replayer
 from tokentrim_hooks.rollout.state import ChunkState, Step, VideoState, clean_flag
 
@@ -287,9 +287,9 @@ class Regenerator:
 
     def _regenerate(self, case: Case, reading: Reading, found: Judgement) -> Any:
         """Run the steps again on the pruned context; None where the prune cannot be proved to have worked."""
-        counters = Counters(case.module)
+        counters = Counters(case.module, [step.call.latents for step in case.steps])
         again, proof_calls = self._replays.regenerate(case.module, case.steps, reading.prune, found.output)
-        require_uncounted(counters.put_back())
+        require_repeated(case.module, counters)
         found.extra_calls += len(case.steps)
         found.proof_calls += proof_calls
         return None if self.pruner.dead and not self._prove(case.call, again) else again

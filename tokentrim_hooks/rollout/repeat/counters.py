@@ -1,96 +1,76 @@
-"""Where a model counts its calls: numbers in what it keeps."""
+"""Where a model counts its calls: numbers in what it keeps, how much it keeps, how far its iterators have come."""
 
 from __future__ import annotations
 
-import ast
-import itertools
-import numbers
-from collections.abc import MutableMapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.rollout.repeat.keepers import items_of, keepers_of
+from tokentrim_hooks.rollout.repeat.counts import Count, count_of
+from tokentrim_hooks.rollout.repeat.functions import Variables
+from tokentrim_hooks.rollout.repeat.keepers import items_of, keepers_of, reachable, take_out
+from tokentrim_hooks.rollout.repeat.logs import only_adds_to
 
-PLAIN = (numbers.Number, str)
-NO_VERSION = -1
+DEPTH = 7
+"""Objects, dicts and lists within one another: diffusers keeps a count in the state of a manager of a hook's."""
 
 
 class Counters:
-    """What a module and its parts count in now, to be compared later and put back."""
+    """What a module and its parts count in now, to be compared later and put back.
 
-    def __init__(self, module: object) -> None:
-        self._kept = [(keeper, _counts_of(keeper)) for keeper in keepers_of(module)]
+    Args:
+        module: the denoiser. latents: that it is called with once more, which nobody may write into meanwhile.
+    """
+
+    def __init__(self, module: object, latents: Sequence[Tensor] = ()) -> None:
+        self._module = module
+        self._latents = [(given, given.clone(), given._version) for given in latents if not given.is_inference()]
+        self._kept = [
+            (keeper, label, items.keys(), _counts_of(items))
+            for keeper, label in reachable(keepers_of(module), DEPTH)
+            if (items := items_of(keeper)) or hasattr(keeper, "__dict__")
+        ]
 
     def put_back(self) -> list[str]:
         """Put back what has changed since; returns the names of it."""
         changed = []
-        for keeper, before in self._kept:
-            now = items_of(keeper) if before else {}
-            for name in [name for name, count in before.items() if name in now and count.differs(now[name])]:
-                put(keeper, name, before[name].restored())
-                kind = keeper if hasattr(keeper, "__name__") else type(keeper)
-                changed.append(f"{kind.__name__}.{name}")
+        for keeper, label, known, before in self._kept:
+            now = items_of(keeper)
+            for name, count in before.items():
+                if name in now and count.differs(now[name]) and not self._is_log(keeper, name, count, now[name]):
+                    count.restore(keeper, name)
+                    changed.append(f"{label}.{name}" + ("" if count.restorable else ", which cannot be put back"))
+            for name in _new(keeper, now, known):
+                take_out(keeper, name)
+                changed.append(f"{label}.{name}")
         return sorted(set(changed))
 
+    def written(self) -> bool:
+        """Whether the latents are other ones by now. Reads the device where somebody has written."""
+        return any(v != given._version and not torch.equal(given, copy) for given, copy, v in self._latents)
 
-class Count:
-    """A number or a text that a model keeps: plain, the next one of ``itertools.count``, or in a tensor of its own."""
+    def lasting(self) -> list[str]:
+        """Names of what could not be put back, should a call move it: a generator cannot be wound back."""
+        return [
+            f"{label}.{name}"
+            for _, label, _, counts in self._kept
+            for name, count in counts.items()
+            if not count.restorable and not count.over
+        ]
 
-    def __init__(self, value: Any) -> None:
-        self._value = value
-        if isinstance(value, itertools.count):
-            # Copies of it are not to be had in newer versions of Python.
-            self._next = repr(value)
-        elif isinstance(value, Tensor):
-            self._number, self._version = value.detach().clone(), version_of(value)
-
-    @classmethod
-    def can_be(cls, value: Any) -> bool:
-        """Whether a model may count in such a value."""
-        if isinstance(value, Tensor):
-            return value.numel() == 1 and not value.is_floating_point() and not value.is_complex()
-        return isinstance(value, (*PLAIN, itertools.count))
-
-    def differs(self, now: Any) -> bool:
-        """Whether it is another number by ``now``. Reads the device where a tensor was written."""
-        if isinstance(self._value, itertools.count):
-            return repr(now) != self._next
-        if not isinstance(self._value, Tensor):
-            return isinstance(now, PLAIN) and now is not self._value and bool(now != self._value)
-        if now is self._value and self._version == version_of(now) != NO_VERSION:
-            return False
-        return isinstance(now, Tensor) and now.shape == self._number.shape and bool((now != self._number).any())
-
-    def restored(self) -> Any:
-        """The value as it was."""
-        if isinstance(self._value, itertools.count):
-            return _counting(self._next)
-        if isinstance(self._value, Tensor):
-            with torch.inference_mode(self._value.is_inference()), torch.no_grad():
-                self._value.copy_(self._number)
-        return self._value
+    def _is_log(self, keeper: Any, name: Any, count: Count, now: Any) -> bool:
+        """Whether it has only grown, and nobody is seen to read what is in it."""
+        return count.has_grown(now) and only_adds_to(self._module, str(name), isinstance(keeper, Variables))
 
 
-def version_of(tensor: Tensor) -> int:
-    """Times that it was written in place; ``NO_VERSION`` for those of inference mode, which do not count."""
-    return NO_VERSION if tensor.is_inference() else tensor._version
+def _counts_of(items: dict[Any, Any]) -> dict[Any, Count]:
+    counts = ((name, count_of(value)) for name, value in items.items())
+    return {name: count for name, count in counts if count is not None}
 
 
-def _counting(text: str) -> itertools.count[Any]:
-    """``itertools.count`` from its text."""
-    numbers = ast.literal_eval(text.removeprefix("count"))
-    return itertools.count(*numbers) if isinstance(numbers, tuple) else itertools.count(numbers)
-
-
-def put(keeper: Any, name: Any, value: Any) -> None:
-    """Set an attribute, or an item of a mapping or list."""
-    if isinstance(keeper, MutableMapping | list):
-        keeper[name] = value
-    else:
-        setattr(keeper, name, value)
-
-
-def _counts_of(keeper: Any) -> dict[Any, Count]:
-    return {name: Count(value) for name, value in items_of(keeper).items() if Count.can_be(value)}
+def _new(keeper: Any, now: dict[Any, Any], known: Any) -> Iterator[Any]:
+    """Attributes that have come and may count; of mappings and lists it is the size that is compared."""
+    if hasattr(keeper, "__dict__") and not isinstance(keeper, type):
+        yield from [name for name in now if name not in known and count_of(now[name]) is not None]

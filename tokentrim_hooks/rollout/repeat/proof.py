@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.rollout.repeat.counters import Counters
+from tokentrim_hooks.rollout.repeat.keepers import is_ours
 from tokentrim_hooks.rollout.repeat.snapshot import Snapshot
 
 _logger = logging.getLogger(__name__)
@@ -49,8 +50,11 @@ class NullReplay:
         Args:
             prediction: the sampler's own x0. kept: arguments and output of the call, which may keep something, too.
         """
-        self._before, self._counters = Snapshot(self._module, *kept), Counters(self._module)
         self._first = prediction.detach().clone()
+        self._counters = Counters(self._module)
+        self._before = Snapshot(self._module, *kept)
+        self._inputs = dict(_named(kept[:-1]))
+        require_winding(self._counters.lasting())
 
     @contextmanager
     def undone_if_refused(self) -> Iterator[None]:
@@ -72,10 +76,14 @@ class NullReplay:
         """
         self._one = self._again().detach().clone()
         first = self._first
-        self._moved, self._scale = torch.stack([_apart(first, self._one), first.abs().amax().float()]).tolist()
+        memory = self._before.moved() if self._before is not None else {}
+        measured = torch.stack([_apart(first, self._one), first.abs().amax().float(), *memory.values()]).tolist()
+        (self._moved, self._scale), moved = measured[:2], dict(zip(memory, measured[2:], strict=True))
         self._counted = self._counters.put_back()
         if self._moved == 0:
             require_uncounted(self._counted)
+        if not self._counted:
+            require_still(moved, NOISE[coarsest(self._module, first)])
         return bool(self._moved == 0)
 
     def require_noise(self) -> None:
@@ -88,22 +96,69 @@ class NullReplay:
         spread = torch.stack([_apart(self._first, two), _apart(self._one, two)]).tolist()
         measured = (self._moved, *spread)
         if self._counted or not is_noise(measured, self._scale, coarsest(self._module, self._first)):
+            self._require_own_inputs()
             raise UnsupportedContextError(_words(measured, self._scale, self._module))
         require_uncounted(self._counters.put_back())
         _logger.info("kernels differ from call to call by %.1e, which counts as rounding", max(measured) / self._scale)
+
+    def _require_own_inputs(self) -> None:
+        before = self._before
+        written = [name for name, part in self._inputs.items() if before is not None and before.writes_to(part)]
+        require_unwritten(self._module, written)
+
+
+def require_repeated(module: object, counters: Counters) -> None:
+    """Raise UnsupportedContextError if a replay has changed what it was called with, or what the model counts.
+
+    Asked at every replay, for such a thing may be switched on at any time.
+    """
+    changed = counters.put_back()
+    require_unwritten(module, ["(the noisy latents)"] if counters.written() else [])
+    require_uncounted(changed)
+
+
+def require_unwritten(module: object, written: list[str]) -> None:
+    """Raise UnsupportedContextError if calls have ``written`` into what they were given, which is all there is."""
+    if not written:
+        return
+    hooks = getattr(module, "_forward_pre_hooks", {}).values()
+    names = [str(getattr(hook, "__qualname__", type(hook).__name__)) for hook in hooks if not is_ours(hook)]
+    by = f", by hook {names[0]}" if names else ""
+    raise UnsupportedContextError(
+        f"a call changes its argument {written[0]} in place{by}: made again it is given what is left.\n"
+        "Return a new tensor there, or override Adapter.replay."
+    )
 
 
 def require_uncounted(changed: list[str]) -> None:
     """Raise UnsupportedContextError if a replay has ``changed`` what the model counts, which was put back since.
 
-    A model that counts its calls (TeaCache and its kind) takes the repeated call for the next one. Asked at every
-    replay, for such a thing may be switched on at any time.
+    A model that counts its calls (TeaCache and its kind) takes the repeated call for the next one.
     """
     if changed:
         raise UnsupportedContextError(
             f"the model counts its calls ({', '.join(changed[:4])}), so that a chunk cannot be regenerated: the "
             "repeated call would count as the next one. Switch off what counts (TeaCache, MagCache), or override "
             "Adapter.replay"
+        )
+
+
+def require_still(moved: dict[str, float], noise: float) -> None:
+    """Raise UnsupportedContextError if a replay has changed a memory of the model's, of which a later call may read."""
+    changed = sorted(name for name, distance in moved.items() if not distance <= noise)
+    if changed:
+        raise UnsupportedContextError(
+            f"the model keeps a memory ({', '.join(changed[:2])}) that a repeated call changes once more.\n"
+            "Switch off what keeps something (retrieval, running means), or override Adapter.replay."
+        )
+
+
+def require_winding(lasting: list[str]) -> None:
+    """Raise UnsupportedContextError if the model keeps something that cannot be put back, before a call moves it."""
+    if lasting:
+        raise UnsupportedContextError(
+            f"the model keeps an iterator ({', '.join(lasting[:2])}) that may count calls and cannot be put back.\n"
+            "Count in a number or in itertools.count, or override Adapter.replay."
         )
 
 
@@ -145,6 +200,16 @@ def random_stream_kept(device: torch.device) -> Iterator[None]:
         random.setstate(state)
         if apple is not None:
             torch.mps.set_rng_state(apple)
+
+
+def _named(things: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors among the arguments of calls and in dicts there, by name. Not those in lists, which are a cache's."""
+    for thing in things:
+        for name, part in thing.items() if isinstance(thing, dict) else enumerate(thing):
+            if isinstance(part, Tensor):
+                yield f"{path}{name}", part
+            elif isinstance(part, dict):
+                yield from _named([part], f"{path}{name}.")
 
 
 def _apart(one: Tensor, other: Tensor) -> Tensor:

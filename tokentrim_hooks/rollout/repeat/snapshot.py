@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokentrim_hooks.pruning.tombstones import clear_marks
-from tokentrim_hooks.rollout.repeat.counters import NO_VERSION, put, version_of
-from tokentrim_hooks.rollout.repeat.keepers import items_of, keepers_of, keeps
+from tokentrim_hooks.rollout.repeat.counts import NO_VERSION, version_of
+from tokentrim_hooks.rollout.repeat.keepers import containers, items_of, keepers_of, put, reachable, take_out
 
 DEPTH = 4
 """Objects, dicts and lists within one another."""
@@ -28,15 +28,16 @@ class Snapshot:
     """
 
     def __init__(self, module: object, *more: Any) -> None:
-        roots = [*keepers_of(module), *(part for part in _containers(more))]
-        self._kept = [(keeper, items_of(keeper)) for keeper in _reachable(roots, DEPTH)]
-        leaves = list(_leaves([*(items for _, items in self._kept), dict(enumerate(more))]))
+        roots = [*keepers_of(module), *(part for part in containers(more))]
+        self._kept = [(keeper, label, items_of(keeper)) for keeper, label in reachable(roots, DEPTH)]
+        leaves = list(_leaves([*(items for _, _, items in self._kept), dict(enumerate(more))]))
         self._tensors = list(_copies(leaves))
+        self._given = [leaf for thing in more for leaf in (thing, *tensors_within(thing)) if isinstance(leaf, Tensor)]
         self._generators = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
 
     def put_back(self) -> None:
         """Make everything as it was."""
-        for keeper, before in self._kept:
+        for keeper, _, before in self._kept:
             _restore(keeper, before)
         for tensor, copy, version in self._tensors:
             if version == version_of(tensor) != NO_VERSION:
@@ -46,10 +47,43 @@ class Snapshot:
         for generator, state in self._generators:
             generator.set_state(state)
 
+    def writes_to(self, tensor: Tensor) -> bool:
+        """Whether something else is in it by now; False for what is too large to have been copied."""
+        copies = (copy for kept, copy, _ in self._tensors if kept is tensor)
+        return any(not torch.equal(copy, tensor) for copy in copies)
+
+    def moved(self) -> dict[str, Tensor]:
+        """Tensors that the model itself keeps and that are other ones by now, by name: how far, of their largest value.
+
+        Not those that calls are given: a cache is written once more, and what it holds then shows in the output.
+        """
+        known = {id(tensor) for tensor in self._given}
+        copies = {id(tensor): (copy, version) for tensor, copy, version in self._tensors}
+        found = {}
+        for keeper, label, before in self._kept:
+            tensors = {name: value for name, value in before.items() if id(value) in copies and id(value) not in known}
+            now = items_of(keeper) if tensors else {}
+            for name, value in tensors.items():
+                copy, version = copies[id(value)]
+                new = now.get(name)
+                if isinstance(new, Tensor) and not (new is value and version == version_of(new) != NO_VERSION):
+                    found[f"{label}.{name}"] = _moved(copy, _once(new))
+        return found
+
+
+def _moved(old: Tensor, new: Tensor) -> Tensor:
+    if old.shape != new.shape:
+        return torch.full((), torch.inf, device=old.device)
+    wide = old.dtype if old.is_complex() else torch.promote_types(old.dtype, torch.float32)
+    before, now = old.to(wide), new.to(wide)
+    same = (before == now) | (before.isnan() & now.isnan())
+    distance, scale = torch.where(same, 0, before - now).abs(), torch.where(before.isfinite(), before, 0).abs()
+    return (distance.amax() / scale.amax().clamp_min(1e-30)).float() if distance.numel() else distance.sum().float()
+
 
 def tensors_within(thing: Any) -> Iterator[Tensor]:
     """Tensors that an object, dict or list keeps, in others within it, too."""
-    leaves = _leaves(items_of(keeper) for keeper in _reachable([thing], DEPTH))
+    leaves = _leaves(items_of(keeper) for keeper, _ in reachable([thing], DEPTH))
     return (leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
@@ -58,7 +92,7 @@ def clear_kept_marks(module: object) -> None:
 
     Asked where we step aside, for nobody taps it any more. Reads the device.
     """
-    for leaf in _leaves(items_of(keeper) for keeper in _reachable(keepers_of(module), DEPTH)):
+    for leaf in _leaves(items_of(keeper) for keeper, _ in reachable(keepers_of(module), DEPTH)):
         if isinstance(leaf, Tensor) and leaf.ndim >= 4 and leaf.is_floating_point() and leaf.numel():
             marks = leaf[..., 0, 0].isposinf()
             if bool(marks.any()) and int(leaf.isfinite().logical_not().sum()) == int(marks.sum()):
@@ -71,27 +105,6 @@ def _once(tensor: Tensor) -> Tensor:
     for dimension, stride in enumerate(tensor.stride()):
         tensor = tensor if stride else tensor.narrow(dimension, 0, 1)
     return tensor
-
-
-def _containers(things: Iterable[Any]) -> Iterator[Any]:
-    """Dicts, lists and objects among the things; in tuples, too."""
-    for thing in things:
-        if isinstance(thing, tuple):
-            yield from _containers(thing)
-        elif keeps(thing):
-            yield thing
-
-
-def _reachable(roots: Iterable[Any], depth: int) -> list[Any]:
-    found: dict[int, Any] = {}
-    level = list(roots)
-    for _ in range(depth):
-        level = [thing for thing in level if id(thing) not in found]
-        found |= {id(thing): thing for thing in level}
-        level = [
-            part for thing in level if not isinstance(thing, type) for part in _containers(items_of(thing).values())
-        ]
-    return list(found.values())
 
 
 def _leaves(kept: Iterable[dict[Any, Any]]) -> Iterator[Any]:
@@ -126,7 +139,4 @@ def _restore(keeper: Any, before: dict[Any, Any]) -> None:
         if name not in now or now[name] is not value:
             put(keeper, name, value)
     for name in [name for name in now if name not in before]:
-        if isinstance(keeper, MutableMapping):
-            del keeper[name]
-        else:
-            delattr(keeper, name)
+        take_out(keeper, name)
