@@ -98,3 +98,18 @@ def test_settled_rows_of_another_kind_are_refused(words):
     policy, pipeline = type("Wrong", (tokentrim.Policy,), {"settle": settle})(), make()
     with pytest.raises(tokentrim.PolicyError, match=words), tokentrim.patched(pipeline, policy):
         run(pipeline)
+
+
+@pytest.mark.parametrize("probe", ["first-step", "candidate"])
+def test_a_token_named_twice_to_fill_a_row_dies_once(probe):
+    def run_with(rows):
+        policy = type("Rows", (Answers,), {"fields": staticmethod(lambda chunk: {"tokens": torch.tensor(rows)})})()
+        pipeline = make()
+        with tokentrim.patched(pipeline, policy, probe=probe) as handle:
+            video = run(pipeline)
+        return video, [(record.tokens, record.dead, record.regenerations) for record in handle.report]
+
+    once, told_once = run_with([[0, 3], [1, 2]])
+    twice, told_twice = run_with([[0, 0, 3, 0], [1, 2, 2, 2]])
+    assert torch.equal(once, twice) and told_once == told_twice
+    assert any(dead for _, dead, _ in told_once)

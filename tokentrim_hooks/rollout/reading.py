@@ -104,7 +104,7 @@ def read(
         std=host["std"],
         count=history.count,
         prune=host["prune"].bool().tolist(),
-        tokens=host["tokens"].long().tolist(),
+        tokens=[list(dict.fromkeys(row)) for row in host["tokens"].long().tolist()],  # twice is once: a row is filled
         drift=host["drift"],
         clean=clean is not None and read_flags.pop(),
         waiting=read_flags,
