@@ -15,6 +15,7 @@ from tokentrim_hooks.report.files import made
 from tokentrim_hooks.report.log_file import LogFile
 from tokentrim_hooks.report.names import log_of
 from tokentrim_hooks.report.record import ChunkRecord
+from tokentrim_hooks.report.warm_up import WarmUp, is_above
 
 
 @runtime_checkable
@@ -72,29 +73,44 @@ class ProgressLine:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
+        self._warm_up = WarmUp({})
+
+    def on_start(self, settings: dict[str, Any]) -> None:
+        """See how long the policy's warm-up is."""
+        self._warm_up = WarmUp(settings)
 
     def on_chunk(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
         """Print the line of the chunk's most severe sample; a bar of tqdm's is drawn again below it."""
+        line = progress_line(records, warming=any([self._warm_up.holds(record) for record in records]))
         stream, tqdm = self._stream or sys.stderr, sys.modules.get("tqdm")
         if tqdm is None:
-            print(progress_line(records), file=stream, flush=True)
+            print(line, file=stream, flush=True)
         else:
-            tqdm.tqdm.write(progress_line(records), file=stream)
+            tqdm.tqdm.write(line, file=stream)
 
 
-def progress_line(records: Sequence[ChunkRecord]) -> str:
-    """``chunk 17  D=4.21  threshold=3.90  pruned 156/1560 tokens``; the sample shown is the most severe one."""
+def progress_line(records: Sequence[ChunkRecord], warming: bool = False) -> str:
+    """``chunk 17  D=4.21  threshold=3.90  pruned 156/1560 tokens``; the sample shown is the most severe one.
+
+    Args:
+        records: of one chunk, one per sample. warming: whether it was judged in the warm-up.
+    """
     record = max(records, key=lambda r: -1.0 if r.severity is None else r.severity)
     head = f"chunk {record.chunk:>3}"
     if record.severity is None:
         return f"{head}  {'given' if record.given else 'not judged'}"
     threshold = "no threshold" if record.threshold is None else f"threshold={record.threshold:.3g}"
     pruned = [r for r in records if r.pruned]
-    tail = "accepted" if record.threshold is not None else "accepted, warming up"
+    tail = "accepted, warming up" if warming or record.threshold is None else _accepted(record)
     if pruned:
         tail = f"pruned {len(pruned[0].tokens)}/{record.grid[0] * record.grid[1]} tokens"
     many = f" in {len(pruned)} of {len(records)} samples" if pruned and len(records) > 1 else ""
     return f"{head}  D={record.severity:.3g}  {threshold}  {tail}{many}"
+
+
+def _accepted(record: ChunkRecord) -> str:
+    """Above its threshold a chunk is left as it is where the policy only observes, or has no regeneration left."""
+    return "accepted, though above it" if is_above(record) else "accepted"
 
 
 class Guarded:

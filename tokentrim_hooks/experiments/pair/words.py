@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tokentrim_hooks.report.record import Report
+from tokentrim_hooks.report.warm_up import WarmUp, is_above
 
 NOTICEABLE = 2.3
 """CIE76 distance that is just noticeable (Mahy et al., 1994)."""
@@ -84,12 +85,23 @@ def _what_was_pruned(pair: Pair) -> str:
     if not judged:
         return f"No chunk was judged: the run made {len(chunks)}, and a video's first one has nothing to drift from."
     if not pair.report.triggers:
-        warming = sum(r.threshold is None for r in judged)
-        early = f", {warming} of them while the statistics were warming up" if warming else ""
-        return f"{len(judged)} chunks were judged{early}; none drifted above its threshold, so nothing was changed."
+        return _why_nothing(pair.report)
     numbers = ", ".join(map(str, pair.pruned)) or "none of the first video"
     were = "was" if pair.report.triggers == 1 else "were"
     return f"{pair.report.triggers} of {len(judged)} judged chunks {were} pruned and made again: {numbers}."
+
+
+def _why_nothing(report: Report) -> str:
+    """Chunks of the warm-up may be above their thresholds; others are left as they are where a policy only observes."""
+    warm_up = WarmUp(report.settings)
+    warming = [record for record in report if warm_up.holds(record)]
+    judged = [record for record in report if record.severity is not None and record not in warming]
+    early = f", {len(warming)} of them while the statistics were warming up" if warming else ""
+    above = sum(map(is_above, judged))
+    others = " of the others" if warming else ""
+    which = f"{above or 'none'}{others} drifted above {'their' if above > 1 else 'its'} threshold"
+    end = ", and the policy left it at that" if above else ", so nothing was changed"
+    return f"{len(judged) + len(warming)} chunks were judged{early}; {which}{end}."
 
 
 def _drift(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:

@@ -19,6 +19,7 @@ from tokentrim_hooks.report.page.gathering import Gathered, gather
 from tokentrim_hooks.report.page.parts import Easel, Fetch, named, strip
 from tokentrim_hooks.report.page.template import filled
 from tokentrim_hooks.report.record import Report, log_in, records_at, settings_beside, stream
+from tokentrim_hooks.report.warm_up import least_of
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 DRAWN = 24
@@ -106,7 +107,7 @@ def _html(
         raise ReportError("the report holds no chunk; see that the denoiser is called, for more than one chunk")
     clip = None if frames is None else clip_of(frames)
     drawn = gathered.runs[:DRAWN]
-    easel = Easel.of(drawn, fetch, _warmup(settings), clip, log)
+    easel = Easel.of(drawn, fetch, least_of(settings), clip, log)
     text = json.dumps(settings, indent=2, default=str)
     return filled(
         TEMPLATE,
@@ -129,9 +130,3 @@ def _title(settings: Mapping[str, Any], log: Path | None) -> str:
     if log is not None and log.is_file():
         parts.append(datetime.fromtimestamp(log.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
     return ", ".join(parts)
-
-
-def _warmup(settings: Mapping[str, Any]) -> int:
-    """The warm-up that the settings name; they may hold anything."""
-    warmup = settings.get("policy.warmup")
-    return warmup if type(warmup) is int and warmup > 0 else 0
