@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,33 @@ def require(module: str, extra: str = "") -> Any:
         wanted = OF_ITSELF.get(package) or (with_extra(extra) if extra else package)
         words = f"this needs {package}, which is not installed.\nInstall it: pip install {wanted}"
         raise MissingExtraError(words) from failure
+
+
+def require_all(wanted: Mapping[str, Sequence[str]]) -> None:
+    """Import all modules of ``wanted``, which lists them by extra, or say in one command how to get all that lack.
+
+    Raises:
+        MissingExtraError: some are not installed.
+    """
+    absent = {extra: [name for name in modules if not _is_there(name)] for extra, modules in wanted.items()}
+    every = [name for modules in absent.values() for name in modules]
+    if not every:
+        return
+    extras = [extra for extra, modules in absent.items() if any(name not in OF_ITSELF for name in modules)]
+    words = [*([with_extra(",".join(extras))] if extras else []), *(OF_ITSELF[n] for n in every if n in OF_ITSELF)]
+    named = " and ".join(filter(None, [", ".join(every[:-1]), every[-1]]))
+    are, them = ("is", "it") if len(every) == 1 else ("are", "them")
+    raise MissingExtraError(
+        f"this needs {named}, which {are} not installed.\nInstall {them}: pip install {' '.join(words)}"
+    )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def with_extra(extra: str) -> str:

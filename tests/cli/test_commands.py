@@ -128,7 +128,7 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys):
     monkeypatch.setattr("tokentrim_hooks.api.adapters", interrupted)
     assert main(["adapters"]) == 130
     said = capsys.readouterr().err
-    assert said.strip() == "tokentrim adapters: stopped by Ctrl-C; what was finished until then is kept."
+    assert said.strip() == "tokentrim adapters: stopped by Ctrl-C."
 
 
 @pytest.mark.parametrize("device", ["-", "out.json"])

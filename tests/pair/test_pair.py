@@ -10,6 +10,7 @@ import pytest
 
 from tokentrim_hooks.cli.script.arms import Arm, videos_of_all, without_torchrun
 from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.experiments.pair.charts import curve
 from tokentrim_hooks.experiments.pair.curves import UNITS, Curves, apart
 from tokentrim_hooks.experiments.pair.page import playable, spans_of, write_page
 from tokentrim_hooks.experiments.pair.several import table
@@ -75,6 +76,10 @@ def test_the_sentences_say_what_is_known_of_the_script():
     assert "11 s with the patch, 10 s without" in said["less"] and "denoiser calls 24 + 1 extra" in said["less"]
     still = replace(PAIR, patched={**LESS, "motion": 0.5})
     assert "The patched video moves less: that alone looks like less drift." in sentences(still)
+    assert "; none of the others drifted above its threshold, so nothing was changed." in said["nothing"]
+    watched = replace(PAIR, report=Report({"policy.warmup": 2}, [replace(r, severity=3.0) for r in report(pruned=())]))
+    assert "6 chunks were judged, 4 of them while the statistics were" in sentences(watched)[0]
+    assert "; 2 of the others drifted above their threshold, and the policy left it at that." in sentences(watched)[0]
     unjudged = replace(PAIR, report=report(pruned=(), chunks=1))
     assert sentences(unjudged)[0].startswith("No chunk was judged: the run made 1")
 
@@ -98,6 +103,34 @@ def test_curves_are_those_of_the_metrics_command(tmp_path):
     assert (found.frames, found.seconds) == (24, 3.0) and found.series.keys() == UNITS.keys()
     assert [len(found.series[name]) for name in UNITS] == [24, 24, 23, 23]
     assert found.series["colour"][0] < 3 < found.series["colour"][-1] and found.values()["colour drift"] > 10
+
+
+def test_a_step_stands_at_the_frame_that_it_leads_to(tmp_path):
+    """Else a pruned chunk seems to change what was before it."""
+    still = [np.full((32, 48, 3), 0.5)] * 12
+    one, other = (write_video(tmp_path / f"{n}.mp4", still[:6] + [f + n * 0.2 for f in still[6:]], 4) for n in (0, 1))
+    for name in UNITS:
+        upper, lower = curve(name, Curves.of(one), Curves.of(other), [(1.5, 2.0)]).axes
+        seconds, values = lower.lines[0].get_data()
+        changed = seconds[np.abs(values) > 0.5]
+        assert name in ("motion", "sharpness") or changed[0] == 1.5, name
+        assert seconds[-1] == 11 / 4 and len(seconds) == len(upper.lines[0].get_xdata())
+
+
+def test_a_copy_for_the_page_is_as_old_as_the_video(tmp_path):
+    """So that ``tokentrim report --video`` takes it for what it is."""
+    source = write_video(tmp_path / "a.mp4", frames(), 8)
+    other = tmp_path / "a.avi"
+    with av.open(str(other), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for image in frames():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((255 * image).astype(np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    os.utime(other, (1_000_000_000, 1_000_000_000))
+    assert playable(source, tmp_path / "unused.mp4") == source
+    copy = playable(other, tmp_path / "copy.mp4")
+    assert copy.name == "copy.mp4" and copy.stat().st_mtime == 1_000_000_000
 
 
 def test_how_far_videos_are_apart(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -86,6 +87,22 @@ def test_what_cannot_be_compared_is_told_and_nothing_else_is_run(project, script
 def test_an_unknown_policy_ends_it_before_anything_runs(project):
     done = attempt(project, "--policy", "drif", "inference.py", "never")
     assert done.returncode == 2 and "did you mean 'drift'?" in done.stderr and not (project / "never").exists()
+
+
+def test_ctrl_c_leaves_log_and_report_of_the_run_that_it_met(project):
+    """It reaches the run's own process too, which is waited for."""
+    (project / "endless.py").write_text(SCRIPT + "\nprint('made', flush=True)\nimport time\ntime.sleep(600)\n")
+    command = [sys.executable, "-m", "tokentrim_hooks", "try", "--out", "stopped", "endless.py", "videos"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=project, env=variables, start_new_session=True, **streams) as process:
+        assert process.stdout.readline() == "made\n"
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=300)[1]
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert said.splitlines()[-1] == "tokentrim try: stopped by Ctrl-C; what was finished until then is kept."
+    log = project / "stopped" / "patched" / "log"
+    assert len(read_report(log)) == 8 and (log / "report.html").is_file()
 
 
 @pytest.mark.slow

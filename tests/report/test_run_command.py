@@ -153,6 +153,18 @@ def test_the_status_is_the_script_s(project):
     assert "raises.py" in first, "the traceback begins in the script"
 
 
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [("import sys; sys.exit(3)", 3), ("import sys; sys.exit('needs --prompt')", 1), ("def broken(:", 1)],
+)
+def test_a_script_that_fails_before_it_has_a_model_is_not_told_of_adapters(project, script, status):
+    (project / "fails.py").write_text(script)
+    done = tokentrim(project, "--out", "log", "fails.py")
+    assert done.returncode == status
+    assert "no model was patched: the script failed before it made one.\nSee what it says above" in done.stderr
+    assert "tokentrim adapters" not in done.stderr and len(list((project / "log").glob("*"))) == 0
+
+
 def test_ctrl_c_is_one_line_and_leaves_log_and_report(project):
     interrupted = SCRIPT.replace("if len(sys.argv) > 2:", "raise KeyboardInterrupt\nif 0:")
     (project / "interrupted.py").write_text(interrupted)

@@ -56,5 +56,20 @@ def test_the_hint_says_what_is_missing_and_how_to_get_it(monkeypatch, tmp_path, 
     assert str(caught.value) == f"this needs {name}, which is not installed.\nInstall it: pip install {wanted}"
 
 
+def test_all_that_is_missing_is_told_at_once_with_one_command(monkeypatch, tmp_path):
+    installed_from(monkeypatch, tmp_path, None)
+    for name in ("absent_av", "cv2", "absent_jinja2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError) as caught:
+        extras.require_all({"metrics": ["absent_av", "cv2"], "report": ["absent_jinja2", "json"], "demo": []})
+    assert str(caught.value) == (
+        "this needs absent_av, cv2 and absent_jinja2, which are not installed.\n"
+        "Install them: pip install 'tokentrim-hooks[metrics,report]' opencv-python-headless"
+    )
+    with pytest.raises(MissingExtraError, match=r"^this needs cv2, which is not installed\.\nInstall it: pip"):
+        extras.require_all({"metrics": ["cv2"]})
+    extras.require_all({"metrics": ["json"], "demo": ()})
+
+
 def test_what_is_there_is_imported():
     assert extras.require("json") is json

@@ -28,6 +28,8 @@ from tokentrim_hooks.errors import TokenTrimError
 ALL = (demo, attempt, run, report, metrics, adapters, policies, detect, compare, bench, completion)
 COMMANDS: dict[str, click.Command] = {str(command.name): command for command in ALL}
 WRONG, INTERRUPTED = 2, 130
+KEEP = {"try", "run", "compare"}
+"""Subcommands that write while they work; the others write at their end."""
 
 
 class InOrder(click.Group):
@@ -71,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as failure:
         return _say(f"{name}: {_reason(failure)}.\nSee to this file or device, or name another one.", WRONG)
     except click.Abort:
-        return _say(f"{name}: stopped by Ctrl-C; what was finished until then is kept.", INTERRUPTED)
+        kept = "; what was finished until then is kept" if name.split()[-1] in KEEP else ""
+        return _say(f"{name}: stopped by Ctrl-C{kept}.", INTERRUPTED)
 
 
 def _reason(failure: OSError) -> str:

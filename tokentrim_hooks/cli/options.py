@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from tokentrim_hooks.extras import require
+from tokentrim_hooks.extras import require_all
 from tokentrim_hooks.report.files import made, told
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -86,14 +86,13 @@ def ready_file(path: Path | None) -> Path:
     return path
 
 
-def need(*modules: str, extra: str = "demo") -> None:
-    """See that all ``modules`` are there before anything is computed.
+def need(*modules: str, extra: str = "demo", **others: Sequence[str]) -> None:
+    """See that all ``modules``, and those that ``others`` lists by extra, are there before anything is computed.
 
     Raises:
-        MissingExtraError: one is not, and which extra brings it.
+        MissingExtraError: some are not, and the one command that installs them all.
     """
-    for module in modules:
-        require(module, extra)
+    require_all({extra: modules, **others})
 
 
 def write_json(path: Path, values: Any) -> Path:

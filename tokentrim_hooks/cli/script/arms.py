@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from tokentrim_hooks.report import names
 
 ELASTIC = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 """Variables by which torchrun tells its processes who they are."""
+
+
+PATIENCE = 60.0
+"""Seconds that a run has for its log and its page after Ctrl-C, before it is ended."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Launch:
         command = ["-m", "tokentrim_hooks", "run", "--seed", str(seed), *own, *self.script]
         start = list(self.launcher) or [sys.executable]
         before, began = self.places.stamps(), time.monotonic()
-        status = subprocess.call([*start, *command], env={**self.environment, "PYTHONHASHSEED": str(seed % 2**32)})
+        status = _status_of([*start, *command], {**self.environment, "PYTHONHASHSEED": str(seed % 2**32)})
         seconds = time.monotonic() - began
         if patched and not logs_of(log):
             raise TokenTrimError("no model was patched, so there is nothing to compare.\nSee the lines above for why.")
@@ -51,6 +56,18 @@ class Launch:
             where = self.places.pattern or ", ".join(map(str, self.places.roots))
             raise TokenTrimError(f"the script wrote no video; looked at: {where}.\nName its place: --video 'PATTERN'.")
         return Arm(found, seconds, logs_of(log))
+
+
+def _status_of(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a process to its end. Ctrl-C reaches it as well, and it is given the time to finish its log and its page."""
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+            process.terminate()
+            raise
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,7 @@ def attempt(
         return  # the first process starts all others anew, three times
     Choices.of(flags)
     Target.of(script, arguments, is_module)
-    need("av", "numpy", "cv2", extra="metrics")
-    need("jinja2", "matplotlib", extra="report")
-    need(*["scipy"][: pairs > 1])
+    need("av", "numpy", "cv2", extra="metrics", report=("jinja2", "matplotlib"), demo=("scipy",)[: pairs > 1])
     launcher, environment = without_torchrun(os.environ)
     folder = claimed(out, _command(sys.argv[1:]), environment)
     behind = [*(["-m"] if is_module else []), script, *arguments]

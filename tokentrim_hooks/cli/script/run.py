@@ -56,17 +56,20 @@ def run(out: Path, script: str, is_module: bool, arguments: tuple[str, ...], **f
 
 def _watched(target: Target, this: Run) -> int:
     """Run it, then say what became of it, whatever ended it."""
-    status = 1
+    status: object = None
     try:
         status = this.over(target)
+    except SystemExit as end:
+        status = end.code
+        raise
     finally:
-        _say_what_happened(this)
+        _say_what_happened(this, failed=bool(status))
         if os.getpid() == this.process:
             ended(this.folder)
     return status or (0 if this.handles else 1)
 
 
-def _say_what_happened(this: Run) -> None:
+def _say_what_happened(this: Run, failed: bool) -> None:
     """Summaries and report pages of all models that were patched, or why none was; a fork leaves that to its parent."""
     from tokentrim_hooks.experiments.what_if.answers import section
     from tokentrim_hooks.report.page import write_page
@@ -76,7 +79,7 @@ def _say_what_happened(this: Run) -> None:
     for handle in this.handles:
         print(handle.report.summary(), file=sys.stderr)
     if not this.handles:
-        print(printable(f"tokentrim run: no model was patched: {this.why_none()}"), file=sys.stderr)
+        print(printable(f"tokentrim run: no model was patched: {this.why_none(failed)}"), file=sys.stderr)
     for log in this.logs:
         try:
             print(f"report: {write_page(log.path, sections=[section(log.path)])}", file=sys.stderr)

@@ -25,11 +25,12 @@ def curve(name: str, unpatched: Curves, patched: Curves, pruned: Sequence[Span],
     figure = require("matplotlib.figure", "report").Figure(figsize=(4.4, 3.6) if narrow else (9, 3.2),
                                                            layout="constrained")  # fmt: skip
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    first = unpatched.frames - len(unpatched.series[name])  # a step stands at the frame that it leads to
     for label, video, colour in (("without the patch", unpatched, WITHOUT), ("with it", patched, WITH)):
-        above.plot(*_thin(video.series[name], video.fps), color=colour, lw=1.3, label=label)
+        above.plot(*_thin(video.series[name], video.fps, first), color=colour, lw=1.3, label=label)
     shared = min(len(unpatched.series[name]), len(patched.series[name]))
     difference = patched.series[name][:shared] - unpatched.series[name][:shared]
-    below.plot(*_thin(difference, unpatched.fps), color=WITH, lw=1.1)
+    below.plot(*_thin(difference, unpatched.fps, first), color=WITH, lw=1.1)
     below.axhline(0, color=WITHOUT, lw=0.6)
     for axes in (above, below):
         for number, (begin, end) in enumerate(pruned):
@@ -42,10 +43,10 @@ def curve(name: str, unpatched: Curves, patched: Curves, pruned: Sequence[Span],
     return figure
 
 
-def _thin(series: Any, fps: float) -> tuple[Any, Any]:
-    """Seconds and values of a curve, means of neighbours where there are many."""
+def _thin(series: Any, fps: float, first: int) -> tuple[Any, Any]:
+    """Seconds and values of a curve that begins at frame ``first``; means of neighbours where there are many."""
     values = np.asarray(series, dtype=float)
-    seconds = np.arange(len(values)) / fps
+    seconds = (np.arange(len(values)) + first) / fps
     if len(values) <= POINTS:
         return seconds, values
     parts = [np.array_split(part, POINTS) for part in (seconds, values)]
