@@ -7,7 +7,7 @@ import pytest
 
 from tokentrim_hooks.console import counted
 from tokentrim_hooks.metrics.meter import metered
-from tokentrim_hooks.metrics.rows import SHOWN, Measured, direction, table
+from tokentrim_hooks.metrics.rows import BRACKETS, ONE_PAIR, SHORT, SHOWN, Measured, direction, notes, table
 
 
 def video(fade, frames=64, seed=0):
@@ -69,6 +69,13 @@ def test_a_measure_that_a_video_lacks_is_a_dash():
     rows = {row[0]: row[2:] for row in table({"a": short, "b": short})[1]}
     assert "luma per minute" not in rows and rows["steadiness (VBench flicker)"] == ["1", "1", "+0"]
     assert short.cell("motion_per_minute") == "-"
+
+
+def test_the_notes_are_of_what_stands_there(measured):
+    assert BRACKETS in notes(measured) and ONE_PAIR in notes(measured) and SHORT not in notes(measured)
+    short = {"a": Measured.by(metered(video(0.1, frames=27), 16.0))}
+    assert SHORT in notes(short) and BRACKETS not in notes(short) and ONE_PAIR not in notes(short)
+    assert all(len(line) <= 120 for line in notes(measured).splitlines())
 
 
 class Terminal(io.StringIO):

@@ -77,6 +77,27 @@ def test_unreadable_files_have_a_clear_message(tmp_path, capsys):
     assert main(["metrics", str(bad), "--period", "0"]) == 2
 
 
+def test_a_video_that_breaks_off_says_where(tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8)
+    whole = write_video(tmp_path / "whole.mp4", noise, fps=8)
+    with av.open(str(whole)) as container:
+        places = sorted((packet.pos, packet.size) for packet in container.demux(video=0) if packet.size)
+    content = bytearray(whole.read_bytes())
+    for begin, size in places[len(places) // 2 :]:
+        content[begin : begin + size] = bytes(size)
+    (tmp_path / "broken.mp4").write_bytes(content)
+    assert main(["metrics", str(tmp_path / "broken.mp4")]) == 2
+    said = capsys.readouterr().err
+    assert "is damaged or cut off behind frame " in said and " of 60.\nMake it anew" in said, said
+
+
+def test_scores_are_read_before_any_video_is(grey, tmp_path, capsys):
+    (tmp_path / "no.json").write_text("no")
+    assert main(["metrics", str(grey), "--vbench", str(tmp_path / "no.json")]) == 2
+    said = capsys.readouterr()
+    assert not said.out and "is not a VBench result file" in said.err
+
+
 def test_what_is_written_plays_in_a_browser_and_cannot_be_nothing(tmp_path):
     odd = np.random.default_rng(0).random((5, 33, 47, 3))
     file = write_video(tmp_path / "odd.mp4", odd, fps=23.976)

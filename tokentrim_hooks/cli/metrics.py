@@ -12,6 +12,7 @@ from tokentrim_hooks.console import counted, printable, show_table
 
 if TYPE_CHECKING:
     from tokentrim_hooks.metrics.rows import Measured
+    from tokentrim_hooks.metrics.vbench import Scores
 
 
 @click.command()
@@ -31,11 +32,12 @@ def metrics(
     if not videos and not vbench:
         raise click.UsageError("give at least one video, or --vbench with a result file")
     out = ready_file(file)
+    scored = _scored(vbench)  # read before the videos are, which may take an hour
     measured = {str(path): _measured(path, period) for path in videos}
     if file != STANDARD_OUTPUT and measured:
         _show(measured, every)
-    if file != STANDARD_OUTPUT and vbench:
-        _show_vbench(vbench)
+    if file != STANDARD_OUTPUT and scored is not None:
+        _show_vbench(scored)
     if file is not None:
         write_json(out, {name: video.as_json() for name, video in measured.items()})
 
@@ -51,18 +53,21 @@ def _measured(path: Path, period: int | None) -> Measured:
 
 
 def _show(measured: dict[str, Measured], whole: bool) -> None:
-    from tokentrim_hooks.metrics.rows import NOTE, ONE_PAIR, table
+    from tokentrim_hooks.metrics.rows import notes, table
 
     for name, video in measured.items():
         print(printable(f"{name}: {video.values['frames']:.0f} frames, {video.values['seconds']:.1f} s"))
     show_table(*table(measured, whole))
-    print(NOTE if len(measured) != 2 else f"{NOTE}\n{ONE_PAIR}")
+    print(notes(measured))
 
 
-def _show_vbench(paths: tuple[Path, ...]) -> None:
+def _scored(paths: tuple[Path, ...]) -> Scores | None:
     from tokentrim_hooks.metrics.vbench import read_results, scores
 
-    found = scores(read_results(paths))
+    return scores(read_results(paths)) if paths else None
+
+
+def _show_vbench(found: Scores) -> None:
     totals = {"quality": found.quality, "semantic": found.semantic, "total (4:1)": found.total}
     show_table(["VBench", "score"], [[name, _cell(value)] for name, value in totals.items()])
     if found.missing:

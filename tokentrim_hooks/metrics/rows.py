@@ -29,11 +29,16 @@ SHOWN: dict[str, tuple[str, Better]] = {
 }
 """The rows of a short table, at most twelve: key, words, direction."""
 
-NOTE = (
-    "Per minute: slope through the means in brackets, of windows of equal length in order of time. Similarity and\n"
-    "steadiness mean little without motion: a frozen video has the best of both."
-)
+BRACKETS = "Per minute: slope through the means in brackets, of windows of equal length in order of time."
+SHORT = "Drift per minute has no row: it takes two seconds of video."
+STILL = "Similarity and steadiness mean little without motion: a frozen video has the best of both."
 ONE_PAIR = "One pair of videos shows a difference, not an effect: tokentrim compare measures many pairs."
+
+
+def notes(measured: Mapping[str, Measured]) -> str:
+    """What a reader of the table must know."""
+    sloped = any(key.endswith("_per_minute") for video in measured.values() for key in video.values)
+    return "\n".join([BRACKETS if sloped else SHORT, STILL, *([ONE_PAIR] if len(measured) == 2 else [])])
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,16 @@ class VideoFile:
             VideoError: it cannot be read to its end, or holds no frame.
         """
         count = 0
-        with _opened(self.path) as (container, stream):
-            for frame in container.decode(stream):
-                count += 1
-                yield frame.to_ndarray(format="rgb24")
+        try:
+            with _opened(self.path) as (container, stream):
+                for frame in container.decode(stream):
+                    count += 1
+                    yield frame.to_ndarray(format="rgb24")
+        except VideoError as failure:
+            if not count:
+                raise
+            words = f"{self.path} is damaged or cut off behind frame {count} of {self.expected or 'some'}"
+            raise VideoError(f"{words}.\nMake it anew, or give the part that plays.") from failure
         if not count:
             raise VideoError(f"{self.path} holds no frame.\nGive a video that plays.")
 
@@ -110,5 +116,5 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         with av.open(str(path)) as container:
             yield container, container.streams.video[0]
     except (av.error.FFmpegError, IndexError, ValueError) as failure:
-        reason = str(failure) or type(failure).__name__
+        reason = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
         raise VideoError(f"{path} cannot be read as a video: {reason}.\nGive one that ffmpeg plays.") from failure
