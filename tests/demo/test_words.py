@@ -44,7 +44,7 @@ def acts():
 
 def test_what_drifts_is_told_by_figures_of_the_unpatched_model(acts):
     said = sentences(acts)[0]
-    assert said.startswith("What drifts: left alone, from chunks 1-10 to chunks 11-20 and where 1 is true, the fading")
+    assert said.startswith("What drifts, left alone, from chunks 1-10 to chunks 11-20 (1 is what the true video has): ")
     assert said.endswith("contrast goes from 1.04 to 1.04 and its share of sprites alive goes from 1.04 to 1.04.")
 
 
@@ -102,7 +102,7 @@ def test_the_table_is_small_and_names_each_act_once(acts):
 
 def test_what_could_not_be_measured_is_a_dash(acts):
     last = table([acts[0], act("fading", DRIFT, float("nan"))])[-1]
-    assert last[2:] == ["-", "-", "-", "[-inf, +inf]", "too few pairs"]
+    assert last[2:] == ["-", "-", "-", "no interval", "too few pairs"]
 
 
 def test_rounding_never_hides_that_a_number_is_not_zero():

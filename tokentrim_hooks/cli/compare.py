@@ -114,7 +114,7 @@ def _compare(target: str | None, options: dict[str, Any]) -> None:
     runs = [_ready(target, options, kind, groups[0]) for kind in kinds]
     for run in runs:
         of = f"{run.kind}: " if len(runs) > 1 else ""
-        label = f"{of}{options['seeds']} seeds, {len(run.settings)} settings"
+        label = f"{of}pairs {options['seeds']}, settings {len(run.settings)}"
         with progress(label, len(groups) * len(run.settings)) as advance:
             compare(run.make, run.settings, groups, run.store, advance)
         _write(run)

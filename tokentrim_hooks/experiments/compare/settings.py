@@ -169,7 +169,7 @@ def choose(
     wanted = [s.name for s in STANDARD if anchors or s.name != "anchors pruned"] if names is None else list(names)
     strange = [name for name in wanted if name not in known]
     if strange:
-        raise TokenTrimError(f"no such setting: {', '.join(strange)}; there are: {', '.join(known)}")
+        raise TokenTrimError(f"no such setting: {', '.join(strange)}.\nSee tokentrim compare --list for all of them.")
     chosen = [known[name] for name in dict.fromkeys([BASE, *wanted])]
     chosen += [setting for setting in plugged if setting not in chosen] + [parse_setting(text) for text in more]
     if len({setting.name for setting in chosen}) < len(chosen):

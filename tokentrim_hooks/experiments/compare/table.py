@@ -107,7 +107,9 @@ def percent(share: float) -> str:
 
 
 def span(difference: Difference) -> str:
-    """The interval's ends, signed."""
+    """The interval's ends, signed; a single pair has none."""
+    if math.isinf(difference.low) and math.isinf(difference.high):
+        return "no interval"
     return f"[{number(difference.low, sign=True)}, {number(difference.high, sign=True)}]"
 
 
