@@ -71,7 +71,10 @@ def with_extra(extra: str) -> str:
         return f"-e '{CHECKOUT}[{extra}]'"
     origin = json.loads(distribution("tokentrim-hooks").read_text("direct_url.json") or "{}")
     kind = origin.get("vcs_info", {}).get("vcs")
-    source = f" @ {f'{kind}+' if kind else ''}{origin['url']}" if "url" in origin else ""
+    url = origin.get("url", "")
+    if kind:  # before 24.1 pip takes no git+file:/// behind a name
+        url = f"{kind}+{url.replace('file:///', 'file://localhost/')}"
+    source = f" @ {url}" if url else ""
     return f"'tokentrim-hooks[{extra}]{source}'"
 
 

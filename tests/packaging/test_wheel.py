@@ -1,7 +1,9 @@
 """What the wheel holds, and what importing it does."""
 
 import configparser
+import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -16,11 +18,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A wheel built offline by ``python -m build``, from a source archive made of a copy of the checkout."""
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def copy(tmp_path_factory):
+    """A copy of the checkout, as far as it is built."""
+    folder = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE", "tokentrim_hooks", "adapters"):
-        subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
+        subprocess.run(["cp", "-r", str(ROOT / name), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(copy, tmp_path_factory):
+    """A wheel built offline by ``python -m build``, from a source archive made of a copy of the checkout."""
+    out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", "--outdir", str(out)]
     subprocess.run([*command, str(copy)], check=True, timeout=300, capture_output=True)
     (path,) = out.glob("*.whl")
@@ -99,6 +108,22 @@ def test_the_adapters_folder_is_no_package_of_its_own():
     done = python("import adapters", cwd=ROOT)
     assert done.returncode == 1
     assert "ImportError" in done.stderr and "tokentrim_hooks_adapters" in done.stderr
+
+
+def test_the_readmes_git_address_is_one_that_pip_takes(copy, tmp_path):
+    """Of a repository with these files, by the line that the README shows; nothing is installed."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (line,) = (line.removeprefix("$ ") for line in lines if line.startswith("$ pip install") and "git+" in line)
+    address = shlex.split(line, comments=True)[2].replace("$PWD", str(copy))
+    somebody = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+    for words in (["init", "--quiet"], ["add", "."], [*somebody, "commit", "--quiet", "--message", "all"]):
+        subprocess.run(["git", *words], cwd=copy, check=True)
+    dry = ["install", "--dry-run", "--no-deps", "--no-build-isolation", "--quiet", "--report", str(tmp_path / "report")]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *dry, "--ignore-installed", address]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "report").read_text())["install"]
+    assert found["metadata"]["name"] == "tokentrim-hooks" and found["download_info"]["vcs_info"]["vcs"] == "git"
 
 
 ALONE = """

@@ -29,6 +29,10 @@ def test_a_checkout_is_named_by_its_folder(monkeypatch, tmp_path):
         (None, "'tokentrim-hooks[report]'"),
         ({"url": "file:///src", "dir_info": {}}, "'tokentrim-hooks[report] @ file:///src'"),
         (
+            {"url": "file:///src", "vcs_info": {"vcs": "git", "commit_id": "0"}},
+            "'tokentrim-hooks[report] @ git+file://localhost/src'",
+        ),
+        (
             {"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
             "'tokentrim-hooks[report] @ git+https://host/x.git'",
         ),
