@@ -96,6 +96,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     assert toy_trial.MADE == []
 
 
+def test_another_comparison_s_folder_is_refused_by_what_differs(tmp_path):
+    made = {"columns": [{"name": "x" * 300}], "trial": {"chunks": 8, "kind": "fading"}, "target": "reference"}
+    Store(tmp_path, made)
+    with pytest.raises(TokenTrimError) as caught:
+        Store(tmp_path, {**made, "columns": [{"name": "y"}], "trial": {"chunks": 24, "kind": "fading"}})
+    words = "holds another comparison: chunks 8 then, 24 now.\nGive another --out."
+    assert str(caught.value) == f"{tmp_path} {words}"
+    with pytest.raises(TokenTrimError, match=r"holds another comparison: other columns\.\n"):
+        Store(tmp_path, {**made, "columns": []})
+    Store(tmp_path, made)
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

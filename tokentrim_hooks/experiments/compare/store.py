@@ -82,10 +82,9 @@ class Store:
             write(file, json.dumps(now, indent=2) + "\n")
             return
         before = read_settings(file, MOST, "Give another --out, or a folder whose settings are whole.")
-        changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
-        if changed:
-            words = "; ".join(f"{key}: {_short(before.get(key))} then, {_short(now.get(key))} now" for key in changed)
-            raise TokenTrimError(f"{self.folder} holds another comparison ({words}); give another --out")
+        if before != now:
+            words = _in_words(list(_differences(before, now)))
+            raise TokenTrimError(f"{self.folder} holds another comparison: {words}.\nGive another --out.")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -153,6 +152,23 @@ def _outcome(line: bytes, place: str) -> Outcome:
     except (ValueError, TypeError, KeyError, AttributeError) as failure:
         hint = "Take the line out, or give another --out."
         raise ReportError(f"{place} is not an outcome of a comparison: {_short(str(failure))}.\n{hint}") from failure
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What differs, by its name; where that holds names of its own, what differs in it."""
+    for key in sorted({*before, *now}):
+        then, here = before.get(key), now.get(key)
+        if isinstance(then, dict) and isinstance(here, dict):
+            yield from _differences(then, here)
+        elif then != here:
+            yield key, then, here
+
+
+def _in_words(differences: Sequence[tuple[str, Any, Any]]) -> str:
+    """Three at most, those first that fit a line: columns of measures follow from other chunks, and say less."""
+    told = [f"{key} {then} then, {now} now" for key, then, now in differences
+            if not any(isinstance(value, (list, dict)) for value in (then, now))]  # fmt: skip
+    return "; ".join(_short(words) for words in told[:3]) or f"other {', '.join(key for key, *_ in differences)}"
 
 
 def _check(found: Any) -> None:
