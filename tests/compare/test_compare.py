@@ -150,7 +150,7 @@ def test_what_another_has_added_since_is_not_done_again(tmp_path):
 def test_results_of_different_runs_are_not_mixed(tmp_path):
     store = Store(tmp_path, {"chunks": 4})
     compare(toy_trial.make, [OFF, ALWAYS], [[1]], store)
-    with pytest.raises(TokenTrimError, match=r"chunks: 4 then, 5 now"):
+    with pytest.raises(TokenTrimError, match=r"chunks 4 then, 5 now"):
         Store(tmp_path, {"chunks": 5})
     with pytest.raises(TokenTrimError, match="another setting named 'always'"):
         Store(tmp_path, {"chunks": 4}, [Setting("always", always=True, options=DriftPolicy(fraction=0.5))])
