@@ -41,15 +41,13 @@ from tokentrim_hooks import (
 )
 
 from ._replaced import replaced_forward
+from ._switches import is_off, same
 
 PARAMETERS = ("noisy_image_or_video", "conditional_dict", "timestep", "kv_cache", "crossattn_cache", "current_start")
 """Parameters that the forward of every generator wrapper of the family takes."""
 
 OPTIONS = ("classify_mode", "concat_time_embeddings", "clean_x", "aug_t", "cache_start")
 """What most of them take besides; none of it changes the rules of the cache."""
-
-SWITCHES = ("clip_fea", "y", "discriminator_features", "return_features", "features_only", "feature_layers")
-"""What forks take besides for images and for training; left at their defaults they change nothing."""
 
 RELATIVES = {
     "updating_cache": "Rolling Forcing",
@@ -69,8 +67,10 @@ class CausalWan(Adapter):
     """Parameters that tell this relative from others; its generator's forward must take them all."""
     options: ClassVar[tuple[str, ...]] = OPTIONS
     """Further parameters that it may take."""
-    switches: ClassVar[tuple[str, ...]] = ()
-    """Optional parameters that it may take as long as every call leaves them at their defaults."""
+    switches: ClassVar[tuple[str, ...] | None] = None
+    """Optional parameters that it may take as long as every call leaves them at their defaults. None: there are none;
+    else any other that is off by default (None, False, or empty) is one, too, unless it is named for the context.
+    """
     entries: ClassVar[tuple[str, ...]] = ("k", "v", "global_end_index", "local_end_index")
     """Entries of a layer's cache."""
     layer_attributes: ClassVar[tuple[str, ...]] = ("sink_size", "local_attn_size")
@@ -100,7 +100,7 @@ class CausalWan(Adapter):
             if name in taken and name not in cls.own:
                 return NoMatch(f"the generator's forward takes {name!r}: this is {relative}", near / 2)
         reason = lacks(generator, wanted, "the generator's forward")
-        spared = [name for name in defaults_of(generator) if name in cls.switches]
+        spared = cls.spared(generator)
         unknown = [name for name in taken if name not in (*PARAMETERS, *cls.own, *cls.options, *spared)]
         if unknown and not reason:
             reason = f"the generator's forward takes {', '.join(unknown)}, which {cls.models[0]}'s does not"
@@ -175,11 +175,23 @@ class CausalWan(Adapter):
                 "Use a cache of plain tensors, or write an adapter for this fork."
             )
 
+    @classmethod
+    def spared(cls, generator: nn.Module) -> list[str]:
+        """Parameters of its forward that are harmless while they are left alone: ``switches``."""
+        if cls.switches is None:
+            return []
+        known = {*PARAMETERS, *cls.own, *cls.options}
+        return [
+            name
+            for name, default in defaults_of(generator).items()
+            if name not in known and (name in cls.switches or is_off(name, default))
+        ]
+
     def require_defaults(self, arguments: Mapping[str, Any]) -> None:
         """Raise UnsupportedContextError for a call that gives one of ``switches``: then nobody knows its rules."""
         defaults = defaults_of(self.generator)
-        for name in self.switches:
-            if name in defaults and not _same(arguments[name], defaults[name]):
+        for name in self.spared(self.generator):
+            if not same(arguments[name], defaults[name]):
                 raise UnsupportedContextError(
                     f"the generator was called with {name}=..., which {self.models[0]} does not take.\n"
                     "Leave it at its default, with which this fork can be pruned, or write an adapter for the fork."
@@ -233,10 +245,6 @@ class CausalWan(Adapter):
     def rows_per_frame(self, latents: Tensor) -> int:
         """Spatial tokens, and so cache rows, of a latent frame of ``latents`` ``[..., H, W]``."""
         return rows_per_frame(self.generator.model, latents)
-
-
-def _same(given: Any, default: Any) -> bool:
-    return given is default or (type(given) is type(default) and not isinstance(given, Tensor) and given == default)
 
 
 def _copied(layer: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tokentrim_hooks import Adapter, Call, Match, NoMatch, Phase, Seen, hookimpl
 
+from ._switches import SWITCHES
 from ._wan import CausalWan, self_attentions
 
 
@@ -26,6 +27,7 @@ class LongLive(CausalWan):
     )
     takes = frozenset({"judge", "hide", "commit", "correct", "settle", "guide", "weigh"})
     own = ("sink_recache_after_switch",)
+    switches = SWITCHES
     remembers = False
     """Whether this is the adapter of the relative whose self attention has a ``compression_method``."""
 

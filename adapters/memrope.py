@@ -32,6 +32,8 @@ from .longlive import LongLive
 
 MEMORY = 2
 """Frames of memory."""
+METHODS = {"ema", "eviction"}
+"""Ways of making it, of its self attention: a fork may have more."""
 POSITIONS = ("token_temporal_indices", "token_spatial_indices", "original_spatial_indices", "selected_token_indices")
 UNREAD = ("q", *POSITIONS, "ema_initialized")
 """Entries of a layer's cache that attention never sees."""
@@ -53,6 +55,11 @@ class MemRope(LongLive):
     def attach(self, model: Any, patches: Patches) -> None:
         """As LongLive; besides, keep dead rows out of the means that every layer makes."""
         super().attach(model, patches)
+        if other := {layer.compression_method for layer in self.layers} - METHODS:
+            raise UnsupportedContextError(
+                f"compression_method={', '.join(map(repr, sorted(other)))} is not MemRoPE's, so what its "
+                'memory is made of is not known.\nUse "ema" or "eviction", or write an adapter for this fork.'
+            )
         if any(layer.compression_method == "ema" and layer.ema_adaptive for layer in self.layers):
             raise UnsupportedContextError(
                 "ema_adaptive=True makes each token of the memory of that one in the frames that leave, if pruned, "

@@ -26,7 +26,8 @@ from tokentrim_hooks import (
 )
 
 from ._strangers import stranger
-from ._wan import SWITCHES, CausalWan, self_attentions
+from ._switches import SWITCHES
+from ._wan import CausalWan, self_attentions
 
 STRUCTURES = {
     "incremental_update": "Reward-Forcing",

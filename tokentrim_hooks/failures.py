@@ -31,6 +31,11 @@ class FailurePolicy:
         self._cleanups: list[Callable[[], None]] = []
         self._midway = False
 
+    @property
+    def warns(self) -> bool:
+        """Whether a failure costs no video: generation goes on without us."""
+        return self._on_error == "warn"
+
     def on_step_aside(self, cleanup: Callable[[], None]) -> None:
         """Run ``cleanup`` when we step aside: no mark may stay in a cache that nobody taps any more.
 

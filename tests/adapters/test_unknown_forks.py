@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import sys
 import types
 from collections.abc import Iterator
@@ -182,6 +184,42 @@ def test_a_switch_that_a_call_gives_is_refused(name: str) -> None:
             fork(*start, cache_of(), None, 0, **{name: GIVEN[name]})
 
 
+class Dragged(Fork):
+    """DragStream's parameter, which nobody has listed: off by default."""
+
+    def forward(  # type: ignore[override]
+        self, noisy_image_or_video: Tensor, conditional_dict: Any, timestep: Tensor, kv_cache: Any = None,
+        crossattn_cache: Any = None, current_start: int | None = None, model_config: Any = None,
+    ) -> Any:  # fmt: skip
+        return super().forward(noisy_image_or_video, conditional_dict, timestep, kv_cache, current_start=current_start)
+
+
+def test_what_is_off_by_default_may_stay_so() -> None:
+    videos, start = [], (torch.zeros(1, 2, CHANNELS, *SIZE), {}, torch.full((1, 2), 500.0))
+    for fork in (Fork(), Dragged()):
+        with tokentrim.patch(fork, ForcedPolicy({2: DEAD})):
+            videos.append(rollout(fork, cache_of()))
+    assert torch.equal(*videos)
+    with tokentrim.patched(fork), pytest.raises(UnsupportedContextError, match=r"model_config=.*\nLeave it at its"):
+        fork(*start, cache_of(), None, 0, model_config={})
+
+
+@pytest.mark.parametrize(("name", "default"), [("cache_write_idx", None), ("retrieved", None), ("kv_bias", False)])
+def test_what_is_named_for_the_context_is_refused_whatever_its_default(name: str, default: Any) -> None:
+    class Remembering(Fork):
+        pass
+
+    given = inspect.signature(Fork.forward)
+    extra = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return Fork.forward(self, *args, **kwargs)
+
+    forward.__signature__ = given.replace(parameters=[*given.parameters.values(), extra])  # type: ignore[attr-defined]
+    Remembering.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedModelError, match=f"self-forcing: the generator's forward takes {name}"):
+        tokentrim.patch(Remembering())
+
+
 def test_a_switch_that_must_be_given_is_refused() -> None:
     class Required(Fork):
         def forward(  # type: ignore[override]
@@ -231,6 +269,19 @@ class LongFork(Fork):
         return super().forward(
             noisy_image_or_video, conditional_dict, timestep, kv_cache, crossattn_cache, current_start
         )
+
+
+@pytest.mark.parametrize(("method", "words"), [("eviction", ""), ("cluster", "compression_method='cluster' is not")])
+def test_other_ways_of_making_memory_than_memrope_has_are_refused(method: str, words: str) -> None:
+    """Its adapter says that memory is kept right, so nobody accounts for keys; it cannot for ways unknown to it."""
+
+    class Compressing(SelfAttention):
+        compression_method, ema_adaptive = method, False
+
+    fork = type("MemoryFork", (LongFork,), {"attention": type("Compressing", (Compressing,), {"__module__": HOME})})()
+    assert [found.adapter for found in tokentrim.detect(fork) if found.matches] == ["memrope"]
+    with pytest.raises(UnsupportedContextError, match=words) if words else contextlib.nullcontext():
+        tokentrim.patch(fork).unpatch()
 
 
 class LazyTensor:

@@ -5,6 +5,9 @@ memory, which was made of rows: running means of what has left the window (EMA t
 which rows are blended. What was pruned lives on there, or its mark spreads there and kills what nobody has pruned; both
 would go wrong in silence. So rows are known by their content, which rolls, evictions and copies leave alone: a key with
 a content that no row has had is refused.
+
+A row is the same token in every head and layer, and a frame leaves as a whole; else a mark lies on what nobody has
+pruned. Contents are of all heads for that reason, and layers.py and frames of which some rows are gone are looked at.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.pruning.context import CacheRows
+from tokentrim_hooks.pruning.frames import WholeFrames
+from tokentrim_hooks.pruning.layers import LayersAlike
 from tokentrim_hooks.pruning.samples import Samples
 
 ELEMENTS, MIXER = 4, 0x5851F42D4C957F2D
-"""Elements of a row that its content is told by, and an odd number that mixes their bits into one number."""
+"""Elements of a row's first head that its content is told by, and an odd number that mixes bits into one number."""
 SIGNS = 62
 """Elements whose signs tell a row of float8: they outlive the scale, and the rounding, that it is kept with."""
 KINDS = 4
@@ -46,16 +51,26 @@ class KeyAccount:
         self._marked_most: tuple[list[int], tuple[int, int] | None] = ([], None)
         self._start, self._same = -1, False
         self._thorough: Callable[[], Tensor] | None = None
+        self.layers = LayersAlike()
+        """Whether all layers have the same dead rows."""
         self.read(context)
 
     def begin(self, start: int) -> None:
         """A call comes for the chunk at latent frame ``start``: rows move between chunks, hardly within one."""
         self._start, self._same = start, start == self._start
+        self.layers.looks = not self._same or bool(self.marked)
 
     def read(self, context: CacheRows) -> None:
         """Know all rows that a cache holds: at a prune, or where rows were rewritten on purpose."""
         self._kind = context.values[0].dtype
-        self._rows = _contents(context.values[0], self._kind).flatten()
+        self._heads = int(context.values[0].shape[-2])
+        contents = _contents(context.values[0], self._kind, self._heads)
+        self._rows = contents.flatten()
+        frames = context.stop // context.rows_per_frame
+        # Float8 is told by its signs, which may well be those of another row.
+        told = self._kind.itemsize > 1 and frames > 0
+        history = contents.flatten(1)[:, : frames * context.rows_per_frame]
+        self._frames = WholeFrames(history, context.rows_per_frame) if told else None
 
     def known(self, values: Tensor, new: int, part: Samples | None = None) -> Tensor:
         """Which keys of a call have the content of a row: BoolTensor ``[B, keys]`` on the device.
@@ -65,7 +80,7 @@ class KeyAccount:
             new: keys that are the chunk's own, at most.
             part: samples that the call is made with, where not with all: what the others have seen stays known.
         """
-        contents, latest = _contents(values, self._kind), self._seen.get(new)
+        contents, latest = _contents(values, self._kind, self._heads), self._seen.get(new)
         thorough = functools.partial(_found, values, contents, [self._rows, *self._seen.values()])
         if self._same and part is None and latest is not None and latest.numel() == contents.numel():
             # All but the chunk's own lie where they lay in its call before: to find them there costs no sort.
@@ -76,7 +91,33 @@ class KeyAccount:
         others = [self._seen[new]] if part is not None and new in self._seen else []
         seen = torch.cat([*others, contents.flatten()]) if others else contents.flatten()
         self._seen = dict([*kinds.items(), (new, seen)][-KINDS:])
+        self._torn = None
+        if not self._same and self._frames is not None:
+            # Rows that are NaN all over cannot be told, so nobody knows whether they are gone.
+            self._torn = self._frames.torn(contents) & values[..., 0, 1].isfinite().all()
         return found
+
+    def asked(self, values: Tensor, new: int, part: Samples | None = None) -> list[Tensor]:
+        """All that :meth:`answer` needs of a call's first layer; arguments and shapes as of :meth:`known`."""
+        known = self.known(values, new, part)
+        self.layers.begin(values)
+        self._flags = [flag is not None for flag in (self._torn, self.layers.waiting)]
+        return [known, *[flag.expand_as(known) for flag in (self._torn, self.layers.waiting) if flag is not None]]
+
+    def answer(
+        self, alive: Tensor, read: Tensor, new: int, padded: bool = False, part: Samples | None = None
+    ) -> None:
+        """Once that was read, ``[some, B, keys]`` on the CPU: :meth:`require`, of layers and of frames as well."""
+        known, *flags = read
+        told = iter(bool(flag.any()) for flag in flags)
+        torn, apart = (has and next(told) for has in self._flags)
+        self.layers.require(apart)
+        self.require(alive, known, new, padded, part)
+        if torn and not bool(alive.all()):
+            raise UnsupportedContextError(
+                "some rows of finished frames are gone from the KV cache and others are not, so tokens are not where "
+                "they are looked for.\nKeep or drop whole frames, or write an adapter for this fork."
+            )
 
     def require(
         self, alive: Tensor, known: Tensor, new: int, padded: bool = False, part: Samples | None = None
@@ -128,26 +169,32 @@ def keeps_contents(context: CacheRows) -> bool:
     return bool(context.values) and not str(context.values[0].dtype).endswith("fnuz")
 
 
-def _contents(values: Tensor, kind: torch.dtype) -> Tensor:
+def _contents(values: Tensor, kind: torch.dtype, heads: int) -> Tensor:
     """A number for every row of V ``[B, rows..., heads, head_dim]``: of a few elements, as they are in ``kind``.
 
     Not of the first element, which marks change. Elements are rounded to the cache's type: some models attend to what
-    they write before it is rounded.
+    they write before it is rounded. Where attention repeats each of the cache's ``heads``, one of each is taken.
     """
+    values = values[..., :: max(values.shape[-2] // heads, 1), :]
     if kind.itemsize == 1:
         return _signs(values)
-    elements = values[..., 0, 1 : 1 + ELEMENTS].to(kind).float()
-    first, *others = elements.view(torch.int32).unbind(-1)
-    number = first.long()
-    for bits in others:
-        number = number * MIXER + bits
-    return number
+    # One element of every other head: heads that keep rows of their own make rows that were never written.
+    elements = torch.cat([values[..., 0, 1 : 1 + ELEMENTS], values[..., 1:, 1]], dim=-1).to(kind).float()
+    bits = elements.view(torch.int32).long()
+    return (bits * _mixers(bits.shape[-1], bits.device)).sum(-1)
+
+
+@functools.cache
+def _mixers(count: int, device: torch.device) -> Tensor:
+    """Powers of an odd number, modulo 2^64: LongTensor ``[count]``."""
+    powers = [pow(MIXER, power, 1 << 64) for power in range(1, count + 1)]
+    return torch.tensor([number - (number >> 63 << 64) for number in powers], device=device)
 
 
 def _signs(values: Tensor) -> Tensor:
     """A number for every row of V, of its signs."""
-    rows = values[..., 0, :] if values.shape[-1] > SIGNS else values.flatten(-2)
-    signs = rows[..., 1 : 1 + SIGNS].float().signbit().long()
+    rows = values[..., 1 : 1 + max(SIGNS // values.shape[-2], 1)].flatten(-2)
+    signs = rows[..., :SIGNS].float().signbit().long()
     return (signs << torch.arange(signs.shape[-1], device=signs.device)).sum(-1)
 
 

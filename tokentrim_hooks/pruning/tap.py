@@ -21,6 +21,7 @@ from tokentrim_hooks.pruning.block_mask import is_block_mask, without_dead
 from tokentrim_hooks.pruning.context import KeyLayout
 from tokentrim_hooks.pruning.fleeting import FleetingMarks, Weighed
 from tokentrim_hooks.pruning.key_selection import NEWEST, DeadTokens, QueryGroup
+from tokentrim_hooks.pruning.layers import LayersAlike
 from tokentrim_hooks.pruning.samples import Samples
 from tokentrim_hooks.pruning.sharding import require_all_queries
 from tokentrim_hooks.pruning.tombstones import alive_rows, hidden_rows
@@ -146,7 +147,7 @@ class CallTap:
     Attributes:
         off: True once we have stepped aside: the original attention answers alone.
         calls: attention calls that were tapped. dropped: keys left out, at most in one of them. dead_keys: those of
-            them that are dead, and not only hidden from this call.
+            them that are dead, and not only hidden from this call. layers: compares what is dead in the layers.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class CallTap:
         self.calls = 0
         self.dropped = 0
         self._account, self._own = account, own
+        self.layers: LayersAlike | None = None
         self._failures = failures or FailurePolicy()
         self._ranges_asked = 0
         self._live: dict[tuple[int, torch.device], tuple[LiveKeys, ...]] = {}
@@ -187,6 +189,8 @@ class CallTap:
         if groups is None:
             weighed = self._weighed[place] = None if self.veil is None else self.veil.locate(self.calls, v)
             groups = self._live[place] = live_keys(self._groups(q, k, v, mask, weighed), k.device)
+        elif self.layers is not None:
+            self.layers.look(v)
         rows = self._weighed[place]
         if rows is not None and self.veil is not None:
             v, attend = self.veil.weighed(self.calls, v, rows), weighing(attend)
@@ -211,11 +215,9 @@ class CallTap:
         self.calls += self._ranges_asked > before
 
     def _hidden(self, mask: Any, groups: Sequence[LiveKeys], k: Tensor) -> Any:
-        """The block mask without the dead keys, made once per call: all layers are given the same mask."""
+        """The block mask without the dead keys, made once per call, for all layers are given the same mask."""
         if len(groups) > 1:
-            raise UnsupportedContextError(
-                "cannot prune chunks in flight apart in a block mask of flex attention; use sdpa"
-            )
+            raise UnsupportedContextError("chunks in flight cannot be pruned apart in flex attention; use sdpa")
         if id(mask) not in self._masks:
             self._masks[id(mask)] = (mask, without_dead(mask, _of_each(groups[0], k.shape[0]), k.shape[0], k.shape[1]))
         return self._masks[id(mask)][1]
@@ -249,10 +251,7 @@ class CallTap:
         if bool(alive.all()):
             return None
         if not bool(alive.any()):
-            raise UnsupportedContextError(
-                "pruning would leave a range of queries with no key at all; "
-                "choose fewer tokens"
-            )
+            raise UnsupportedContextError("pruning would leave some queries with no key at all; choose fewer tokens")
         return alive.nonzero().squeeze(1).to(device, non_blocking=True)
 
     def _groups(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, weighed: Weighed | None) -> list[QueryGroup]:
@@ -278,11 +277,12 @@ class CallTap:
         # Accounted for in the first attention only, for all layers have the same rows; flex attention pads its keys.
         account, self._account, new = self._account, None, max(q.shape[1], self._own)
         padded = is_block_mask(mask)
-        known = [] if account is None else [account.known(v, new, self._part)]
+        known = [] if account is None else account.asked(v, new, self._part)
         read = torch.stack([*flags, *known]).cpu()
         alive = read[len(flags) - 1]
         if account is not None:
-            account.require(alive, read[-1], new, padded, self._part)
+            self.layers = account.layers
+            account.answer(alive, read[len(flags) :], new, padded, self._part)
         self._count_dead(alive)
         return alive, read[0]
 
@@ -294,7 +294,6 @@ class CallTap:
         if self.layout is None or keys != self.layout.length:
             known = "has no key layout" if self.layout is None else f"says {self.layout.length}"
             raise UnsupportedContextError(
-                f"self attention sees {keys} keys, the adapter's key layout {known}; "
-                "correct context()"
+                f"self attention sees {keys} keys, the adapter's key layout {known}; correct context()"
             )
         return self.layout

@@ -217,8 +217,7 @@ class Pruner:
             finite: whether the output is; looked at for the first prune only, for it costs a synchronisation.
         """
         proof, numbers = self.proof, [*self._shown, self._numbers()]
-        # What a policy hides is dropped as well, and proves nothing of a prune.
-        calls, dead = min(calls for calls, _ in numbers), max(dead for _, dead in numbers)
+        calls, dead = min(calls for calls, _ in numbers), max(dead for _, dead in numbers)  # not of what is hidden
         wanted = max(proof.expected, 1) if self._last else 1
         proof.finding = f"{calls} of {wanted} attention calls tapped, {dead} dead keys dropped, output finite: {finite}"
         if calls >= wanted and not dead:
@@ -261,8 +260,15 @@ class Pruner:
 
     def missed(self, tap: CallTap | None) -> bool:
         """Whether marks in a cache may have reached attention that was not tapped in a call that has come back."""
-        marked = bool(self._marked) or self._hid
-        return tap is not None and tap.layout is None and marked and tap.calls < self.proof.expected
+        if tap is None or tap.layout is not None or not (self._marked or self._hid):
+            return False
+        # Or in layers with rows of their own: asked where no failure may cost the video, for it reads the device.
+        looked = tap.layers is not None and tap.layers.looks and self._failures is not None and self._failures.warns
+        return looked or tap.calls < self.proof.expected
+
+    def require_layers_alike(self) -> None:
+        """Raise if layers have marks in other rows than the first; reads the device."""
+        [account.layers.require() for account in self._accounts.values()]
 
     def give_up(self) -> None:
         """Prune nothing more, and bring back what is dead: what was pruned long ago with one element of V at 0."""

@@ -209,10 +209,9 @@ class Regenerator:
         """Bring a verdict and the flags that waited on the device to the host, in one read."""
         reading = read(verdict, view.drift, video.history(), clean, waiting)
         if not bool(torch.isfinite(reading.drift).all()):
-            raise LatentsError(
-                f"the chunk at latent frame {view.start}, or the one before it, holds NaN or inf: the model itself "
-                "diverged, so look at its inputs; no verdict is possible"
-            )
+            self.pruner.require_layers_alike()
+            where = f"the chunk at latent frame {view.start}, or the one before it,"
+            raise LatentsError(f"{where} holds NaN or inf: the model itself diverged, so look at its inputs")
         check_values(reading, self.policy)
         return reading
 

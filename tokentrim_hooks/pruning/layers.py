@@ -1,0 +1,62 @@
+"""Whether a row of a KV cache is the same token in every layer: the tap finds the dead ones in the first layer only."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokentrim_hooks.errors import UnsupportedContextError
+
+
+class LayersAlike:
+    """Compares the marks of the layers of calls; the device is read when somebody reads it anyway, or asks.
+
+    Attributes:
+        looks: whether the call that comes is looked at: rows move as a chunk begins, and in no later call of it.
+    """
+
+    def __init__(self) -> None:
+        self.looks = False
+        self._first: Tensor | None = None
+        self._apart: Tensor | None = None
+
+    def begin(self, values: Tensor) -> None:
+        """The first layer's V, ``[B, keys, heads, head_dim]``."""
+        self._first = _marks(values) if self.looks else None
+
+    def look(self, values: Tensor) -> None:
+        """Another layer's V."""
+        if self._first is None or self._first.shape != values.shape[:2] or self._first.device != values.device:
+            return
+        apart = (_marks(values) != self._first).any()
+        self._apart = apart if self._apart is None else self._apart | apart
+
+    def end(self) -> None:
+        """The call is over: keep no tensor of it but the flag."""
+        self._first = None
+
+    @property
+    def waiting(self) -> Tensor | None:
+        """Whether layers were found to differ, BoolTensor ``[]`` on the device; None where none was compared."""
+        return self._apart
+
+    def require(self, apart: bool | None = None) -> None:
+        """Forget the flag, and raise if it is set.
+
+        Args:
+            apart: what was read of :attr:`waiting`; None to read it now, which is a synchronisation.
+
+        Raises:
+            UnsupportedContextError: layers have marks in different rows.
+        """
+        flag, self._apart = self._apart, None
+        if bool(flag) if apart is None and flag is not None else apart:
+            raise UnsupportedContextError(
+                "layers of this model keep different rows in the same places of their KV caches (each chooses its "
+                "own?), so tokens are not where they are looked for.\nWrite an adapter for this fork."
+            )
+
+
+def _marks(values: Tensor) -> Tensor:
+    """Rows of V that carry a mark, and are not infinite or NaN all over as those of a model that has diverged."""
+    two = values[:, :, 0, :2].float().isfinite()
+    return ~two[..., 0] & two[..., 1]
