@@ -161,7 +161,8 @@ def test_a_script_that_fails_before_it_has_a_model_is_not_told_of_adapters(proje
     (project / "fails.py").write_text(script)
     done = tokentrim(project, "--out", "log", "fails.py")
     assert done.returncode == status
-    assert "no model was patched: the script failed before it made one.\nSee what it says above" in done.stderr
+    words = f"no model was patched: the script failed with status {status} before it made one.\nSee what it says above"
+    assert words in done.stderr
     assert "tokentrim adapters" not in done.stderr and len(list((project / "log").glob("*"))) == 0
 
 

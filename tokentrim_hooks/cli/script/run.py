@@ -56,20 +56,20 @@ def run(out: Path, script: str, is_module: bool, arguments: tuple[str, ...], **f
 
 def _watched(target: Target, this: Run) -> int:
     """Run it, then say what became of it, whatever ended it."""
-    status: object = None
+    status = 0
     try:
         status = this.over(target)
     except SystemExit as end:
-        status = end.code
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
     finally:
-        _say_what_happened(this, failed=bool(status))
+        _say_what_happened(this, status)
         if os.getpid() == this.process:
             ended(this.folder)
     return status or (0 if this.handles else 1)
 
 
-def _say_what_happened(this: Run, failed: bool) -> None:
+def _say_what_happened(this: Run, status: int) -> None:
     """Summaries and report pages of all models that were patched, or why none was; a fork leaves that to its parent."""
     from tokentrim_hooks.experiments.what_if.answers import section
     from tokentrim_hooks.report.page import write_page
@@ -79,7 +79,7 @@ def _say_what_happened(this: Run, failed: bool) -> None:
     for handle in this.handles:
         print(handle.report.summary(), file=sys.stderr)
     if not this.handles:
-        print(printable(f"tokentrim run: no model was patched: {this.why_none(failed)}"), file=sys.stderr)
+        print(printable(f"tokentrim run: no model was patched: {this.why_none(status)}"), file=sys.stderr)
     for log in this.logs:
         try:
             print(f"report: {write_page(log.path, sections=[section(log.path)])}", file=sys.stderr)

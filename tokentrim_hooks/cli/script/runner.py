@@ -171,14 +171,15 @@ class Run:
         self.refusals.append(refusal)
         print(printable(f"tokentrim run: {refusal}\n{ADVICE}"), file=sys.stderr, flush=True)
 
-    def why_none(self, failed: bool) -> str:
-        """Why no model was patched, as what follows a colon, and what to do; ``failed``: the script did by itself."""
+    def why_none(self, status: int) -> str:
+        """Why no model was patched, as what follows a colon, and what to do; ``status`` is the script's."""
         if self.refusals:
             told = list(dict.fromkeys(self.refusals))
             reason = told[0] if len(told) == 1 else f"{len(told)} objects were refused, see above."
             return reason if "\n" in reason else f"{reason}\n{ADVICE}"
-        if failed:
-            return "the script failed before it made one.\nSee what it says above; its arguments stand behind its name."
+        if status:
+            words = f"the script failed with status {status} before it made one"
+            return f"{words}.\nSee what it says above; its own arguments stand behind its name."
         return (
             "the script constructed no class that an adapter names.\n"
             "See `tokentrim adapters`, try `tokentrim detect` on your model, or call tokentrim_hooks.patch in it."
