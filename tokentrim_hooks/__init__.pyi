@@ -9,7 +9,7 @@ from .adapter import (
     Seen,
     default_phase,
 )
-from .api import Detection, adapters, detect, is_patched, patch, patched, policies, unpatch
+from .api import Detection, adapters, detect, is_patched, patch, patch_in_engine, patched, policies, unpatch
 from .errors import (
     AlreadyPatchedError,
     AmbiguousModelError,
@@ -45,6 +45,7 @@ from .inspection import (
     parameters_of,
     shares_storage,
     strand,
+    x0_of_flow,
 )
 from .markers import hookimpl
 from .patching.patches import Method, Patches
@@ -59,6 +60,7 @@ from .plugins import (
 from .policy.adaptive import AdaptivePolicy
 from .policy.base import Policy
 from .policy.commit_window import CommitWindow
+from .policy.drift import grid_of
 from .policy.flowmo import FlowMo
 from .policy.frame_eviction import FrameEviction
 from .policy.late_mean import LateMean
@@ -149,6 +151,7 @@ __all__ = [
     "default_phase",
     "defaults_of",
     "detect",
+    "grid_of",
     "home_of",
     "hookimpl",
     "installed_observers",
@@ -161,10 +164,12 @@ __all__ = [
     "nearest_sigma",
     "parameters_of",
     "patch",
+    "patch_in_engine",
     "patched",
     "policies",
     "shares_storage",
     "strand",
     "unmark",
     "unpatch",
+    "x0_of_flow",
 ]

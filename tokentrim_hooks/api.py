@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +18,7 @@ from tokentrim_hooks.errors import (
     CompiledModelError,
     PluginError,
     TokenTrimError,
+    TokenTrimWarning,
     UnsupportedPolicyError,
     UnsupportedProbeError,
 )
@@ -99,6 +103,33 @@ def patch(
     for handle in existing:
         give_way(handle)
     return PatchHandle.attach(model, instance, match, policies, probe, on_error, watching, group)
+
+
+def patch_in_engine(model: Any, adapter: type[Adapter[Any]], variable: str) -> PatchHandle | None:
+    """Patch a model that an engine serves, for a plugin of that engine: nothing of ours may cost it a video.
+
+    Args:
+        model: the transformer, at its first call or before. adapter: of the engine.
+        variable: of the environment: a JSON object of fields of :class:`DriftPolicy`; not set, the paper's.
+
+    Returns:
+        The handle; None where the model is patched already, or refused, which warns.
+
+    Raises:
+        TypeError, ValueError: the variable holds no fields of the policy.
+    """
+    if is_patched(model):
+        return None
+    text = os.environ.get(variable, "{}")
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{variable} is {text!r}, no JSON object.\nGive fields of DriftPolicy, such as {{}}.")
+    try:
+        return patch(model, DriftPolicy(**fields), adapter=adapter, on_error="warn")
+    except TokenTrimError as refusal:
+        words = f"{type(model).__name__} stays unpatched: {refusal}"  # which says what to do
+        warnings.warn(words, TokenTrimWarning, stacklevel=2)
+        return None
 
 
 def unpatch(model: Any) -> None:
@@ -200,4 +231,14 @@ def _refuse_compiled(denoiser: nn.Module | Method) -> None:
         raise CompiledModelError(f"{where} {words}; call tokentrim.patch first, then compile")
 
 
-__all__ = ["Detection", "TokenTrimError", "adapters", "detect", "is_patched", "patch", "patched", "unpatch"]
+__all__ = [
+    "Detection",
+    "TokenTrimError",
+    "adapters",
+    "detect",
+    "is_patched",
+    "patch",
+    "patch_in_engine",
+    "patched",
+    "unpatch",
+]

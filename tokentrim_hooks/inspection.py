@@ -85,6 +85,16 @@ def nearest_sigma(scheduler: Any, timestep: Tensor) -> Tensor:
     return sigma.view(timestep.shape)
 
 
+def x0_of_flow(flow: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
+    """Clean latents of a model that predicts flow: ``latents - sigma flow``, computed in float64, in the type of flow.
+
+    Args:
+        flow, latents: ``[B, F, C, H, W]``. sigma: noise levels, 0 clean to 1 noise: ``[B]``, ``[B, 1]`` or ``[B, F]``.
+    """
+    spread = sigma.view(*sigma.shape, *[1] * (5 - sigma.ndim)).double()
+    return (latents.double() - spread * flow.double()).to(flow.dtype)
+
+
 def shares_storage(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two tensors look at the same memory (a sampler hands back what it was given)."""
     if a is None or b is None or a.device != b.device or a.numel() == 0:

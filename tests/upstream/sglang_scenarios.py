@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import sglang_tiny as tiny
 import torch
@@ -52,15 +52,15 @@ def forced(stage: Any, policy: Any) -> dict[str, Any]:
 def refusals(stage: Any) -> dict[str, str]:
     """What is said of caches whose rows follow other rules."""
     from sglang.multimodal_gen.runtime.layers.kvcache.qvg_packed_cache import QVGPackedCausalKVCache
-    from tokentrim_sglang.adapter import _cache_refusal
+    from tokentrim_sglang.adapter import cache_refusal
 
     layer = stage.causal_kv_cache[0]
     packed = QVGPackedCausalKVCache.__new__(QVGPackedCausalKVCache)  # its memory needs a GPU
-    said = {"plain": _cache_refusal(layer), "packed": _cache_refusal(packed)}
+    said = {"plain": cache_refusal(layer), "packed": cache_refusal(packed)}
     layer.allow_growth = True
-    said["grows"] = _cache_refusal(layer)
+    said["grows"] = cache_refusal(layer)
     layer.allow_growth, layer.pinned_start, layer.pinned_len = False, 2 * tiny.TOKENS, tiny.TOKENS
-    said["pinned"] = _cache_refusal(layer)
+    said["pinned"] = cache_refusal(layer)
     layer.reset_pinned_sink()
     return said
 
@@ -73,6 +73,28 @@ def masked(stage: Any) -> Tensor:
         return stage.video(SEED, CHUNKS)
 
     return run_with_dead_keys(run, [stage.transformer], CHUNK, DEAD, tiny.TOKENS, tiny.SINKS)
+
+
+def kit() -> dict[str, str]:
+    """What the conformance kit finds: of the transformer, with a stage of its own for each video."""
+    from tokentrim_sglang.adapter import SGLang
+
+    from tokentrim_hooks.testing import AdapterConformance, failures
+
+    class Kit(AdapterConformance):
+        adapter: ClassVar[Any] = SGLang
+        chunks, chunk_to_prune, anchor_frames = 8, 3, tiny.SINKS
+        tokens = DEAD
+
+        def make_model(self) -> Any:
+            net = tiny.transformer()
+            net._tokentrim_seen = True  # the plugin's hook stays; the kit patches by itself
+            return net
+
+        def run(self, model: Any, seed: int) -> Tensor:
+            return tiny.Stage(net=model).video(seed, self.chunks).transpose(1, 2)
+
+    return failures(Kit)
 
 
 def main(folder: Path, rank: int, size: int) -> None:
@@ -95,7 +117,7 @@ def main(folder: Path, rank: int, size: int) -> None:
     found["forced"] = forced(stage, ForcedPolicy({CHUNK: DEAD}))
     if size == 1:
         found |= {"observed": forced(stage, tokentrim.ObservePolicy()), "masked": masked(stage)}
-        found["refusals"] = refusals(stage)
+        found["refusals"], found["kit"] = refusals(stage), kit()
     torch.save(found, folder / f"found.{size}.{rank}")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,13 +73,18 @@ def transformer(sinks: int = SINKS, weights: dict[str, Tensor] | None = None) ->
         if hasattr(module, "_forward_method"):
             module._forward_method = module.forward_native
     for block in net.blocks:
-        block.attn2.forward = partial(_cross_attention, block)
+        block.attn2.forward = CrossAttention(block)
     return net.eval().requires_grad_(False)
 
 
-def _cross_attention(block: Any, x: Tensor, context: Tensor, context_lens: None, crossattn_cache: Any) -> Tensor:
+class CrossAttention:
     """SGLang 0.5.23 gives ``attn2`` a parameter that it lacks (TypeError); its method for that serves LongLive 2."""
-    return block._cross_attn_with_cache(x, context, crossattn_cache)
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+
+    def __call__(self, x: Tensor, context: Tensor, context_lens: None, crossattn_cache: Any) -> Tensor:
+        return self.block._cross_attn_with_cache(x, context, crossattn_cache)
 
 
 def _noise(name: str, parameter: Tensor) -> Tensor:
@@ -97,8 +101,8 @@ def prompt(batch: int) -> Tensor:
 class Stage(causal_denoising.CausalDMDDenoisingStage):
     """SGLang's stage, its forward as it is, in float32; what its constructor reads of a server is given here."""
 
-    def __init__(self, sinks: int = SINKS, weights: dict[str, Tensor] | None = None) -> None:
-        net = transformer(sinks, weights)
+    def __init__(self, sinks: int = SINKS, weights: dict[str, Tensor] | None = None, net: Any = None) -> None:
+        net = transformer(sinks, weights) if net is None else net
         self.transformer, self.transformer_2 = net, None
         self.scheduler = SelfForcingFlowMatchScheduler(1000, shift=5.0, sigma_min=0.0, extra_one_step=True)
         self.causal_kv_cache = self.crossattn_cache = None

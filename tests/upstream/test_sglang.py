@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from record_checks import OF_TEST
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = HERE.parents[1] / "examples" / "engines" / "sglang"
 VARIABLE, CHUNK, DEAD, ROWS = "TOKENTRIM_SGLANG", 4, (0, 5, 11, 20), 4 * 3
+ADAPTER = "sglang"
+Record = Callable[[str, Any], None]
 PHASES = {"first": 1, "refine": 2, "commit": 1}
 POINTS = "[sglang.multimodal_gen.plugins]\ntokentrim = tokentrim_sglang:register\n"
 
@@ -64,18 +68,25 @@ def one(folder: Path) -> dict[str, Any]:
     return run_ranks(folder, 1)[0]
 
 
-def test_prune_equals_masked_attention(one: dict[str, Any]) -> None:
+@pytest.mark.checks(ADAPTER, "exact")
+def test_prune_equals_masked_attention(one: dict[str, Any], record_property: Record) -> None:
     forced = one["forced"]
     error = float((forced["video"] - one["masked"]).abs().max())
     effect = float((one["masked"] - one["plain"]).abs().max())
     print(f"SGLang causal Wan: effect {effect:.2e} error {error:.1e}")
+    record_property("exact", ("SGLang causal Wan", effect, error))
     assert effect > 1e-2 and error <= 1e-5
     assert [dead for _, _, dead, _ in forced["records"]] == [ROWS if n == CHUNK else 0 for n in range(6)]
     assert [phases for *_, phases in forced["records"]] == [PHASES] * 6
 
 
-def test_neutral_and_undone(one: dict[str, Any]) -> None:
+@pytest.mark.checks(ADAPTER, "neutral")
+def test_observing_is_bit_identical(one: dict[str, Any]) -> None:
     assert torch.equal(one["observed"]["video"], one["plain"])
+
+
+@pytest.mark.checks(ADAPTER, "undone")
+def test_undone(one: dict[str, Any]) -> None:
     assert torch.equal(one["forced"]["undone"], one["plain"])
 
 
@@ -92,6 +103,7 @@ def test_other_caches_are_refused_in_words(one: dict[str, Any]) -> None:
     assert "packed" in said["packed"] and "allow_growth" in said["grows"] and "pinned" in said["pinned"]
 
 
+@pytest.mark.checks(ADAPTER, "ranks")
 def test_two_ranks_with_half_of_the_heads_each(folder: Path, one: dict[str, Any]) -> None:
     """SGLang's own tensor parallelism over gloo: same marks and records on both, and the one process's video."""
     first, second = (found["forced"] for found in run_ranks(folder, 2))
@@ -100,3 +112,17 @@ def test_two_ranks_with_half_of_the_heads_each(folder: Path, one: dict[str, Any]
     assert first["records"][CHUNK][1:3] == (DEAD, ROWS) == one["forced"]["records"][CHUNK][1:3]
     assert torch.equal(first["video"], second["video"])
     torch.testing.assert_close(first["video"], one["forced"]["video"], rtol=0, atol=1e-4)
+
+
+def test_the_kit_finds_nothing_wrong(one: dict[str, Any]) -> None:
+    assert not {name: why for name, why in one["kit"].items() if not why.startswith("NOT CHECKED")}
+
+
+@pytest.mark.parametrize("test", OF_TEST)
+def test_of_the_kit(one: dict[str, Any], test: str, record_property: Record) -> None:
+    """The kit's own tests, one by one, for the table in docs/models.md."""
+    record_property("checks", (ADAPTER, "tests/upstream/test_sglang.py::kit", OF_TEST[test], test))
+    why = one["kit"].get(test, "")
+    if why.startswith("NOT CHECKED"):
+        pytest.skip(why)
+    assert not why

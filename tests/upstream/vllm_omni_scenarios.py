@@ -14,6 +14,7 @@ import vllm_omni_tiny as tiny
 from torch import Tensor
 
 DEAD, CHUNK, SEED = (0, 5, 11, 20), 4, 9
+"""Of single requests and sessions alike: what is pruned, when, and the seed of the video."""
 
 
 def ours(name: str) -> bool:
@@ -40,23 +41,87 @@ def plugin(net: Any) -> dict[str, Any]:
     return found
 
 
-def forced(net: Any, policy: Any) -> dict[str, Any]:
+def forced(net: Any, policy: Any, pages: Any = None) -> dict[str, Any]:
     """A video with a patch: latents, records, and the video after that."""
     from tokentrim_vllm_omni.adapter import VllmOmniLingBot
 
     import tokentrim_hooks as tokentrim
 
     with tokentrim.patched(net, policy, adapter=VllmOmniLingBot) as handle:
-        video = tiny.video(net, SEED)
+        video = tiny.video(net, SEED, pages=pages)
         records = [(record.chunk, record.tokens, record.dead, record.phases) for record in handle.report]
-    return {"video": video, "records": records, "undone": tiny.video(net, SEED)}
+    return {"video": video, "records": records, "undone": tiny.video(net, SEED, pages=pages)}
 
 
-def masked(net: Any) -> Tensor:
+def masked(net: Any, pages: Any = None, tokens: Any = DEAD, calls: Any = None) -> Tensor:
     """The unpatched runner with -inf at the dead keys."""
     from tokentrim_hooks.testing.checks import run_with_dead_keys
 
-    return run_with_dead_keys(lambda: tiny.video(net, SEED), [net], CHUNK, DEAD, tiny.TOKENS, tiny.SINKS)
+    def run() -> Tensor:
+        return tiny.video(net, SEED, pages=pages)
+
+    return run_with_dead_keys(run, [net], CHUNK, tokens, tiny.TOKENS, tiny.SINKS, calls)
+
+
+@contextmanager
+def in_sight() -> Iterator[None]:
+    """A session's attention by torch's kernel, where the kit and the -inf reference look."""
+    with (
+        mock.patch.object(tiny.transformer, "paged_write_attn", tiny.write_and_attend),
+        mock.patch.object(tiny.paged_attention, "_reference_paged_attention", tiny.paged_by_sdpa),
+    ):
+        yield
+
+
+def sessions(net: Any) -> dict[str, Any]:
+    """Realtime sessions, by vLLM-Omni's own operator and plain code for pages; references by torch's kernel."""
+    from tokentrim_vllm_omni import pages as of_pages
+
+    import tokentrim_hooks as tokentrim
+    from tokentrim_hooks.testing.policies import ForcedPolicy
+
+    pool, policy = tiny.pool(net), ForcedPolicy({CHUNK: DEAD})
+    found: dict[str, Any] = {"plain": tiny.video(net, SEED, pages=pool), "forced": forced(net, policy, pool)}
+    found["observed"] = forced(net, tokentrim.ObservePolicy(), pool)
+    gathered = mock.Mock(side_effect=of_pages.Pages._over, autospec=True)
+    with mock.patch.object(of_pages.Pages, "_over", lambda *args, **given: gathered(*args, **given)):
+        found["frames"], found["gathered for frames"] = forced(net, Blindfold(), pool), gathered.call_count
+        found["commit"] = forced(net, tokentrim.CommitWindow(frames=0), pool)
+    with in_sight():
+        found["seen"] = tiny.video(net, SEED, pages=pool)
+        found["masked"] = masked(net, pool)
+        found["frames masked"] = masked(net, pool, range(tiny.TOKENS), range(5 * CHUNK, 5 * CHUNK + 5))
+    found["finite"] = all(bool(rows.isfinite().all()) for rows in pool._v_pools)
+    return found | together(net, policy)
+
+
+def together(net: Any, policy: Any) -> dict[str, Any]:
+    """Two sessions of one pool, block by block in turns, each pruned as it is alone."""
+    from tokentrim_vllm_omni.adapter import VllmOmniLingBot
+
+    import tokentrim_hooks as tokentrim
+
+    pool = tiny.pool(net)
+    with tokentrim.patched(net, policy, adapter=VllmOmniLingBot) as handle:
+        alone = [tiny.video(net, seed, pages=pool) for seed in (SEED, SEED + 1)]
+        before, videos = len(handle.report), [tiny.Video(net, seed, pool) for seed in (SEED, SEED + 1)]
+        blocks = [[video.block() for video in videos] for _ in range(tiny.CHUNKS)]
+        pruned = [record.chunk for record in list(handle.report)[before:] if record.pruned]
+    made = [torch.cat(of_one, dim=2).transpose(1, 2) for of_one in zip(*blocks, strict=True)]
+    return {"alone": alone, "together": made, "pruned together": pruned}
+
+
+def Blindfold() -> Any:
+    """A policy that hides all frames but the sink from the calls of one chunk."""
+    import tokentrim_hooks as tokentrim
+
+    class OneChunk(tokentrim.Policy):
+        def hide(self, chunk: Any, context: Any) -> Tensor | None:
+            hidden = torch.zeros(1, context.frames, context.tokens, dtype=torch.bool)
+            hidden[:, [not anchor for anchor in context.anchors]] = chunk.index == CHUNK
+            return hidden
+
+    return OneChunk()
 
 
 @contextmanager
@@ -84,23 +149,27 @@ def as_on_cuda() -> Iterator[list[int]]:
         yield calls
 
 
-def refusal(net: Any) -> str:
-    """What is said of a session's pages."""
+def refusals(net: Any) -> dict[str, str]:
+    """What is said of a cache that has been used for another call, and of pages that are no frames."""
     from types import SimpleNamespace
 
-    from tokentrim_vllm_omni.adapter import VllmOmniLingBot
+    from tokentrim_vllm_omni.pages import Window
 
     import tokentrim_hooks as tokentrim
 
-    try:
-        VllmOmniLingBot().parse({"cache": SimpleNamespace(self_attention=[SimpleNamespace(layer_idx=0)])})
-    except tokentrim.UnsupportedContextError as refused:
-        return str(refused)
-    return ""
+    context = SimpleNamespace(block_size=16, history_block_ids=[])
+    caches = {"used": SimpleNamespace(layer_idx=0), "pages": SimpleNamespace(forward_ctx=context)}
+    said = {}
+    for name, layer in caches.items():
+        try:
+            Window.of(layer, range(2), tiny.TOKENS, tiny.SINKS)
+        except tokentrim.UnsupportedContextError as refused:
+            said[name] = str(refused)
+    return said
 
 
-def kit() -> dict[str, str]:
-    """What the conformance kit finds."""
+def kit(paged: bool) -> dict[str, str]:
+    """What the conformance kit finds; of sessions with ``paged``."""
     from tokentrim_vllm_omni.adapter import VllmOmniLingBot
 
     from tokentrim_hooks.testing import AdapterConformance, failures
@@ -117,9 +186,10 @@ def kit() -> dict[str, str]:
 
         def run(self, model: Any, seed: int) -> Tensor:
             torch.manual_seed(seed)
-            return tiny.video(model, seed, self.chunks)
+            return tiny.video(model, seed, self.chunks, tiny.pool(model) if paged else None)
 
-    return failures(Kit)
+    with in_sight():
+        return failures(Kit)
 
 
 def main(folder: Path) -> None:
@@ -136,7 +206,7 @@ def main(folder: Path) -> None:
     with as_on_cuda() as calls:
         found["plain on CUDA"], found["on CUDA"] = tiny.video(net, SEED), forced(net, policy)
         found["kernel"] = len(calls)
-    found["refusal"], found["kit"] = refusal(net), kit()
+    found |= {"refusals": refusals(net), "sessions": sessions(net), "kit": kit(False), "kit of sessions": kit(True)}
     torch.save(found, folder / "found")
 
 

@@ -32,7 +32,12 @@ from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm_omni.diffusion.attention.backends.sdpa import SDPAImpl  # noqa: E402
 from vllm_omni.diffusion.distributed import parallel_state  # noqa: E402
 from vllm_omni.diffusion.models.lingbot_world import transformer  # noqa: E402
-from vllm_omni.diffusion.models.lingbot_world.dmd_block import LingBotDMDBlockRunner  # noqa: E402
+from vllm_omni.diffusion.models.lingbot_world.dmd_block import ARBlockContext, LingBotDMDBlockRunner  # noqa: E402
+from vllm_omni.experimental.ar_diffusion.capability import ARDiffusionKVBranchSpec  # noqa: E402
+from vllm_omni.experimental.ar_diffusion.kv_cache import paged_attention  # noqa: E402
+from vllm_omni.experimental.ar_diffusion.kv_cache.config import ARDiffusionKVConfig  # noqa: E402
+from vllm_omni.experimental.ar_diffusion.kv_cache.manager import ARDiffusionKVCache  # noqa: E402
+from vllm_omni.experimental.ar_diffusion.kv_cache.state import ARDiffusionKVState  # noqa: E402
 from vllm_omni.platforms.interface import UnspecifiedOmniPlatform  # noqa: E402
 
 HEIGHT, WIDTH, PER_CHUNK, TEXT, SINKS, WINDOW, CHUNKS = 8, 12, 2, 32, 2, 6, 7
@@ -72,21 +77,80 @@ def _rotated(rope: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Any:
     return rope.forward_native(x, cosine.unsqueeze(-2), sine.unsqueeze(-2))
 
 
-def video(net: Any, seed: int, chunks: int = CHUNKS) -> Tensor:
-    """Latents ``[1, F, C, H, W]`` by the runner of the pipeline's request mode, with the request's own cache."""
-    runner = LingBotDMDBlockRunner(net, device=torch.device("cpu"), enforce_eager=True)
-    given, noise = (torch.Generator().manual_seed(seed + more) for more in (100, 0))
-    text = torch.randn(1, 8, TEXT, generator=given)
-    sizes = {"latent_height": HEIGHT, "latent_width": WIDTH, "device": torch.device("cpu"), "dtype": torch.float32}
-    cache, made = net.allocate_cache(batch_size=1, **sizes), []
-    with torch.no_grad():
-        for chunk in range(chunks):
-            condition, camera = (torch.randn(1, n, PER_CHUNK, HEIGHT, WIDTH, generator=given) for n in (20, 384))
-            made.append(
-                runner.generate_block(
-                    condition=condition, camera=camera, prompt_embeds=text, cache=cache, ar=None,
-                    start_frame=chunk * PER_CHUNK, schedule=SCHEDULE, generator=noise,
-                    progress_bar=SimpleNamespace(update=lambda: None),
-                )
+class Video:
+    """One video by the runner of the pipeline, block by block: its text, conditions and noise come from ``seed``.
+
+    With ``pool`` it is a realtime session, whose rows lie in pages there; else a single request with its own cache.
+    """
+
+    def __init__(self, net: Any, seed: int, pool: Any = None) -> None:
+        self.net, self.pool, self.chunks = net, pool, 0
+        self.runner = LingBotDMDBlockRunner(net, device=torch.device("cpu"), enforce_eager=True)
+        self.given, self.noise = (torch.Generator().manual_seed(seed + more) for more in (100, 0))
+        self.text = torch.randn(1, 8, TEXT, generator=self.given)
+        sizes = {"latent_height": HEIGHT, "latent_width": WIDTH, "device": torch.device("cpu"), "dtype": torch.float32}
+        self.cache = net.allocate_cache(batch_size=1, **sizes) if pool is None else None
+        self.session = None if pool is None else _session(net, pool, seed)
+
+    def block(self) -> Tensor:
+        """The next block ``[1, C, F, H, W]``."""
+        condition, camera = (
+            torch.randn(1, n, PER_CHUNK, HEIGHT, WIDTH, generator=self.given) for n in (20, 384)
+        )
+        with torch.no_grad():
+            made = self.runner.generate_block(
+                condition=condition, camera=camera, prompt_embeds=self.text, cache=self.cache, ar=self.session,
+                start_frame=self.chunks * PER_CHUNK, schedule=SCHEDULE, generator=self.noise,
+                progress_bar=SimpleNamespace(update=lambda: None),
             )  # fmt: skip
-    return torch.cat(made, dim=2).transpose(1, 2).clone()
+        self.chunks += 1
+        return made
+
+    def close(self) -> None:
+        """Give a session's pages back."""
+        if self.session is not None:
+            self.session.state.close()
+
+
+def pool(net: Any, sinks: int = SINKS) -> Any:
+    """vLLM-Omni's pool of pages, a page a frame, for two sessions, as its runner makes it of the pipeline's spec."""
+    config = ARDiffusionKVConfig(
+        enable=True, chunk_size=TOKENS, window_chunks=WINDOW - sinks, sink_chunks=sinks, gpu_memory_fraction=1.0
+    )
+    page = 2 * 2 * TOKENS * 4 * 24 * 4
+    return ARDiffusionKVCache(
+        config, num_layers=2, num_kv_heads=4, head_size=24, dtype=torch.float32, block_size=TOKENS,
+        max_model_len=1 << 20, available_bytes=24 * page, kv_branches=(ARDiffusionKVBranchSpec("main", 0),),
+        session_capacity=2, frames_per_block=PER_CHUNK, device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def _session(net: Any, kv_cache: Any, seed: int) -> ARBlockContext:
+    requests = {"main": kv_cache.begin_request(f"ar::{seed}::main")}
+    state = ARDiffusionKVState(kv_cache, str(seed), requests, num_layers=len(net.blocks))
+    return ARBlockContext(state=state, cross_attention=[None] * len(net.blocks), branch="main")
+
+
+def video(net: Any, seed: int, chunks: int = CHUNKS, pages: Any = None) -> Tensor:
+    """Latents ``[1, F, C, H, W]`` of one video; with ``pages``, a pool, of one session."""
+    made = Video(net, seed, pages)
+    blocks = [made.block() for _ in range(chunks)]
+    made.close()
+    return torch.cat(blocks, dim=2).transpose(1, 2).clone()
+
+
+def paged_by_sdpa(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, *rest: Any, causal: bool) -> Tensor:
+    """The same as vLLM-Omni's plain code for pages, with torch's kernel, under which the kit and references look."""
+    _starts, lengths, scale = rest
+    (length,) = lengths.tolist()
+    heads = (query, *(pages[table[0].long()].flatten(0, 1)[:length] for pages in (keys, values)))
+    q, k, v = (rows.transpose(0, 1)[None] for rows in heads)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
+
+
+def write_and_attend(inputs: Any, query: Tensor, *rows: Any) -> Tensor:
+    """vLLM-Omni's operator by its own Python function: what torch sees as an operator shows nobody its inside."""
+    names = paged_attention.ARDiffusionPagedLayerInputs._fields[1:]
+    given = {name: getattr(inputs, name) for name in names if name != "seq_len"}
+    *rows, scale = rows
+    return paged_attention._paged_write_attn_impl(query, *rows, softmax_scale=scale, **given)

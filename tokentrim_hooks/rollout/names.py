@@ -55,9 +55,12 @@ class Names:
         return tuple(self.of(part) for part in parts)
 
     def follow(self, key: Key, parts: Sequence[Any]) -> None:
-        """After a call: give ``parts`` the names in ``key``, where they were made anew (a cache that concatenates)."""
+        """After a call: give ``parts`` the names in ``key``, where they were made anew (a cache that concatenates).
+
+        None tells nothing: a call may have put what it worked with in the place of what it was given.
+        """
         for name, part in zip(key, parts, strict=False):
-            if isinstance(name, Name) and self.of(part) is not name:
+            if isinstance(name, Name) and part is not None and self.of(part) is not name:
                 name.thing = weakref.ref(_thing(part))
                 self._remember(_thing(part), name)
 

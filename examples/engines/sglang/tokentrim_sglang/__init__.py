@@ -19,8 +19,10 @@ def register() -> None:
 def call_patched(original: Callable[..., Any], transformer: Any, *args: Any, **kwargs: Any) -> Any:
     """One call of a transformer, which carries a patch from its first call on."""
     if not getattr(transformer, "_tokentrim_seen", False):
-        from .settings import patch_first
+        from tokentrim_hooks import patch_in_engine
 
-        patch_first(transformer)
+        from .adapter import SGLang
+
+        patch_in_engine(transformer, SGLang, "TOKENTRIM_SGLANG_POLICY")
         transformer._tokentrim_seen = True
     return original(transformer, *args, **kwargs)

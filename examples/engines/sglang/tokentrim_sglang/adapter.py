@@ -8,10 +8,10 @@ and write its own only: its rows are then views of those heads. Read in SGLang 0
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import (
@@ -23,18 +23,16 @@ from tokentrim_hooks import (
     Patches,
     Phase,
     Seen,
-    default_phase,
-    home_of,
+    grid_of,
     hookimpl,
     lacks,
     layers_of,
-    nearest_sigma,
 )
 
 PARAMETERS = ("hidden_states", "timestep", "kv_cache", "crossattn_cache", "current_start", "start_frame")
 LAYER = ("attn", "head_start", "num_heads")
 FIELDS = ("k", "v", "global_end_index", "local_end_index", "sink_tokens", "global_sink_tokens", "allow_growth")
-CONTEXT, SEQUENCE_PARALLEL = "get_forward_context_or_none", "get_sp_world_size"
+HOME = ("get_forward_context_or_none", "get_sp_world_size")
 
 
 class SGLang(Adapter):
@@ -43,22 +41,26 @@ class SGLang(Adapter):
     name = "sglang"
     models = ("SGLang causal Wan2.1",)
     context_kind = "rolling KV cache, K after RoPE"
-    takes = frozenset({"judge"})
+    takes = frozenset({"judge", "hide", "commit"})
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:
         """Recognise the transformer by its forward and its ``attn1`` layers."""
         transformer: Any = getattr(model, "transformer", model)
-        if reason := _refusal(transformer):
-            return NoMatch(reason)
-        _, height, width = transformer.patch_size
-        return Match(transformer, (int(height), int(width)))
+        layers = layers_of(transformer, "blocks", "attn1")
+        if not layers or not all(hasattr(layer, name) for layer in layers for name in LAYER):
+            return NoMatch(f"no transformer with blocks[i].attn1 that has {', '.join(LAYER)}")
+        if any(tokentrim.home_of(layers[0], name) is None for name in HOME):
+            return NoMatch(f"the module of blocks[0].attn1 has no {' and '.join(HOME)}", 0.5)
+        if reason := lacks(transformer, PARAMETERS, "the transformer's forward"):
+            return NoMatch(reason, 0.5)
+        return Match(transformer, (int(transformer.patch_size[1]), int(transformer.patch_size[2])))
 
     def attach(self, model: Any, patches: Patches) -> None:
         """Tap the attention module of every self-attention layer."""
         self.transformer: Any = getattr(model, "transformer", model)
         self.layers = layers_of(self.transformer, "blocks", "attn1")
-        self.home = home_of(self.layers[0])
+        self.home = tokentrim.home_of(self.layers[0])
         if self.home.get_sp_world_size() > 1:
             words = "SGLang divides the sequence over ranks, so no rank has all rows of a frame.\nSet its sp size to 1."
             raise tokentrim.UnsupportedContextError(words)
@@ -74,17 +76,14 @@ class SGLang(Adapter):
 
     def parse(self, arguments: Mapping[str, Any]) -> Call | None:
         """Read one call; one without a KV cache is training."""
-        if arguments["kv_cache"] is None:
+        cache = arguments["kv_cache"]
+        if cache is None:
             return None
-        _require_known(arguments["kv_cache"])
+        if reason := next(filter(None, map(cache_refusal, cache)), ""):
+            raise tokentrim.UnsupportedContextError(f"{reason}; nothing is pruned.\nTurn that off, or leave us out.")
         latents: Tensor = arguments["hidden_states"].transpose(1, 2)
-        return Call(
-            latents,
-            start=int(arguments["current_start"]) // self._rows_per_frame(latents),
-            stream=arguments["kv_cache"][0].v,
-            timestep=arguments["timestep"],
-            arguments=arguments,
-        )
+        start = int(arguments["current_start"]) // math.prod(grid_of(latents, self.transformer.patch_size[1:]))
+        return Call(latents, start, cache[0].v, arguments["timestep"], arguments=arguments)
 
     def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         """A session has a cache of its own, which its next video takes over."""
@@ -95,47 +94,35 @@ class SGLang(Adapter):
         """The stage counts the steps of a chunk in its forward context; the clean call is step 0 again."""
         context = self.home.get_forward_context_or_none()
         if context is None:
-            return default_phase(call, seen)
+            return tokentrim.default_phase(call, seen)
         if call.start != seen.start or seen.committed:
             return Phase.FIRST
         return Phase.COMMIT if context.current_timestep == 0 else Phase.REFINE
 
     def context(self, call: Call) -> CacheRows:
         """Rows before the current chunk: which are the last ones once the chunk has been written."""
-        cache = call.arguments["kv_cache"]
-        per_frame = self._rows_per_frame(call.latents)
-        new = call.frames * per_frame
-        written = _end(cache[0], "global") >= call.start * per_frame + new
-        stop = max(_end(cache[0], "local") - (new if written else 0), 0)
-        sinks = max(int(cache[0].sink_tokens), int(cache[0].global_sink_tokens))
-        keys, values = self._own_heads(cache, "k"), self._own_heads(cache, "v")
-        return CacheRows(values, 0, stop, per_frame, min(sinks, stop), keys=keys)
+        cache, per_frame = call.arguments["kv_cache"], math.prod(grid_of(call.latents, self.transformer.patch_size[1:]))
+        held, new = cache[0], call.frames * per_frame
+        written = _end(held, "global") >= call.start * per_frame + new
+        stop = max(_end(held, "local") - (new if written else 0), 0)
+        sinks = min(max(int(held.sink_tokens), int(held.global_sink_tokens)), stop)
+        keys, values = ([*map(_own_heads, self.layers, cache, name * len(cache))] for name in "kv")
+        return CacheRows(values, 0, stop, per_frame, sinks, keys=keys)
 
     def prediction(self, call: Call, output: Any) -> Tensor:
-        """x0 from flow, in float64 as the stage computes it."""
+        """x0 from flow; noise levels by the request's scheduler, without one timestep / 1000."""
         assert call.timestep is not None
-        sigma = self._sigma(call.timestep)
-        flow = output.transpose(1, 2)
-        return (call.latents.double() - sigma.view(*sigma.shape, *[1] * (5 - sigma.ndim)) * flow.double()).to(flow)
-
-    def _sigma(self, timestep: Tensor) -> Tensor:
-        """Noise levels by the request's scheduler; without one timestep / 1000."""
         request = getattr(self.home.get_forward_context_or_none(), "forward_batch", None)
         scheduler = getattr(request, "scheduler", None)
-        return timestep.double() / 1000 if scheduler is None else nearest_sigma(scheduler, timestep).double()
+        sigma = call.timestep / 1000 if scheduler is None else tokentrim.nearest_sigma(scheduler, call.timestep)
+        return tokentrim.x0_of_flow(output.transpose(1, 2), call.latents, sigma)
 
-    def _own_heads(self, cache: Sequence[Any], name: str) -> list[Tensor]:
-        """K or V of every layer, of the heads that this rank writes: ``[B, rows, heads, head_dim]``."""
-        rows = []
-        for layer, of_layer in zip(self.layers, cache, strict=True):
-            whole: Tensor = getattr(of_layer, name)
-            own = slice(layer.head_start, layer.head_start + layer.num_heads)
-            rows.append(whole if whole.shape[2] == layer.num_heads else whole[:, :, own])
-        return rows
 
-    def _rows_per_frame(self, latents: Tensor) -> int:
-        _, height, width = self.transformer.patch_size
-        return math.prod(latents.shape[-2:]) // (int(height) * int(width))
+def _own_heads(layer: Any, cache: Any, name: str) -> Tensor:
+    """K or V of a layer, of the heads that this rank writes: ``[B, rows, heads, head_dim]``."""
+    whole: Tensor = getattr(cache, name)
+    own = slice(layer.head_start, layer.head_start + layer.num_heads)
+    return whole if whole.shape[2] == layer.num_heads else whole[:, :, own]
 
 
 def _end(layer: Any, which: str) -> int:
@@ -144,14 +131,8 @@ def _end(layer: Any, which: str) -> int:
     return int(getattr(layer, f"{which}_end_index") if on_host is None else on_host)
 
 
-def _require_known(cache: Sequence[Any]) -> None:
-    """Raise UnsupportedContextError for a cache whose rows follow other rules."""
-    for layer in cache:
-        if reason := _cache_refusal(layer):
-            raise tokentrim.UnsupportedContextError(f"{reason}; nothing is pruned.\nTurn that off, or leave us out.")
-
-
-def _cache_refusal(layer: Any) -> str:
+def cache_refusal(layer: Any) -> str:
+    """Why the rows of a layer's cache follow other rules; empty if they do not."""
     missing = [name for name in FIELDS if not hasattr(layer, name)]
     if missing:
         return f"the KV cache is a {type(layer).__name__} without {', '.join(missing)} (packed or foreign)"
@@ -160,18 +141,6 @@ def _cache_refusal(layer: Any) -> str:
     if int(getattr(layer, "pinned_len", 0)) > 0:
         return "the KV cache has pinned a chunk of a new scene as its sink (pinned_start), amid rows that we prune"
     return ""
-
-
-def _refusal(transformer: Any) -> str:
-    """Why this is not SGLang's causal Wan; empty if it is."""
-    if not isinstance(transformer, nn.Module):
-        return "no module, nor anything with one as .transformer"
-    layers = layers_of(transformer, "blocks", "attn1")
-    if not layers or not all(hasattr(layer, name) for layer in layers for name in LAYER):
-        return f"the transformer has no blocks[i].attn1 with {', '.join(LAYER)}"
-    if any(home_of(layers[0], name) is None for name in (CONTEXT, SEQUENCE_PARALLEL)):
-        return f"the module of blocks[0].attn1 has no {CONTEXT} and {SEQUENCE_PARALLEL}"
-    return lacks(transformer, PARAMETERS, "the transformer's forward")
 
 
 @hookimpl

@@ -20,9 +20,11 @@ def register() -> None:
 
     def call_patched(net: Any, *args: Any, **kwargs: Any) -> Any:
         if not getattr(net, "_tokentrim_seen", False):
-            from .settings import patch_first
+            from tokentrim_hooks import patch_in_engine
 
-            patch_first(net)
+            from .adapter import VllmOmniLingBot
+
+            patch_in_engine(net, VllmOmniLingBot, "TOKENTRIM_VLLM_OMNI_POLICY")
             net._tokentrim_seen = True
         return original(net, *args, **kwargs)
 

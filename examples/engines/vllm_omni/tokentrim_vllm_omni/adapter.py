@@ -1,53 +1,74 @@
 """LingBot-World 2 in vLLM-Omni (``CausalLingBotWorldTransformer3DModel``), as its DMD block runner samples from it.
 
-A request's cache has one ``LingBotAttentionCache`` per layer, K after RoPE, behind a sink. Denoising calls write
-nothing: attention reads a copy of the rows that stay in the window, then the chunk's own. The commit makes that copy
-the cache.
-Read in vLLM-Omni 0.30.0.
+Attention reads the frames that are in the window, K after RoPE, behind a sink, then the chunk's own: of a single
+request out of a cache of its own, of a realtime session out of pages of a pool (``pages.py``). Either way they are
+keys in a sequence, and nothing is written into a cache. Read in vLLM-Omni 0.30.0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, hookimpl, lacks, layers_of
+from tokentrim_hooks import (
+    Adapter,
+    Call,
+    KeyLayout,
+    Match,
+    NoMatch,
+    Patches,
+    Segment,
+    grid_of,
+    hookimpl,
+    lacks,
+    layers_of,
+)
 
+from .pages import PAGED, WRITE, Pages, Window
+
+NOTHING = Window(None, (), 0)
 PARAMETERS = ("hidden_states", "timestep", "camera_hidden_states", "cache", "start_frame", "update_cache")
-PAGED = "ar_diffusion_paged_attention"
-FIELDS = ("key", "value", "end", "last_start", "sink_end")
 
 
-class VllmOmniLingBot(Adapter):
-    """Give the transformer; its config tells the window, its calls the cache."""
+@dataclass(frozen=True)
+class Block(Call):
+    """One call, with the frames that it reads."""
+
+    window: Window = NOTHING
+
+
+class VllmOmniLingBot(Adapter[Block]):
+    """Give the transformer; its config tells the grid, its calls the cache."""
 
     name = "vllm-omni-lingbot"
     models = ("LingBot-World 2 (vLLM-Omni)",)
-    context_kind = "rolling KV cache, K after RoPE"
+    context_kind = "rolling KV cache, or pages of a pool; K after RoPE"
     takes = frozenset({"judge", "hide", "commit"})
+    _latest: tuple[Callable[[], Any], Window] = (lambda: None, NOTHING)
+    """The latest call's cache and window: a call over pages puts its tables in the place of what tells of frames."""
 
     @classmethod
     def probe(cls, model: object) -> Match | NoMatch:
         """Recognise the transformer by its forward and its self attention."""
         transformer: Any = getattr(model, "transformer", model)
-        if not isinstance(transformer, nn.Module):
-            return NoMatch("no module, nor anything with one as .transformer")
         layers = layers_of(transformer, "blocks", "self_attn")
         if not layers or not all(hasattr(layer, "attn") and hasattr(layer, "ulysses_world_size") for layer in layers):
-            return NoMatch("the transformer has no blocks[i].self_attn with attn and ulysses_world_size")
-        if tokentrim.home_of(layers[0], PAGED) is None:
-            return NoMatch(f"the module of blocks[0].self_attn has no {PAGED}", 0.5)
+            return NoMatch("no transformer whose blocks[i].self_attn have attn and ulysses_world_size")
+        if any(tokentrim.home_of(layers[0], name) is None for name in (PAGED, WRITE)):
+            return NoMatch(f"the module of blocks[0].self_attn has no {PAGED} and {WRITE}", 0.5)
         if reason := lacks(transformer, PARAMETERS, "the transformer's forward"):
             return NoMatch(reason, 0.5)
         _, height, width = transformer.config.patch_size
         return Match(transformer, (int(height), int(width)))
 
     def attach(self, model: Any, patches: Patches) -> None:
-        """Tap the attention module of every self-attention layer."""
+        """Tap attention in the three ways that it goes: by a layer's own module, by the kernel for pages, by pages."""
         self.transformer: Any = getattr(model, "transformer", model)
         layers = layers_of(self.transformer, "blocks", "self_attn")
         if layers[0].ulysses_world_size > 1:
@@ -55,16 +76,10 @@ class VllmOmniLingBot(Adapter):
             raise tokentrim.UnsupportedContextError(words)
         for layer in layers:
             patches.tap(layer.attn, "forward", q="query", k="key", v="value", refuse=("attn_metadata",))
-        self.attn: Any = layers[0].attn
-        patches.wrap(tokentrim.home_of(layers[0]), PAGED, self._unpaged, pruned_only=True)
-
-    def _unpaged(self, _paged: Any, _instance: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-        """On CUDA one kernel reads the rows in blocks, of which none can be left out: go by the layers' own attention.
-
-        They are all alike.
-        """
-        query, keys, values = args
-        return self.attn(query, keys.flatten(0, 1)[None], values.flatten(0, 1)[None])
+        home = tokentrim.home_of(layers[0])
+        pages = Pages(getattr(home, PAGED))
+        patches.tap_packed(home, PAGED, pages.attend)
+        patches.tap_packed(home, WRITE, pages.write_and_attend)
 
     def group(self, model: Any) -> Any:
         """The ranks that have a part of the heads each."""
@@ -73,50 +88,37 @@ class VllmOmniLingBot(Adapter):
         ranks = get_tp_group()
         return ranks.cpu_group if ranks.world_size > 1 else None
 
-    def parse(self, arguments: Mapping[str, Any]) -> Call | None:
-        """Read one call; the 16 channels of noise come first, conditions behind them."""
-        layer = arguments["cache"].self_attention[0]
-        if missing := [name for name in FIELDS if not hasattr(layer, name)]:
-            raise tokentrim.UnsupportedContextError(
-                f"the KV cache is a {type(layer).__name__} without {', '.join(missing)} (a session's pages), so "
-                "nothing is pruned.\nLeave the plugin out of realtime sessions, or send single requests."
-            )
-        given: Tensor = arguments["hidden_states"][:, : self.transformer.config.out_channels]
-        commits, start = bool(arguments["update_cache"]), int(arguments["start_frame"])
-        return Call(given.transpose(1, 2), start, layer.value, arguments["timestep"], commits, arguments)
+    def parse(self, arguments: Mapping[str, Any]) -> Block | None:
+        """Read one call; the channels of noise come first, conditions behind them."""
+        config, layer = self.transformer.config, arguments["cache"].self_attention[0]
+        latents: Tensor = arguments["hidden_states"][:, : config.out_channels].transpose(1, 2)
+        start, per_frame = int(arguments["start_frame"]), math.prod(grid_of(latents, config.patch_size[1:]))
+        if self._latest[0]() is not arguments["cache"] or not hasattr(layer, "block_table"):
+            window = Window.of(layer, range(start, start + latents.shape[1]), per_frame, int(config.sink_size))
+            self._latest = weakref.ref(arguments["cache"]), window
+        window, commits = self._latest[1], bool(arguments["update_cache"])
+        return Block(latents, start, window.owner, arguments["timestep"], commits, arguments, window)
 
     def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Every request has a cache of its own."""
-        return (getattr(arguments["cache"].self_attention[0], "value", None),)
+        """A request has a cache of its own, a session a request for pages of its own until it is reset."""
+        layer = arguments["cache"].self_attention[0]
+        return (getattr(layer, "adapter", getattr(layer, "value", None)),)
 
-    def context(self, call: Call) -> CacheRows:
-        """Rows before the chunk; those that leave the window with it are no longer read."""
-        cache = call.arguments["cache"].self_attention
-        per_frame, first = self._rows_per_frame(call.latents), cache[0]
-        new, start = call.frames * per_frame, call.start * per_frame
-        written = first.last_start == start
-        stop = max(first.end - (new if written else 0), 0)
-        sink = min(first.sink_end, stop)
-        coming = max(0, min(new, self.transformer.config.sink_size * per_frame - start))
-        room = first.value.shape[1] - first.sink_end - coming - (new - coming)
-        gone = 0 if written else max(stop - first.sink_end - room, 0)
-        keys, values = ([getattr(layer, name) for layer in cache] for name in ("key", "value"))
-        leaving = (sink, sink + gone)
-        return CacheRows(values, 0, stop, per_frame, sink, current=leaving, keys=keys)
+    def context(self, call: Block) -> KeyLayout:
+        """The sink, the frames that stay in the window, the chunk's own."""
+        grid = grid_of(call.latents, self.transformer.config.patch_size[1:])
+        parts = (Segment(role, frames, *grid) for role, frames in call.window.parts(call.start))
+        layout = KeyLayout(tuple(part for part in parts if part.frames), len(self.transformer.blocks))
+        call.window.require(layout.length)
+        return layout
 
-    def prediction(self, call: Call, output: Any) -> Tensor:
+    def prediction(self, call: Block, output: Any) -> Tensor:
         """x0 = x - sigma flow; the runner's timestep is 1000 sigma."""
         assert call.timestep is not None
-        sigma = (call.timestep.double() / 1000).view(-1, 1, 1, 1, 1)
-        flow: Tensor = output.transpose(1, 2)
-        return (call.latents.double() - sigma * flow.double()).float()
-
-    def _rows_per_frame(self, latents: Tensor) -> int:
-        _, height, width = self.transformer.config.patch_size
-        return math.prod(latents.shape[-2:]) // (int(height) * int(width))
+        return tokentrim.x0_of_flow(output.transpose(1, 2).float(), call.latents, call.timestep / 1000)
 
 
 @hookimpl
-def tokentrim_adapters() -> list[type[Adapter]]:
+def tokentrim_adapters() -> list[type[Adapter[Any]]]:
     """The adapter of this package."""
     return [VllmOmniLingBot]
