@@ -1,7 +1,8 @@
 """A pytest plugin: what tests have found of each adapter, into the records that docs/models.md is made from.
 
 ``pytest --record-checks docs/checks.json tests/adapters/test_diffusers_kits.py`` runs as ever, then merges outcomes.
-A kit's class knows its adapter, and :data:`COLUMNS` which of its tests fill which column. Another test says both with
+A kit's class knows its adapter (or, where that is found when it runs, ``adapter_name``), and :data:`COLUMNS` which of
+its tests fill which column. Another test says both with
 ``@pytest.mark.checks(ADAPTER, COLUMN)``, or while it runs with ``record_property("checks", (ADAPTER, SUITE, COLUMN,
 TEST))``; its ``record_property("exact", (name, effect, error))`` gives the figures. A test that runs a suite in a
 process of its own hands it :func:`passed_on`.
@@ -84,7 +85,8 @@ class Recorder:
             if mark.args[1] == "exact" and not figures:
                 continue  # a whole module is marked; only its comparisons with a reference give figures
             yield (mark.args[0], path, mark.args[1], "::".join(inner))
-        name, kit = self.own.get(getattr(getattr(item, "cls", None), "adapter", None)), inner[-1]
+        trial = getattr(item, "cls", None)
+        name, kit = getattr(trial, "adapter_name", None) or self.own.get(getattr(trial, "adapter", None)), inner[-1]
         if name and kit in OF_TEST:
             yield (name, f"{path}::{inner[0]}", OF_TEST[kit], kit)
 

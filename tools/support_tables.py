@@ -16,7 +16,9 @@ from typing import Any
 
 import places
 from check_matrix import NOT_CHECKED, matrix
+from engine_adapters import engine_adapters
 
+from tokentrim_hooks import Adapter
 from tokentrim_hooks.api import adapters
 from tokentrim_hooks.console import markdown_table
 from tokentrim_hooks.errors import ReportError
@@ -65,18 +67,22 @@ def read_checks(root: Path = ROOT) -> dict[str, Any]:
     return checks
 
 
+def kinds() -> dict[str, type[Adapter[Any]]]:
+    """Our adapters by name: the built-in ones, then those of the example plugins for engines."""
+    own = {info.name: info.adapter for info in adapters() if info.adapter and info.distribution.startswith(OWN)}
+    return {**own, **engine_adapters()}
+
+
 def rows(checks: Mapping[str, Any]) -> list[Row]:
-    """One row per model of our own adapters, sorted by adapter, then the base classes.
+    """One row per model of our adapters, sorted by adapter, those of engines behind, then the base classes.
 
     Raises:
         ReportError: a record names a model that no adapter of ours has.
     """
     by_model = {model: record for record in checks["checks"] for model in record["models"]}
     found: list[Row] = []
-    for info in adapters():
-        if info.adapter is not None and info.distribution.startswith(OWN):
-            kind = info.adapter.context_kind
-            found += [(model, info.name, kind, by_model.pop(model, {})) for model in info.adapter.models]
+    for name, kind in kinds().items():
+        found += [(model, name, kind.context_kind, by_model.pop(model, {})) for model in kind.models]
     if by_model:
         raise ReportError(f"check records of models that no adapter has: {', '.join(sorted(by_model))}")
     for base in checks.get("base_classes", ()):
@@ -85,11 +91,12 @@ def rows(checks: Mapping[str, Any]) -> list[Row]:
 
 
 def support_table(checks: Mapping[str, Any] | None = None) -> str:
-    """The short table, in Markdown: adapters of one source with equal hooks share a line."""
-    checks = checks or read_checks()
+    """The short table, in Markdown: built-in adapters of one source with equal hooks share a line."""
+    checks, engines = checks or read_checks(), engine_adapters()
     takes = {info.name: info.adapter.takes for info in adapters() if info.adapter is not None}
     lines: dict[tuple[Any, ...], tuple[list[str], list[str]]] = {}
-    for adapter, found in _by_adapter(checks).items():
+    built_in = {adapter: found for adapter, found in _by_adapter(checks).items() if adapter not in engines}
+    for adapter, found in built_in.items():
         taken = takes.get(adapter, {"judge"})  # a base class declares what every adapter does at least
         hooks = ["yes" if hook in taken else "" for hook in SHORT]
         models, names = lines.setdefault((_source(found[0][1]), *hooks), ([], []))
@@ -132,7 +139,7 @@ def tests_matrix(checks: Mapping[str, Any]) -> str:
     Raises:
         ReportError: a test's record names an adapter that is not ours.
     """
-    own = [info.name for info in adapters() if info.adapter is not None and info.distribution.startswith(OWN)]
+    own = list(kinds())
     strange = {record["adapter"] for record in checks.get("tests", ())} - set(own)
     if strange:
         raise ReportError(f"test records of adapters that are not here: {', '.join(sorted(strange))}")
@@ -144,16 +151,14 @@ def tests_matrix(checks: Mapping[str, Any]) -> str:
 
 def hooks_table() -> str:
     """Which hooks each of our adapters declares, in Markdown, and which methods it takes with them."""
-    own = [info for info in adapters() if info.adapter is not None and info.distribution.startswith(OWN)]
     lines = []
-    for info in own:
-        kind: Any = info.adapter
+    for name, kind in kinds().items():
         words = ["yes" if hook in kind.takes else "" for hook in HOOKS]
         phases = [phase for phase in ("first", "refine", "commit") if phase in kind.hides_from]
         if words[1] and len(phases) < 3:
             words[1] = f"from {' and '.join(phases)} calls"
         taken = [type(policy).__name__ for policy in METHODS if policy.needs <= kind.takes]
-        lines.append([f"`{info.name}`", *words, ", ".join(taken)])
+        lines.append([f"`{name}`", *words, ", ".join(taken)])
     note = (
         "A policy is refused with a reason on a model that does not take all that it needs. *Commits*: finished chunks "
         "are written into the context by calls of their own. What is not marked was not proved here, or is not there."

@@ -65,13 +65,20 @@ def test_a_record_of_a_model_that_no_adapter_has_is_an_error(checks):
 
 def test_every_own_adapter_has_its_hooks_in_one_row():
     rows = [line for line in support.hooks_table().splitlines() if line.startswith("| `")]
-    own = [info for info in adapters() if info.adapter and info.distribution.startswith("tokentrim-hooks ")]
-    assert len(rows) == len(own)
-    for info in own:
-        cells = next(row for row in rows if row.startswith(f"| `{info.name}` |")).split("|")
+    own = support.kinds()
+    assert len(rows) == len(own) and {"comfyui-ar", "sglang", "vllm-omni-lingbot"} < own.keys()
+    for name, kind in own.items():
+        cells = next(row for row in rows if row.startswith(f"| `{name}` |")).split("|")
         told = {hook for hook, cell in zip(support.HOOKS, cells[2:], strict=False) if cell.strip()}
-        assert told == info.adapter.takes, info.name
-        assert ("CommitWindow" in cells[-2]) is ({"hide", "commit"} <= info.adapter.takes)
+        assert told == kind.takes, name
+        assert ("CommitWindow" in cells[-2]) is ({"hide", "commit"} <= kind.takes)
+
+
+def test_plugins_of_engines_are_in_the_long_tables_only(checks):
+    long, short = support.support_details(checks), support.support_table(checks)
+    for name, kind in support.engine_adapters().items():
+        assert f"| `{name}` |" in long and f"`{name}`" not in short
+        assert all(f"## {model}\n" in long for model in kind.models)
 
 
 def test_a_test_record_of_an_adapter_that_is_not_here_is_an_error(checks):

@@ -105,6 +105,7 @@ def test_tokens_come_back_without_persist(comfy: Comfy, model: Any) -> None:
     assert difference(ours, masked(comfy, model, Setup(), plan, lasting=False)) <= TOLERANCE
 
 
+@pytest.mark.checks("comfyui-ar", "neutral")
 @pytest.mark.parametrize("probe", ["first-step", "candidate"])
 def test_observing_is_bit_identical(comfy: Comfy, model: Any, probe: str) -> None:
     expected, state = video(comfy, model, Setup()), torch.get_rng_state()
@@ -113,6 +114,7 @@ def test_observing_is_bit_identical(comfy: Comfy, model: Any, probe: str) -> Non
     assert [record.severity is not None for record in reports(clone)[0]] == [False] + [True] * 5
 
 
+@pytest.mark.checks("comfyui-ar", "undone")
 def test_the_cached_model_samples_as_before_and_after(comfy: Comfy, model: Any) -> None:
     """Before the clone, after it, and when the clone is gone."""
     expected = video(comfy, model, Setup())

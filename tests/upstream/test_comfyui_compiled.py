@@ -13,7 +13,7 @@ from forced import ForcedPolicy
 from masked_reference import MaskedReference, Prune
 from tiny_comfyui import Comfy, Setup, comfyui, model_of, source_of, video
 
-pytestmark = [pytest.mark.upstream, pytest.mark.slow]
+pytestmark = [pytest.mark.upstream, pytest.mark.slow, pytest.mark.checks("comfyui-ar", "compiled")]
 DEAD, SETUP = (0, 5, 11, 20), Setup(frames=8)
 
 
