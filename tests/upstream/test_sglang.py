@@ -40,7 +40,7 @@ def run_ranks(folder: Path, size: int) -> list[dict[str, Any]]:
         for r in range(size)
     ]
     try:
-        said = [process.communicate(timeout=420)[1][-3000:] for process in ranks]
+        said = [process.communicate(timeout=1800)[1][-3000:] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -46,7 +46,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     policy = {"TOKENTRIM_VLLM_OMNI_POLICY": '{"sensitivity": 0.0, "warmup": 1}'}
     command = [sys.executable, str(HERE / "vllm_omni_scenarios.py"), str(folder)]
     environment = {**os.environ, **settings, **policy}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(torch.load(folder / "found", weights_only=False))
 

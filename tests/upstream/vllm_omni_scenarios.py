@@ -176,7 +176,7 @@ def kit(paged: bool) -> dict[str, str]:
 
     class Kit(AdapterConformance):
         adapter: ClassVar[Any] = VllmOmniLingBot
-        chunks, chunk_to_prune, anchor_frames = 8, 3, tiny.SINKS
+        chunks, chunk_to_prune, anchor_frames = 6 if paged else 8, 3, tiny.SINKS
         tokens = DEAD
 
         def make_model(self) -> Any:
