@@ -1,4 +1,4 @@
-"""What the core offers to plugins of engines: a patch that costs no video, flow to x0, and sessions that stay theirs."""
+"""What the core offers to plugins of engines: a patch that costs no video, flow to x0, sessions that stay theirs."""
 
 import warnings
 
