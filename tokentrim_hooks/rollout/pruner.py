@@ -152,8 +152,7 @@ class Pruner:
         Returns:
             Context rows newly dead.
         """
-        context, grid = context_of(self._adapter, call), grid_of(call.latents, self._patch_size)
-        require_grid(context, grid)
+        require_grid(context := context_of(self._adapter, call), grid := grid_of(call.latents, self._patch_size))
         self.anchors = 0 if self._policy.prune_anchors else anchor_frames(context)
         if isinstance(context, CacheRows):
             dead = self._mark(context, tokens, call.stream)
@@ -268,7 +267,8 @@ class Pruner:
 
     def require_layers_alike(self) -> None:
         """Raise if layers have marks in other rows than the first; reads the device."""
-        [account.layers.require() for account in self._accounts.values()]
+        for account in self._accounts.values():
+            account.layers.require()
 
     def give_up(self) -> None:
         """Prune nothing more, and bring back what is dead: what was pruned long ago with one element of V at 0."""
