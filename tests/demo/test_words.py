@@ -44,7 +44,7 @@ def acts():
 
 def test_what_drifts_is_told_by_figures_of_the_unpatched_model(acts):
     said = sentences(acts)[0]
-    assert said.startswith("What drifts, left alone, from chunks 1-10 to chunks 11-20 (1 is what the true video has): ")
+    assert said.startswith("What drifts: left alone, from chunks 1-10 to chunks 11-20 (1 is what the true video has), ")
     assert said.endswith("contrast goes from 1.04 to 1.04 and its share of sprites alive goes from 1.04 to 1.04.")
 
 

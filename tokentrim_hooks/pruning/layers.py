@@ -51,8 +51,8 @@ class LayersAlike:
         flag, self._apart = self._apart, None
         if bool(flag) if apart is None and flag is not None else apart:
             raise UnsupportedContextError(
-                "layers of this model keep different rows in the same places of their KV caches (each chooses its "
-                "own?), so tokens are not where they are looked for.\nWrite an adapter for this fork."
+                "layers keep different rows in the same places of their KV caches (each chooses its own?).\n"
+                "Tokens are not where they are looked for: write an adapter for this fork."
             )
 
 

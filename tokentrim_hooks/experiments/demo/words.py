@@ -86,7 +86,7 @@ def _what_drifts(acts: Sequence[Act]) -> str:
     windows = list(by_window(acts[0].trial.columns))
     first, last = windows[0], windows[-1]
     parts = "; ".join(f"the {act.name} model's {_course(act, first, last)}" for act in acts)
-    return f"What drifts, left alone, from {first} to {last} (1 is what the true video has): {parts}."
+    return f"What drifts: left alone, from {first} to {last} (1 is what the true video has), {parts}."
 
 
 def _course(act: Act, first: str, last: str) -> str:
