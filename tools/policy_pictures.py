@@ -19,7 +19,6 @@ from PIL import Image
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.experiments.compare.trials import ReferenceMaker
-from tokentrim_hooks.policy.adaptive import nearest
 from tokentrim_hooks.policy.statistics import Moments, temporal_variance
 from tokentrim_hooks.report.page.charts import border
 
@@ -134,13 +133,12 @@ def adaptive() -> Path:
         if hit is not None and not any(r.pruned for r in watch if r.chunk == 10):
             break
     chunk = next(chunk for chunk, _, verdict in seen if chunk.index == 10 and verdict.prune.any())
-    novelty = torch.maximum(nearest(chunk.summary, chunk.first), policy.fresh * policy._fresh(chunk))
     titles = ("first chunk", "chunk 9, with the fault", "chunk 10, judged", "drift from chunk 9", "new to the scene")
     figure, axes = panels(*titles, height=1.9)
     show(axes[0], video[1])
     show(axes[1], video[3 * 9 + 1])
     show(axes[2], chunk.prediction[0, 1], hit.tokens)
-    for place, values in ((3, chunk.drift), (4, novelty)):
+    for place, values in ((3, chunk.drift), (4, policy.novelty(chunk))):
         show(axes[place], values[0].reshape(8, 8), hit.tokens if place == 4 else ())
     return saved(figure, "adaptive")
 

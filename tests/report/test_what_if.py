@@ -63,6 +63,41 @@ def test_the_setting_that_ran_decides_again_as_it_did(tmp_path_factory, policy, 
     assert replay.first is None and replay.pruned == report.triggers
 
 
+ADAPTIVE = tokentrim.AdaptivePolicy(sensitivity=0.5, floor=0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("regenerations", [0, 1, 2])
+def test_adaptive_policy_decides_again_as_it_did_by_its_own_log(tmp_path, regenerations, seed):
+    ran = dataclasses.replace(ADAPTIVE, max_regenerations=regenerations)
+    report = rolled_out(tmp_path, ran, seed, chunks=12, batch=2)
+    assert of_the_run(report.settings) == ran
+    (replay,) = ask(report, report.settings, [])
+    assert replay.same and replay.agreed == replay.judged == 22 and replay.pruned == report.triggers
+    thresholds = {(r.video, r.sample, r.chunk): r.threshold for r in report if r.threshold is not None}
+    again = Replay(ran, same=True)
+    for record in report:
+        verdict, place = again.feed(record), (record.video, record.sample, record.chunk)
+        if verdict is not None:
+            assert float(verdict.severity[0]) == record.severity, "to the last bit"
+            assert thresholds.get(place, math.inf) == pytest.approx(float(verdict.threshold[0]), rel=1e-12)
+
+
+def test_a_run_that_watched_with_adaptive_policy_says_what_it_would_have_pruned(tmp_path):
+    watched = rolled_out(tmp_path / "a", dataclasses.replace(ADAPTIVE, max_regenerations=0), chunks=12)
+    pruned = rolled_out(tmp_path / "b", ADAPTIVE, chunks=12)
+    (replay,) = [r for r in ask(watched, watched.settings, [ADAPTIVE]) if r.policy == ADAPTIVE]
+    first = next(r.chunk for r in pruned if r.pruned)
+    assert not watched.triggers and replay.same and replay.first == (0, 0, first) == replay.named[0]
+    asked = usual(watched.settings)
+    assert [p.sensitivity for p in asked if isinstance(p, tokentrim.AdaptivePolicy)] == [1.5, *SENSITIVITIES]
+    counts = [r.pruned for r in ask(watched, watched.settings, asked[1:-1]) if r.policy.max_regenerations]
+    assert counts == sorted(counts, reverse=True) and counts[0] > 0
+    other = dataclasses.replace(ADAPTIVE, reach=2)
+    assert "latents" in ask(watched, watched.settings, [other])[-1].lacks
+    assert not ask(watched, watched.settings, [tokentrim.DriftPolicy()])[-1].lacks
+
+
 def test_the_law_above_sees_prunes_and_none(tmp_path):
     reports = [rolled_out(tmp_path / str(s), tokentrim.DriftPolicy(sensitivity=s), batch=3) for s in (0.0, 0.5, 9.0)]
     triggers = [report.triggers for report in reports]

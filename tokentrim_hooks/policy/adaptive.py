@@ -10,24 +10,26 @@ from torch import Tensor
 
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import severity_of, unstable_tokens
+from tokentrim_hooks.policy.novelty import colours, displaced, nearest
 from tokentrim_hooks.policy.options import number, whole
 from tokentrim_hooks.policy.views import Chunk, History, Verdict
 
-BLOCK = 1024
-"""Tokens that are compared with all others at once."""
 SPREAD = 1.4826
 """Standard deviations in a median absolute deviation, for a normal distribution."""
+LEAST = 0.01
+"""Share of a token's size, the mean over the scene's first chunk, below which a deviation is rounding or invisible."""
 
 
 @dataclass(frozen=True)
 class AdaptivePolicy(Policy):
     """Prune what is new to the scene, not what has moved.
 
-    A token's *novelty* is its distance to the most similar token of the scene's first chunk, wherever that one lies, or
-    ``fresh`` times its distance to the most similar one of the previous chunk within ``reach`` tokens, whichever is
-    larger. A thing that moves is found again in both; corruption is not, also when it has stood for chunks and its
-    predecessor shows it, too. A chunk is unstable when its mean novelty over the unstable set exceeds the median of
-    the severities before by ``sensitivity`` robust deviations, of at least ``floor`` times that median each.
+    A token's *novelty* is the larger of two distances. One is of its colour, the mean of each of its channels, to the
+    most similar colour of the scene's first chunk, wherever that lies. The other is ``fresh`` times the distance of all
+    of it to what the previous chunk shows up to ``reach`` tokens away. A thing that moves is found again in both;
+    corruption is not, also when it has stood for chunks and its predecessor shows it, too. A chunk is unstable when its
+    mean novelty over the unstable set exceeds the median of the severities before by ``sensitivity`` robust deviations,
+    of at least ``floor`` times that median and a hundredth of a token's size each.
 
     Not the paper's: found on scenes of the reference model that no table reports (``docs/policies.md``).
 
@@ -41,11 +43,11 @@ class AdaptivePolicy(Policy):
     """
 
     fraction: float = 0.06
-    sensitivity: float = 2.0
-    floor: float = 0.125
-    fresh: float = 0.8
+    sensitivity: float = 1.5
+    floor: float = 0.3
+    fresh: float = 0.7
     reach: int = 1
-    warmup: int = 2
+    warmup: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +64,7 @@ class AdaptivePolicy(Policy):
 
     def judge(self, chunk: Chunk, history: History) -> Verdict:
         """Flag the samples in which something is new to the scene."""
-        score = torch.maximum(nearest(chunk.summary, chunk.first), self.fresh * self._fresh(chunk))
+        score = self.novelty(chunk)
         tokens = unstable_tokens(score, self.fraction)
         severity = severity_of(score, tokens)
         if history.count < max(self.warmup, 1) or history.recent is None:
@@ -70,20 +72,14 @@ class AdaptivePolicy(Policy):
             return Verdict(tokens, severity, torch.full_like(severity, math.inf), never)
         median = history.recent.median(dim=1, keepdim=True).values
         deviation = SPREAD * (history.recent - median).abs().median(dim=1, keepdim=True).values
-        threshold = (median + self.sensitivity * torch.maximum(deviation, self.floor * median)).squeeze(1)
+        least = torch.maximum(self.floor * median, LEAST * chunk.first.norm(dim=-1).mean(dim=1, keepdim=True))
+        threshold = (median + self.sensitivity * torch.maximum(deviation, least)).squeeze(1)
         return Verdict(tokens, severity, threshold, severity.to(threshold.dtype) > threshold)
 
-    def _fresh(self, chunk: Chunk) -> Tensor:
-        """Distance of every token to the most similar one of the previous chunk within reach, ``[B, N]``."""
-        size = chunk.grid
-        reach = min(self.reach, max(size) - 1)  # nothing lies farther away, and each step would pad the grid
-        now, before = (t.transpose(1, 2).reshape(len(t), -1, *size) for t in (chunk.summary, chunk.previous))
-        padded = torch.nn.functional.pad(before, (reach,) * 4, value=math.inf)
-        shifts = [(y, x) for y in range(2 * reach + 1) for x in range(2 * reach + 1)]
-        found = [(now - padded[..., y : y + size[0], x : x + size[1]]).norm(dim=1) for y, x in shifts]
-        return torch.stack(found).amin(0).flatten(1)
-
-
-def nearest(tokens: Tensor, others: Tensor) -> Tensor:
-    """Distance of every token to the most similar of ``others``: ``[B, N, D], [B, M, D] -> [B, N]``."""
-    return torch.cat([torch.cdist(part, others).amin(-1) for part in torch.split(tokens, BLOCK, 1)], dim=1)
+    def novelty(self, chunk: Chunk) -> Tensor:
+        """How new every token is, ``[B, N]``."""
+        channels, *size = chunk.prediction.shape[-3:]
+        patch = size[0] // chunk.grid[0], size[1] // chunk.grid[1]
+        new = nearest(colours(chunk.summary, channels), colours(chunk.first, channels))
+        moved = displaced(chunk.summary, chunk.previous, chunk.grid, patch, self.reach)
+        return torch.maximum(new, self.fresh * moved)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.experiments.what_if.replay import Replay, of_the_run, same_severity
+from tokentrim_hooks.experiments.what_if.replay import PAPER, Replay, of_the_run, same_severity
 from tokentrim_hooks.plugins import make_policy
 from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.base import Policy
@@ -61,9 +61,13 @@ def ask(records: Iterable[ChunkRecord], settings: Mapping[str, Any], policies: S
 
 
 def usual(settings: Mapping[str, Any]) -> list[Policy]:
-    """What is asked of every run: other sensitivities, all else being equal, and AdaptivePolicy."""
-    base = _paper(of_the_run(settings))
-    return [*(dataclasses.replace(base, sensitivity=value) for value in SENSITIVITIES), AdaptivePolicy()]
+    """What is asked of every run: other sensitivities, all else being equal, and AdaptivePolicy or the paper's."""
+    ran = of_the_run(settings)
+    if isinstance(ran, AdaptivePolicy):
+        ran = dataclasses.replace(ran, max_regenerations=ran.max_regenerations or 1)
+        return [AdaptivePolicy(), *(dataclasses.replace(ran, sensitivity=v) for v in SENSITIVITIES), DriftPolicy()]
+    paper = _paper(ran)
+    return [*(dataclasses.replace(paper, sensitivity=value) for value in SENSITIVITIES), AdaptivePolicy()]
 
 
 def question(text: str, ran: Policy | None = None) -> Policy:
@@ -84,7 +88,7 @@ def question(text: str, ran: Policy | None = None) -> Policy:
 
 def _paper(ran: Policy | None) -> DriftPolicy:
     """The paper's policy with what ran, where that has the same options."""
-    given = {} if ran is None else ran.settings()
+    given = ran.settings() if isinstance(ran, PAPER) else {}
     return DriftPolicy(**{name: given[name] for name in ("fraction", "sensitivity", "warmup") if name in given})
 
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import RunningStatistics
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
 from tokentrim_hooks.policy.views import Chunk, History, Verdict
 from tokentrim_hooks.report.record import ChunkRecord
 
+PAPER = (DriftPolicy, ObservePolicy)
+"""Policies that measure drift from the chunk before, as the paper does."""
 Key = tuple[int, int]
 """Video and sample."""
 
@@ -23,7 +26,10 @@ class NotLoggedError(Exception):
 
 
 def _absent(*_: Any, **__: Any) -> Any:
-    raise NotLoggedError("it reads the latents of chunks, of which a log holds only the drift")
+    raise NotLoggedError(
+        "it reads the latents of chunks, of which a log holds only the drift. The log of a run that watched with it "
+        "(max_regenerations=0) does"
+    )
 
 
 class _NotLogged:
@@ -114,8 +120,8 @@ class Replay:
     def _chunk(self, record: ChunkRecord) -> Chunk:
         """The chunk as far as it is in the log. One token that drifts by the severity has that very severity."""
         if self.same:
-            drift, grid = torch.tensor([[record.severity]], dtype=torch.float64), (1, 1)
-        elif len(record.drift) and len(record.drift) == record.grid[0] * record.grid[1]:
+            return _as_severe_as(record)
+        if len(record.drift) and len(record.drift) == record.grid[0] * record.grid[1]:
             drift, grid = torch.tensor([list(record.drift)]), record.grid
         else:
             raise NotLoggedError("it reads the drift of every token, which is not in this log")
@@ -146,18 +152,26 @@ class Replay:
         return record.accepted_severity if self.same else own * record.accepted_severity / found
 
 
+def _as_severe_as(record: ChunkRecord) -> Chunk:
+    """A chunk of one token that has the record's severity: by its drift, and by how new it is to the scene."""
+    severity = torch.tensor([[record.severity]], dtype=torch.float64)
+    nothing, place = torch.zeros(1, 1, 1, 1, 1), ("first", record.chunk, record.start, record.frames, (1, 1))
+    same, first = severity[..., None], torch.zeros(1, 1, 1, dtype=torch.float64)
+    return Chunk(*place, prediction=nothing, drift=severity, summary=same, previous=same, first=first)
+
+
 def _history(statistics: RunningStatistics) -> History:
     recent = statistics.recent if statistics.count else None
     return History(statistics.count, statistics.mean, statistics.std, recent)
 
 
 def of_the_run(settings: Mapping[str, Any]) -> Policy | None:
-    """The paper's policy with the options of the judge that ran; None where another kind of judge ran.
+    """The judge that ran, the paper's, one that watched as it does, or AdaptivePolicy; None where another kind ran.
 
     ``settings`` are a log's, so they may hold anything.
     """
     names = {part.strip() for part in f"{settings.get('policy')}+{settings.get('policy.policy')}".split("+")}
-    kinds: dict[str, type[Policy]] = {"DriftPolicy": DriftPolicy, "ObservePolicy": ObservePolicy}
+    kinds: dict[str, type[Policy]] = {kind.__name__: kind for kind in (*PAPER, AdaptivePolicy)}
     kind = next((kinds[name] for name in kinds if name in names), None)
     if kind is None:
         return None
@@ -170,5 +184,6 @@ def of_the_run(settings: Mapping[str, Any]) -> Policy | None:
 
 def same_severity(policy: Policy, ran: Policy | None) -> bool:
     """Whether a policy measures the severity that the log has."""
-    paper = (DriftPolicy, ObservePolicy)
-    return isinstance(policy, paper) and isinstance(ran, paper) and policy.fraction == ran.fraction
+    if isinstance(policy, AdaptivePolicy) and isinstance(ran, AdaptivePolicy):
+        return all(getattr(policy, name) == getattr(ran, name) for name in ("fraction", "fresh", "reach"))
+    return isinstance(policy, PAPER) and isinstance(ran, PAPER) and policy.fraction == ran.fraction
