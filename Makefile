@@ -62,6 +62,7 @@ third_party/.comfyui: $(VENV)/.dev tests/upstream/comfyui.txt
 test-comfyui: third_party/.comfyui
 	@test -d "$(TOKENTRIM_UPSTREAM)/ComfyUI" || { echo "set TOKENTRIM_UPSTREAM to the folder that holds ComfyUI"; exit 1; }
 	TOKENTRIM_COMFYUI=$(ENGINES)/comfyui_imports $(BIN)/python -m pytest -q -rs tests/upstream/test_comfyui*.py
+	PYTHONPATH=examples/comfyui $(BIN)/python -m pytest -q examples/comfyui/tests
 
 $(VENV)/.observers: $(VENV)/.dev examples/observers/pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e 'examples/observers[tensorboard,wandb,rerun]'

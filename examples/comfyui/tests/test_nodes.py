@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokentrim_comfyui.adapter
@@ -123,3 +124,19 @@ def test_latents_have_the_report_of_their_own_sampling():
 def test_the_adapter_refuses_strangers_with_a_reason(stranger):
     answer = tokentrim_comfyui.adapter.ComfyAR.probe(stranger)
     assert isinstance(answer, tokentrim.NoMatch) and "ComfyUI" in answer.reason
+
+
+class WanVideoModel:
+    """What WanVideoWrapper's loader gives, as far as it is looked at: a BaseModel with a dict of what it loaded."""
+
+    def __init__(self):
+        self.pipeline, self.diffusion_model = {}, torch.nn.Identity()
+
+    def _apply_model(self, x):
+        return x
+
+
+def test_a_model_of_wan_video_wrapper_is_refused_by_name():
+    """Its socket does not fit either, so this is for workflows that go around types."""
+    with pytest.raises(tokentrim.TokenTrimError, match="WanVideoWrapper, whose own sampler"):
+        tokentrim.patch(SimpleNamespace(model=WanVideoModel()), adapter=tokentrim_comfyui.adapter.ComfyAR)

@@ -43,6 +43,9 @@ class ComfyAR(Adapter):
         diffusion = getattr(base, "diffusion_model", None)
         if diffusion is None or not callable(getattr(base, "_apply_model", None)):
             return NoMatch("no ComfyUI model: it has no diffusion_model and _apply_model")
+        if isinstance(getattr(base, "pipeline", None), dict):
+            words = "a model of WanVideoWrapper, whose own sampler keeps no cache of finished frames"
+            return NoMatch(f"{words}: use ComfyUI's loader and 'Sampler AR Video'", 0.5)
         if reason := _lacking(diffusion):
             return NoMatch(reason, 0.5)
         return Match(Method(base, "_apply_model"), (int(diffusion.patch_size[1]), int(diffusion.patch_size[2])))

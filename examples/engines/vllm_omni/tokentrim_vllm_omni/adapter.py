@@ -93,11 +93,17 @@ class VllmOmniLingBot(Adapter[Block]):
         config, layer = self.transformer.config, arguments["cache"].self_attention[0]
         latents: Tensor = arguments["hidden_states"][:, : config.out_channels].transpose(1, 2)
         start, per_frame = int(arguments["start_frame"]), math.prod(grid_of(latents, config.patch_size[1:]))
-        if self._latest[0]() is not arguments["cache"] or not hasattr(layer, "block_table"):
+        known, commits = self._latest[0]() is arguments["cache"], bool(arguments["update_cache"])
+        if known and hasattr(layer, "block_table"):
+            window = self._latest[1]
+        else:
             window = Window.of(layer, range(start, start + latents.shape[1]), per_frame, int(config.sink_size))
-            self._latest = weakref.ref(arguments["cache"]), window
-        window, commits = self._latest[1], bool(arguments["update_cache"])
+            self._latest = weakref.ref(arguments["cache"], self._forget), window if window.pages else NOTHING
         return Block(latents, start, window.owner, arguments["timestep"], commits, arguments, window)
+
+    def _forget(self, _cache: Any) -> None:
+        """The call is over: nothing keeps its pages."""
+        self._latest = (lambda: None, NOTHING)
 
     def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         """A request has a cache of its own, a session a request for pages of its own until it is reset."""
