@@ -238,8 +238,9 @@ class CausalWan(Adapter):
     def scratch(self, call: Call) -> Mapping[str, Any]:
         """The caches again: of K and V no more rows than the call reads and writes, with counters of their own."""
         rows = self.context(call).stop + call.frames * self.rows_per_frame(call.latents)
-        texts = call.arguments["crossattn_cache"]
-        scratch = {"kv_cache": [_copied(layer, rows) for layer in call.arguments["kv_cache"]]}
+        given, texts = call.arguments, call.arguments["crossattn_cache"]
+        own = [name for name in self.own if name.startswith("kv_cache_") and given[name] is not None]
+        scratch = {name: [_copied(layer, rows) for layer in given[name]] for name in ("kv_cache", *own)}
         return scratch if texts is None else {**scratch, "crossattn_cache": [dict(layer) for layer in texts]}
 
     def rows_per_frame(self, latents: Tensor) -> int:

@@ -32,7 +32,7 @@ class MatrixGame2(ChannelsFirst):
         "pipeline.causal_inference:CausalInferencePipeline",
         "pipeline.causal_inference:CausalInferenceStreamingPipeline",
     )
-    takes = frozenset({"judge", "hide", "commit", "correct"})
+    takes = frozenset({"judge", "hide", "commit", "correct", "guide"})
     own = ("kv_cache_mouse", "kv_cache_keyboard")
     keeps_memory = True
     """The keyboard's."""

@@ -49,6 +49,12 @@ SHORT = {"judge": "Prune", "hide": "Hide", "correct": "Correct", "settle": "Sett
 METHODS = (CommitWindow(), LatentMoments(), LateMean(), RowMoments(), FlowMo(), SoftPrune())
 """Methods that need more of a model than that it can be judged."""
 
+FORKS = (
+    "Public forks that no adapter was written for: their real generator and attention, or FramePack's transformer and "
+    "sampler, with tiny random weights on a CPU, in a loop like their pipelines', windows full and rolling. *Exact*: "
+    "the largest difference to the -inf reference. Tried once, by hand: no test runs them."
+)
+
 Row = tuple[str, str, str, Mapping[str, Any]]
 """Model, adapter, where the context lies, the check record (empty if there is none)."""
 
@@ -128,9 +134,11 @@ def support_details(checks: Mapping[str, Any] | None = None) -> str:
     checks = checks or read_checks()
     sections = [_section(*row, checks["device"]) for row in rows(checks)]
     refused = markdown_table(["Refused", "Why"], [[item["model"], item["why"]] for item in checks["refused"]])
+    tried = [[item["fork"], item["adapter"], item["found"]] for item in checks["forks"]]
+    forks = ["## Forks tried", FORKS, markdown_table(["Fork and commit", "Adapter", "Found"], tried)]
     hooks = ["## Which hooks of policies a model takes", hooks_table()]
     found = ["## What tests have found", tests_matrix(checks)]
-    return "\n\n".join([*found, *hooks, *sections, "## Refused, each with a reason", refused])
+    return "\n\n".join([*found, *hooks, *sections, *forks, "## Refused, each with a reason", refused])
 
 
 def tests_matrix(checks: Mapping[str, Any]) -> str:
