@@ -23,6 +23,10 @@ from ._packed_history import PackedHistory, Packing
 HISTORY = ("latents_history_long", "latents_history_mid", "latents_history_short")
 PARAMETERS = (*HISTORY, "indices_hidden_states", "indices_latents_history_mid", "indices_latents_history_short")
 PYRAMID = "pyramid stages predict a stage's end point on a smaller grid, not x0: use single-stage Helios"
+NO_INDICES = (
+    "calls come without indices_hidden_states, so that videos cannot be told apart: pass them.\n"
+    "The modular pipeline leaves out what forward does not name: wrap it with functools.wraps."
+)
 
 
 class Helios(PackedHistory):
@@ -68,6 +72,8 @@ class Helios(PackedHistory):
         if arguments["hidden_states"].shape[-2:] != short.shape[-2:]:
             raise UnsupportedContextError(PYRAMID)
         video = arguments["indices_hidden_states"]
+        if video is None:
+            raise UnsupportedContextError(NO_INDICES)
         if self._video() is not video:
             self._pinned, self._filled = _look(long, mid, short, arguments)
         return Packing(((long, 4), (mid, 2), (short[:, :, self._pinned :], 1)), self._pinned, mid, video)

@@ -241,8 +241,20 @@ def _declared(function: Any) -> Any:
     """
     if not isinstance(function, nn.Module):
         return function
-    declared = type(function).forward
-    return function.forward if declared is nn.Module.forward else types.MethodType(declared, function)
+    declared: Any = next((vars(kind)["forward"] for kind in type(function).__mro__ if _names_what_it_takes(kind)), None)
+    return function.forward if declared is None else types.MethodType(declared, function)
+
+
+def _names_what_it_takes(kind: type) -> bool:
+    """Whether a class declares a forward that says more than ``(self, *args, **kwargs)``, as one of a subclass may."""
+    forward = vars(kind).get("forward")
+    if forward is None or kind is nn.Module:
+        return False
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None:
+        return True
+    taken = code.co_argcount + code.co_kwonlyargcount
+    return taken > 1 or not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
 
 
 def profiled(name: str) -> contextlib.AbstractContextManager[Any]:

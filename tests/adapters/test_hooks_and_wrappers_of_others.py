@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 
+import helios_tiny
 import pytest
 import torch
 from targets import TARGETS, each_target
@@ -145,6 +146,29 @@ def test_a_wrapper_around_forward_hides_no_argument(target, wrap, pruned):
     with tokentrim.patched(after, POLICY):
         wrap(target.denoiser(after))
         assert torch.equal(target.run(after), pruned[target.name]), "patched, then wrapped"
+
+
+@each_target
+def test_a_subclass_whose_forward_names_nothing(target, pruned):
+    """What it takes is read from the class that says so; it was a KeyError."""
+    pipeline = target.make()
+    kind = type(target.denoiser(pipeline))
+
+    def forward(self, *args, **kwargs):
+        return kind.forward(self, *args, **kwargs)
+
+    target.denoiser(pipeline).__class__ = type("Passing", (kind,), {"forward": forward})
+    with tokentrim.patched(pipeline, POLICY):
+        assert torch.equal(target.run(pipeline), pruned[target.name])
+
+
+def test_helios_without_indices_is_refused():
+    pipeline = helios_tiny.modular()
+    inner = pipeline.transformer.forward
+    pipeline.transformer.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    refusal = pytest.raises(tokentrim.UnsupportedContextError, match=r"indices_hidden_states.*pass them\.\n")
+    with tokentrim.patched(pipeline, POLICY), refusal:
+        helios_tiny.run_modular(pipeline)
 
 
 class Holder:

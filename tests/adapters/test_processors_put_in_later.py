@@ -40,10 +40,10 @@ def elsewhere(function: Any) -> Any:
     return copied
 
 
-def put_in(denoiser: torch.nn.Module) -> int:
-    """Give every attention module a processor of its own; return to how many."""
+def put_in(denoiser: torch.nn.Module, last_only: bool = False) -> int:
+    """Give every attention module, or the last one, a processor of its own; return to how many."""
     found = 0
-    for module in denoiser.modules():
+    for module in reversed(list(denoiser.modules())):
         inner = getattr(module, "processor", None)
         if inner is None or not hasattr(sys.modules[type(inner).__module__], HOME):
             continue
@@ -82,8 +82,8 @@ def test_a_prune_that_is_not_seen_any_more_is_said_and_not_recorded(target: Any,
 class PutInLate:
     """An observer that gives a denoiser other processors once a chunk has been accepted."""
 
-    def __init__(self, denoiser: torch.nn.Module, after: int) -> None:
-        self.denoiser, self.after, self.chunks = denoiser, after, []
+    def __init__(self, into: torch.nn.Module, after: int) -> None:
+        self.denoiser, self.after, self.chunks = into, after, []
 
     def on_chunk(self, records: Any, _latents: Any) -> None:
         self.chunks.append(records[0].chunk)
@@ -91,11 +91,12 @@ class PutInLate:
             put_in(self.denoiser)
 
 
+@pytest.mark.parametrize("where", ("denoiser", "block"), ids=("everywhere", "in the last block"))
 @each_pipeline
-def test_what_is_dead_and_seen_again_is_said(target: Any) -> None:
+def test_what_is_dead_and_seen_again_is_said(target: Any, where: str) -> None:
     """Amid a video, behind its last prune: no replay is there to find it."""
     pipeline = target.make()
-    late = PutInLate(target.denoiser(pipeline), after=1)
+    late = PutInLate(target.depths(pipeline)[where], after=1)
     with tokentrim.patched(pipeline, ForcedPolicy({1: [0, 3]}), observers=[late]) as handle:
         _, words = said(lambda: target.run(pipeline))
         records = handle.report.records
@@ -104,3 +105,19 @@ def test_what_is_dead_and_seen_again_is_said(target: Any) -> None:
     # The marks of a cache surface; a sequence has none.
     assert "pruned tokens may have been read" in told or "pruned rows reached attention that is not tapped" in told
     assert any("attention" in note and "tapped" in note for record in records for note in record.notes)
+
+
+@each_pipeline
+def test_a_dispatcher_with_names_of_its_own_is_refused(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another library's function in the model's module: what it takes by place cannot be told; it was a KeyError."""
+    pipeline = target.make()
+    inner = (getattr(module, "processor", None) for module in target.denoiser(pipeline).modules())
+    homes = (sys.modules[type(processor).__module__] for processor in inner if processor is not None)
+    home = next(home for home in homes if hasattr(home, HOME))
+
+    def other(q: Any, k: Any, v: Any, attn_mask: Any = None, **rest: Any) -> Any:
+        return direct(q, k, v, attn_mask, **rest)
+
+    monkeypatch.setattr(home, HOME, other)
+    with pytest.raises(tokentrim.AttachError, match=r"takes \(q, k, v, .*cannot be tapped with"):
+        tokentrim.patch(pipeline)

@@ -37,7 +37,9 @@ class TapNames:
     def require_in(self, signature: inspect.Signature, label: str) -> None:
         """Raise AttachError unless a function takes what these names say (those in ``refuse`` may be missing)."""
         taken = signature.parameters
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        places = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in taken.values())
+        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        if passes_on and (places < len("qkv") or {self.q, self.k, self.v} & taken.keys()):
             return
         named = {name: getattr(self, name) for name in ("q", "k", "v", "mask", "lengths", "heads")}
         missing = [f"{option}={name!r}" for option, name in named.items() if name is not None and name not in taken]

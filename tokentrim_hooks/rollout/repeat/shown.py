@@ -10,7 +10,7 @@ from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.rollout.repeat.parts import Parts
 
-OVERLOOKED = "no attention of this call was tapped: what is dead in the sequence may have been read"
+OVERLOOKED = "not all attention of this call was tapped: what is dead in the sequence may have been read"
 
 
 @dataclass
@@ -42,18 +42,19 @@ class Proof:
         return any(known() is denoiser for known in self.repeated)
 
     def overlooks(self, tap: CallTap | None) -> list[str]:
-        """A note on a call that came back and has asked nowhere which tokens of its sequence are dead; none if not.
+        """A note on a call that came back and has not asked everywhere which tokens of its sequence are dead.
 
         A cache's marks would surface there. A sequence has none: attention that somebody has put in the place of the
         tapped one reads what is dead in silence, until the next prune is found not to work.
         """
-        if tap is None or tap.layout is None or tap.off or tap.calls:
+        wanted = max(self.expected, 1) if self.proven else 1
+        if tap is None or tap.layout is None or tap.off or tap.calls >= wanted:
             return []
         told, self.overlooked = self.overlooked, True
         if not told:
             warnings.warn(
-                "pruned tokens may have been read: a call of the denoiser has come back in which no attention was "
-                "tapped.\nPatch again, with replace=True, if attention was replaced after the patch.",
+                f"pruned tokens may have been read: {tap.calls} of {wanted} attention calls of a call were tapped.\n"
+                "Patch again, with replace=True, if attention was replaced after the patch.",
                 TokenTrimWarning,
                 stacklevel=2,
             )
