@@ -21,7 +21,7 @@ HEADS = {
 }
 HOOKS = ("hide", "correct", "settle", "guide", "weigh")
 NOTE = (
-    "One row per suite of tests that has run an adapter. *Yes*: all tests of that column passed; *in part*: the others "
+    "Of all suites of tests that have run an adapter. *Yes*: all tests of that column passed; *in part*: the others "
     "did not run, or found nothing to check; *not checked*: none ran. *Refused* counts the refusals described below, "
     "by hand. Again: `pytest --record-checks docs/checks.json SUITE`, then `python tools/support_tables.py --write`; "
     "a `+` behind a commit says that its files were changed."
@@ -31,23 +31,32 @@ Record = Mapping[str, Any]
 
 
 def matrix(records: Sequence[Record], names: Iterable[str], refused: Mapping[str, int]) -> str:
-    """The table, in Markdown, of ``names`` (adapters), each with its suites, or with a row of *not checked*."""
-    lines = []
+    """The tables, in Markdown, of ``names`` (adapters): what all tests of each have found, and their suites."""
+    lines, suites = [], []
     for name in names:
         mine = [record for record in records if record["adapter"] == name]
-        for suite in sorted({record["suite"] for record in mine}) or [""]:
-            tail = [str(refused.get(name) or "none recorded")]
-            lines.append([f"`{name}`", *_row([record for record in mine if record["suite"] == suite], suite), *tail])
-    heads = ["Adapter", "Suite", *HEADS.values(), "Largest error", "Commit and date", "Refused"]
-    return f"{markdown_table(heads, lines)}\n\n{NOTE}"
+        lines.append([f"`{name}`", *_cells(mine), largest(mine), str(refused.get(name) or "none recorded")])
+        for suite in sorted({record["suite"] for record in mine}):
+            suites.append([f"`{name}`", *_suite([record for record in mine if record["suite"] == suite], suite)])
+    table = markdown_table(["Adapter", *HEADS.values(), "Largest error", "Refused"], lines)
+    return "\n\n".join([table, NOTE, markdown_table(["From", "Suite", "Of", "Commit and date"], suites)])
 
 
-def _row(records: Sequence[Record], suite: str) -> list[str]:
-    cells = [hooks(records) if column == "hooks" else cell(records, column) for column in HEADS]
+def _cells(records: Sequence[Record]) -> list[str]:
+    return [hooks(records) if column == "hooks" else cell(records, column) for column in HEADS]
+
+
+def largest(records: Sequence[Record]) -> str:
+    """The largest error that tests have measured."""
     figures = [error for record in records for _, error in record["figures"].values()]
+    return f"{max(figures):.1e}" if figures else "not recorded"
+
+
+def _suite(records: Sequence[Record], suite: str) -> list[str]:
+    """Its name, what it has found something of, and when it ran."""
+    found = {column for record in records for column, _, end in ends(dict(record)) if end != NOT_CHECKED}
     runs = ", ".join(dict.fromkeys(f"{record['commit']} {record['date']}" for record in records))
-    largest = f"{max(figures):.1e}" if figures else "not recorded"
-    return [f"`{suite.removeprefix('tests/')}`" if suite else "none", *cells, largest, runs or NOT_CHECKED]
+    return [f"`{suite.removeprefix('tests/')}`", ", ".join(column for column in COLUMNS if column in found), runs]
 
 
 def cell(records: Sequence[Record], column: str) -> str:

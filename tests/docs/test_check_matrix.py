@@ -41,9 +41,17 @@ def test_a_kit_of_which_a_test_was_left_out_is_in_part():
 
 def test_an_adapter_without_records_is_not_checked():
     table = check_matrix.matrix([record({"exact": {"a": "passed"}}, figures={"a": [0.1, 2e-6]})], ["causvid", "x"], {})
-    known, unknown = [line for line in table.splitlines() if line.startswith("| `")]
-    assert "| yes |" in known and "2.0e-06" in known and "abc 2026-01-01" in known
-    assert unknown.count("not checked") == len(check_matrix.HEADS) + 1 and "yes" not in unknown
+    known, unknown, suite = [line for line in table.splitlines() if line.startswith("| `")]
+    assert "| yes |" in known and "2.0e-06" in known
+    assert unknown.count("not checked") == len(check_matrix.HEADS) and "yes" not in unknown
+    assert suite == "| `causvid` | `s` | exact | abc 2026-01-01 |"
+
+
+def test_suites_of_an_adapter_share_a_row():
+    """A suite that measures exactness alone says nothing of what another one has found."""
+    suites = [record({"exact": {"a": "passed"}}), record({"undone": {"b": "passed"}}, suite="t")]
+    row = next(line for line in check_matrix.matrix(suites, ["causvid"], {}).splitlines() if line.startswith("| `"))
+    assert row.split(" | ")[1:4] == ["yes", "not checked", "yes"]
 
 
 def test_what_ran_again_replaces_and_the_rest_stands_with_its_own_commit():
