@@ -76,7 +76,10 @@ def watch(kind: str, fault: Where | None, seeds: Sequence[int], chunks: int) -> 
         TokenTrimError: a seed that a table may report.
     """
     if not set(seeds) <= set(TUNING):
-        raise TokenTrimError(f"search only on tuning seeds, {TUNING.start} to {TUNING.stop - 1}: others are held out")
+        raise TokenTrimError(
+            "some of these seeds are held out, for tables report them.\n"
+            f"Give tuning seeds, {TUNING.start} to {TUNING.stop - 1}."
+        )
     trial: ReferenceTrial = ReferenceMaker.load(chunks, fault, None, True, "cpu", kind=kind)(seeds)
     watcher = Watcher()
     with patched(trial.model, watcher), torch.no_grad():
