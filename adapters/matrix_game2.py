@@ -63,11 +63,13 @@ class MatrixGame2(ChannelsFirst):
 
 
 def _with_mouse(wrapped: Any, _action: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    token = _mouse.set((tokentrim.bind(wrapped, args, kwargs)["kv_cache_mouse"] or {}).get("v"))
+    before, values = _mouse.get(), (tokentrim.bind(wrapped, args, kwargs)["kv_cache_mouse"] or {}).get("v")
     try:
+        # Ctrl-C may come behind this, so it is undone from here on.
+        _mouse.set(values)
         return wrapped(*args, **kwargs)
     finally:
-        _mouse.reset(token)
+        _mouse.set(before)
 
 
 def _reads_the_mouse(values: Tensor) -> bool:

@@ -144,6 +144,10 @@ class Busy:
         """Drop calls that have ended unseen."""
         for scope in list(self._scopes):
             scope.running  # noqa: B018 - closes itself
+        if self.maybe and not self._scopes:
+            # Ctrl-C has come in `drop`, between its lines.
+            with self._lock:
+                self.maybe = bool(self._scopes)
 
 
 BUSY = Busy()

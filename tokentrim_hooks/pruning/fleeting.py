@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.pruning.autograd_modes import without_gradients, writing
 from tokentrim_hooks.pruning.context import CacheRows, require_floating, require_rows
 from tokentrim_hooks.pruning.tombstones import marked_element
 
@@ -97,14 +98,16 @@ class FleetingMarks:
         self._context, self.rows = context, len(self._places)
         pairs = torch.tensor(self._places).T
         on_device = {device: pairs.to(device) for device in {values.device for values in context.values}}
-        with torch.no_grad():
-            for values in context.values:
-                index = marked_element(values, on_device[values.device], context.rows_per_frame)
-                # Remembered before it is marked: whatever interrupts the marking, the marks come off.
-                old = values[index]
-                self._layers.append(_Hidden(values, index, old, _tags(values)[index[:-2]]))
-                values[index] = torch.where(torch.isfinite(old), float("-inf"), old)
+        for values in context.values:
+            index = marked_element(values, on_device[values.device], context.rows_per_frame)
+            without_gradients(self._mark, values, index)
         return self.rows
+
+    def _mark(self, values: Tensor, index: tuple[Any, ...]) -> None:
+        # Remembered before it is marked: whatever interrupts the marking, the marks come off.
+        old = values[index]
+        self._layers.append(_Hidden(values, index, old, _tags(values)[index[:-2]]))
+        values[index] = torch.where(torch.isfinite(old), float("-inf"), old)
 
     def forget(self) -> None:
         """Leave the marks where they are: in copies, which are dropped."""
@@ -154,19 +157,27 @@ class FleetingMarks:
             now: the context as it is after the call; None where nobody can say (the call has raised). Without it, or
                 where rows have moved, the device is read to find them.
         """
-        layers, context, self._layers, self.rows, self.weights = self._layers, self._context, [], 0, []
+        context = self._context
         if context is None:
+            self.forget()
             return
-        self._context = None
         moved = now is None or _has_moved(context, now)
-        tensors = [layer.values for layer in layers] if now is None or not moved else list(now.values)
+        tensors = [layer.values for layer in self._layers] if now is None or not moved else list(now.values)
         anchors = range(context.start, context.start + context.anchors)
-        for layer, values in zip(layers, tensors, strict=True):
-            with torch.inference_mode(values.is_inference()), torch.no_grad():
+        failure = None
+        for layer, values in reversed(list(zip(self._layers, tensors, strict=True))):
+            try:
                 if moved:
-                    _put_back_moved(layer.old, layer.tags, self._places, values, anchors)
+                    writing(values, _put_back_moved, layer.old, layer.tags, self._places, values, anchors)
                 else:
-                    _put_back(layer, values)
+                    writing(values, _put_back, layer, values)
+            except UnsupportedContextError as why:
+                failure = why  # of all layers alike: none may keep its marks
+            # Not before: what Ctrl-C leaves here is taken off where the next call begins.
+            del self._layers[-1]
+        self.forget()
+        if failure is not None:
+            raise failure
 
 
 def _places(context: CacheRows, hidden: Tensor) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.pruning.autograd_modes import writing
 from tokentrim_hooks.pruning.context import CacheRows, require_floating, require_rows
 
 FOREIGN_MARKS = (
@@ -68,8 +69,7 @@ class Tombstones:
     def revive(self) -> None:
         """Put back what the marks replaced. Only valid while no row has moved since."""
         for values, index, old in reversed(self.replaced):
-            with torch.inference_mode(values.is_inference()), torch.no_grad():
-                values[index] = old
+            writing(values, values.__setitem__, index, old)
         self.replaced.clear()
 
     def settle(self) -> None:
@@ -189,8 +189,7 @@ def unmark(cache: Any) -> int:
 def _unmarked(tensor: Tensor) -> int:
     wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
     marks = wide.isposinf() if mark_of(tensor.dtype) == float("inf") else wide.isnan()
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.copy_(torch.where(marks, torch.zeros_like(wide), wide))
+    writing(tensor, lambda: tensor.copy_(torch.where(marks, torch.zeros_like(wide), wide)))
     return int(marks.sum())
 
 

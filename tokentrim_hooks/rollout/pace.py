@@ -82,6 +82,14 @@ class Pace:
         """Whether a commit that only its number told was a denoising call, as a further call of the chunk suggests."""
         return chunk.guessed is not None and call.start == chunk.start and bool(chunk.guessed.any())
 
+    def begins_anew(self, call: Call, chunk: ChunkState) -> bool:
+        """Whether a denoising call at the chunk's frames is no quieter than its first one was. Reads the device."""
+        if self._rolls or call.timestep is None or not chunk.levels or chunk.committed:
+            return False
+        if shares_storage(call.latents, chunk.noisy):
+            return False  # what is new has memory of its own
+        return float(call.timestep.amax()) >= _read(chunk.levels)[0]
+
     def learn(self, video: VideoState, chunk: ChunkState) -> None:
         """A chunk is over, and its last denoising call is known."""
         expected = chunk.said or video.usual_steps

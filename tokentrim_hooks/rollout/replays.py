@@ -26,7 +26,7 @@ from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.repeat.cut import CutCall, NotSeparableError
 from tokentrim_hooks.rollout.repeat.parts import Key, Trial, separated
-from tokentrim_hooks.rollout.repeat.proof import NullReplay, random_stream_kept
+from tokentrim_hooks.rollout.repeat.proof import NullReplay, RandomStreamKept
 from tokentrim_hooks.rollout.repeat.snapshot import Snapshot
 from tokentrim_hooks.rollout.state import Step
 
@@ -213,7 +213,7 @@ class Replayer:
         except Exception as failure:
             if ranks.replays > made or not self._failures.hears(failure):
                 raise
-        with scoped(None, replayer=self._pruner.proof), random_stream_kept(step.call.latents.device):
+        with scoped(None, replayer=self._pruner.proof), RandomStreamKept(step.call.latents.device):
             return module(*step.args, **step.kwargs), step.call
 
     def _moved(self, module: nn.Module, step: Step, latents: Tensor | None) -> Call:
@@ -254,7 +254,7 @@ class Replayer:
         if part is not None and self._pruner.weighs:
             self._pruner.unhide(step.call)
             raise NotSeparableError("a policy weighs keys")
-        with scoped(tap, replayer=self._pruner.proof), random_stream_kept(device):
+        with scoped(tap, replayer=self._pruner.proof), RandomStreamKept(device):
             output = replayed(self._adapter, module, args, kwargs)
         self._pruner.unhide(step.call)
         return output

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.inspection import bind, is_driven_by, profiled, weakly
 from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.pruning.autograd_modes import without_gradients
 from tokentrim_hooks.pruning.call_scope import current_scope, open_scope, scope_left, scope_of_call
 from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.rollout.records import Recorder
@@ -96,9 +96,12 @@ class Rollout:
         running = None if scope is None else scope.note
         if not isinstance(running, Running) or running.found.session.shared is not self.shared:
             return output
-        with profiled("tokentrim.after"), torch.no_grad():
-            output = running.found.session.after(module, running, output)
-            self._sessions.follow(running.found)
+        with profiled("tokentrim.after"):
+            return without_gradients(self._come_back, module, running, output)
+
+    def _come_back(self, module: nn.Module, running: Running, output: Any) -> Any:
+        output = running.found.session.after(module, running, output)
+        self._sessions.follow(running.found)
         return output
 
     def leave(self, _module: Any, _args: Any, _kwargs: Any, output: Any) -> None:

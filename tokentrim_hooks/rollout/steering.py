@@ -13,6 +13,7 @@ from tokentrim_hooks.errors import PolicyError
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.statistics import Moments
 from tokentrim_hooks.policy.views import ContextView, Denoised, Place, Rows
+from tokentrim_hooks.pruning.autograd_modes import writing
 from tokentrim_hooks.pruning.context import CacheRows, Context, KeyLayout, Role
 from tokentrim_hooks.rollout.answers import shown, unwritten
 from tokentrim_hooks.rollout.scene import Act, Scene
@@ -229,12 +230,9 @@ def _anchors(context: CacheRows, values: Tensor, keys: Tensor | None) -> tuple[T
 def _write(old: Rows, new: Rows) -> None:
     """Write what a policy answered over the rows in the cache."""
     pairs = ((old.values, new.values), (old.keys, new.keys))
-    with torch.no_grad():
-        for place, rows in pairs:
-            if place is None or rows is None or rows is place:
-                continue
-            with torch.inference_mode(place.is_inference()):
-                place.copy_(rows)
+    for place, rows in pairs:
+        if place is not None and rows is not None and rows is not place:
+            writing(place, place.copy_, rows)
 
 
 def place_of(call: Call, phase: Phase | None, video: VideoState, chunk: ChunkState) -> Place:

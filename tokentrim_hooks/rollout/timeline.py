@@ -14,6 +14,7 @@ from tokentrim_hooks.policy.drift import RunningStatistics, Summary, grid_of
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.pruning.tombstones import Traces
 from tokentrim_hooks.rollout.answers import accepted_of, context_of, phase_of, restarts_of
+from tokentrim_hooks.rollout.loop import Loop
 from tokentrim_hooks.rollout.pace import Pace
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.shared import Shared
@@ -38,6 +39,7 @@ class Timeline:
         self.chunk: ChunkState | None = None
         rolls = type(adapter).in_flight is not Adapter.in_flight
         self.pace = Pace(shared.habits, shared.probe == "candidate" and shared.policy.judges, rolls)
+        self._loop = Loop()
         self._left: list[Traces] = []
         self._midway = False
         self.compares = any(policy.compares for policy in shared.policies)
@@ -64,7 +66,7 @@ class Timeline:
             return None
         known = video is not None and call.stream == video.stream
         phase = phase_of(self.adapter, call, self._seen(video, chunk)) if video and known else Phase.FIRST
-        if phase is Phase.REFINE and video is not None and video.failed_at_once(chunk):
+        if phase is Phase.REFINE and video is not None and (video.failed_at_once(chunk) or self._was_left(call)):
             phase = Phase.FIRST
         elif known:
             phase = self.pace.phase(phase, call, video, chunk)
@@ -101,6 +103,15 @@ class Timeline:
             video.previous = Summary.of(accepted, self.shared.patch_size)
         grid = grid_of(call.latents, self.shared.patch_size)
         self.chunk = ChunkState(call.start, call.frames, grid, self.adapter.steps(call) or 0)
+        if not video.index:
+            self._loop.begin()
+
+    def _was_left(self, call: Call) -> bool:
+        """Whether a video's first chunk was broken off between two calls, so that this one begins it anew."""
+        video, chunk = self.video, self.chunk
+        if video is None or chunk is None or video.index or self._loop.goes_on:
+            return False
+        return self.pace.begins_anew(call, chunk)
 
     def _new_video(self, call: Call) -> VideoState:
         batch = int(call.latents.shape[0])
@@ -214,7 +225,11 @@ class Timeline:
     def continues(self, call: Call) -> bool:
         """Whether a call on a context never seen before goes on where this session, whose own is gone, has stopped."""
         chunk = self.chunk
-        return chunk is not None and call.start > 0 and call.start in (chunk.start, chunk.start + chunk.frames)
+        if chunk is None or call.start == 0:
+            return False
+        if call.start == chunk.start:
+            return not self.pace.begins_anew(call, chunk)
+        return call.start == chunk.start + chunk.frames
 
 
 def _same(latents: Tensor, others: Tensor | None) -> bool:

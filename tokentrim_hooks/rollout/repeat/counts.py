@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from tokentrim_hooks.pruning.autograd_modes import writing
 from tokentrim_hooks.rollout.repeat.iterators import copied, is_dice, is_iterator, place_of, set_state, state_of
 from tokentrim_hooks.rollout.repeat.keepers import put
 
@@ -74,8 +74,7 @@ class Few(Count):
 
     def restore(self, keeper: Any, name: Any) -> None:
         """In its own memory."""
-        with torch.inference_mode(self._value.is_inference()), torch.no_grad():
-            self._value.copy_(self._number)
+        writing(self._value, self._value.copy_, self._number)
         super().restore(keeper, name)
 
 

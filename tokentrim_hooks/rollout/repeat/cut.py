@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tokentrim_hooks.pruning.autograd_modes import writing
 from tokentrim_hooks.pruning.samples import Samples
 from tokentrim_hooks.rollout.repeat.keepers import keeps
 from tokentrim_hooks.rollout.repeat.snapshot import tensors_within
@@ -133,8 +134,7 @@ class CutCall:
                 whole[name] = value
                 continue
             place = self.samples.of(whole[name])
-            with torch.inference_mode(place.is_inference()), torch.no_grad():
-                place.copy_(value)
+            writing(place, place.copy_, value)
 
     def _changes(self, container: _Container) -> Iterator[tuple[Any, Any, Any, bool]]:
         """What was put where, and whether it is a part of what was there."""

@@ -187,19 +187,34 @@ def coarsest(module: object, *tensors: Tensor) -> torch.dtype:
     return max(kinds & set(NOISE), key=lambda kind: NOISE[kind], default=torch.float32)
 
 
-@contextmanager
-def random_stream_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn meanwhile from the generators that are everybody's, they go on as if nothing had been."""
-    own = [] if device.type in ("cpu", "meta", "mps") else [device]
-    state = random.getstate()
-    apple = torch.mps.get_rng_state() if device.type == "mps" else None
-    try:
-        with torch.random.fork_rng(own, device_type=device.type if own else "cuda"):
-            yield
-    finally:
-        random.setstate(state)
-        if apple is not None:
-            torch.mps.set_rng_state(apple)
+class RandomStreamKept:
+    """Whatever is drawn meanwhile from the generators that are everybody's, they go on as if nothing had been.
+
+    No generator function as ``torch.random.fork_rng`` is: one in which Ctrl-C comes as it begins puts its states back
+    when its traceback is forgotten, which may be amid another video.
+
+    Args:
+        device: where the model draws, beside the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._own = None if device.type in ("cpu", "meta") else getattr(torch, device.type)
+
+    def __enter__(self) -> None:
+        self._python, self._cpu = random.getstate(), torch.get_rng_state()
+        self._there = None if self._own is None else self._own.get_rng_state(*self._place)
+
+    def __exit__(self, *failure: object) -> None:
+        random.setstate(self._python)
+        torch.set_rng_state(self._cpu)
+        if self._own is not None:
+            self._own.set_rng_state(self._there, *self._place)
+
+    @property
+    def _place(self) -> tuple[torch.device, ...]:
+        """Which device of its kind; of Apple's there is one."""
+        return () if self._device.type == "mps" else (self._device,)
 
 
 def _named(things: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

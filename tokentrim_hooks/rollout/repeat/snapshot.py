@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokentrim_hooks.pruning.autograd_modes import writing
 from tokentrim_hooks.pruning.tombstones import clear_marks
 from tokentrim_hooks.rollout.repeat.counts import NO_VERSION, version_of
 from tokentrim_hooks.rollout.repeat.keepers import containers, items_of, keepers_of, put, reachable, take_out
@@ -42,8 +43,7 @@ class Snapshot:
         for tensor, copy, version in self._tensors:
             if version == version_of(tensor) != NO_VERSION:
                 continue  # untouched, and the model shall not look as if somebody had written
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(copy)
+            writing(tensor, tensor.copy_, copy)
         for generator, state in self._generators:
             generator.set_state(state)
 
@@ -96,8 +96,7 @@ def clear_kept_marks(module: object) -> None:
         if isinstance(leaf, Tensor) and leaf.ndim >= 4 and leaf.is_floating_point() and leaf.numel():
             marks = leaf[..., 0, 0].isposinf()
             if bool(marks.any()) and int(leaf.isfinite().logical_not().sum()) == int(marks.sum()):
-                with torch.inference_mode(leaf.is_inference()), torch.no_grad():
-                    clear_marks([_once(leaf)])
+                writing(leaf, clear_marks, [_once(leaf)])
 
 
 def _once(tensor: Tensor) -> Tensor:
