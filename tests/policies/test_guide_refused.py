@@ -10,6 +10,8 @@ from guiding import pipe, video
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import FlowMo, UnsupportedPolicyError
+from tokentrim_hooks.ranks.agreement import Alone
+from tokentrim_hooks.rollout.guidance import Guidance
 
 
 def refused(pipeline, policy, words, run=video):
@@ -49,6 +51,25 @@ def test_compiled_parts_are_refused():
         with pytest.raises(UnsupportedPolicyError, match="is compiled"):
             video(pipeline)
     torch._dynamo.reset()
+
+
+def test_ranks_that_share_a_video_are_refused(monkeypatch):
+    """What such ranks agree by is another class than a process's that shares with nobody."""
+
+    class Several(Alone):
+        """Agrees as one that is alone does, but is not."""
+
+    pipeline, native = pipe(), Guidance._require_gradients
+
+    def shared(self, given):
+        monkeypatch.setattr(self._failures, "ranks", Several())
+        return native(self, given)
+
+    monkeypatch.setattr(Guidance, "_require_gradients", shared)
+    with tokentrim.patched(pipeline, FlowMo()), pytest.raises(UnsupportedPolicyError, match="several ranks make this"):
+        video(pipeline)
+    monkeypatch.undo()
+    assert torch.equal(video(pipeline), video(pipe()))
 
 
 def test_an_adapter_that_does_not_declare_it_is_refused_at_the_patch(monkeypatch):
