@@ -21,7 +21,7 @@ from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import read
 from tokentrim_hooks.rollout.repeat.shown import Proof
 from tokentrim_hooks.rollout.replays import select
-from tokentrim_hooks.rollout.state import VideoState, clean_flag
+from tokentrim_hooks.rollout.state import VideoState, noisy_flag
 from tokentrim_hooks.testing import ForcedPolicy
 
 FRAMES, PIXELS = 2, 8
@@ -165,7 +165,7 @@ def test_a_given_prefix_is_neither_judged_nor_pruned():
 def test_latents_are_clean_only_if_all_frames_are():
     for timestep, clean in (([0, 0], True), ([0, 500], False), ([500, 500], False)):
         call = Call(noise(1), 0, timestep=torch.tensor([timestep]))
-        assert bool(clean_flag(call)) is clean
+        assert bool(noisy_flag(call)) is not clean
 
 
 def test_statistics_begin_anew_after_a_recache(monkeypatch):
@@ -230,9 +230,9 @@ def test_flags_that_waited_are_told_from_the_call_s_own():
     one = torch.ones(1, dtype=torch.float64)
     verdict, history = Verdict(torch.zeros(1, 1, dtype=torch.long), one, one, one > 2), History(1, one, one)
     no, yes = torch.tensor(False), torch.tensor(True)
-    reading = read(verdict, torch.ones(1, 4), history, clean=no, waiting=[yes, no, no])
+    reading = read(verdict, torch.ones(1, 4), history, noisy=yes, waiting=[no, yes, yes])
     assert (reading.clean, reading.waiting) == (False, [True, False, False])
-    reading = read(verdict, torch.ones(1, 4), history, clean=yes, waiting=[no, no])
+    reading = read(verdict, torch.ones(1, 4), history, noisy=no, waiting=[yes, yes])
     assert (reading.clean, reading.waiting) == (True, [False, False])
 
 

@@ -2,6 +2,7 @@
 
 import math
 from decimal import Decimal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tokentrim_hooks import DriftPolicy, History, LatentsError
+from tokentrim_hooks import DriftPolicy, History, LatentsError, shares_storage
+from tokentrim_hooks.policy import drift as drift_equations
 from tokentrim_hooks.policy.drift import (
     RunningStatistics,
     Summary,
@@ -179,13 +181,25 @@ def test_a_grid_that_the_patch_does_not_divide_is_refused(recipe, extra):
         latent_summary(ragged)
 
 
+@pytest.mark.parametrize("few", (0, drift_equations.FEW), ids=("chosen", "sorted"))
 @given(seed=st.integers(0, 10_000), size=st.integers(1, 200), fraction=st.sampled_from([0.01, 0.1, 0.5, 1.0]))
-def test_the_largest_few_are_those_of_a_stable_sort_whatever_the_ties(seed, size, fraction):
+def test_the_largest_few_are_those_of_a_stable_sort_whatever_the_ties(few, seed, size, fraction):
     rng = torch.Generator().manual_seed(seed)
     # Few different values, so that most are ties; both zeros, infinities and negatives among them.
     values = torch.tensor([0.0, -0.0, 1.0, 1.0000001, 2.5, -3.0, 1e-40, math.inf, -math.inf])
     drift = values[torch.randint(len(values), (3, size), generator=rng)]
     count = unstable_count(fraction, size)
     expected = [sorted(range(size), key=lambda place: (-row[place], place))[:count] for row in drift.tolist()]
-    assert unstable_tokens(drift, fraction).tolist() == expected
-    assert unstable_tokens(drift.double(), fraction).tolist() == expected
+    with mock.patch.object(drift_equations, "FEW", few):
+        assert unstable_tokens(drift, fraction).tolist() == expected
+        assert unstable_tokens(drift.double(), fraction).tolist() == expected
+
+
+@given(some.latents((*WIDE, torch.bfloat16, torch.float16)))
+def test_frames_added_one_by_one_are_their_mean(recipe):
+    latents = recipe.make()
+    with mock.patch.object(drift_equations, "LARGE", 0):
+        added = Summary.of(latents, (1, 1)).mean
+    expected = Summary.of(latents, (1, 1)).mean
+    torch.testing.assert_close(added, expected, rtol=1e-6, atol=1e-6)
+    assert added.dtype == expected.dtype and not shares_storage(added, latents)

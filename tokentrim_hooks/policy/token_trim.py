@@ -41,11 +41,8 @@ class DriftPolicy(Policy):
 
     def judge(self, chunk: Chunk, history: History) -> Verdict:
         """Flag the samples whose severity exceeds mean + lambda * std (Eq. 6 and 8)."""
-        verdict = measured(chunk.drift, history, self.fraction, self.sensitivity)
-        if history.count < max(self.warmup, 1):
-            return verdict
-        prune = verdict.severity.to(verdict.threshold.dtype) > verdict.threshold
-        return Verdict(verdict.tokens, verdict.severity, verdict.threshold, prune)
+        warm = history.count >= max(self.warmup, 1)
+        return measured(chunk.drift, history, self.fraction, self.sensitivity, flags=warm)
 
 
 @dataclass(frozen=True)
@@ -74,16 +71,21 @@ def check_trigger(fraction: float, sensitivity: float) -> None:
     number("sensitivity", sensitivity, 0.0, math.inf, "a finite number >= 0")
 
 
-def measured(drift: Tensor, history: History, fraction: float, sensitivity: float) -> Verdict:
-    """The paper's unstable set, severity and threshold of ``drift`` ``[B, N]``; nothing is pruned."""
+def measured(drift: Tensor, history: History, fraction: float, sensitivity: float, flags: bool = False) -> Verdict:
+    """The paper's unstable set, severity and threshold of ``drift`` ``[B, N]``.
+
+    With ``flags`` samples whose severity exceeds the threshold are to be pruned; without, none.
+    """
     tokens = unstable_tokens(drift, fraction)
     severity = severity_of(drift, tokens)
     threshold = _threshold(history, sensitivity, severity)
-    return Verdict(tokens, severity, threshold, torch.zeros_like(severity, dtype=torch.bool))
+    # Compared in the wider of the two types.
+    prune = severity > threshold if flags else torch.zeros_like(severity, dtype=torch.bool)
+    return Verdict(tokens, severity, threshold, prune)
 
 
 def _threshold(history: History, sensitivity: float, severity: Tensor) -> Tensor:
     """mean + lambda * std ``[B]``; infinite while there is no severity to compare with."""
     if history.count == 0:
         return torch.full_like(severity, math.inf)
-    return history.mean + sensitivity * history.std
+    return torch.add(history.mean, history.std, alpha=sensitivity)

@@ -46,9 +46,8 @@ class Opinion:
         """All but the drift, in terms of JSON; numbers survive that exactly."""
         told: dict[str, Any] = {"given": self.given, "again": self.again, "reading": None}
         if self.reading is not None:
-            fields = dataclasses.fields(Reading)
-            kept = {field.name: getattr(self.reading, field.name) for field in fields if field.name != "drift"}
-            told["reading"] = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in kept.items()}
+            names = [field.name for field in dataclasses.fields(Reading) if field.name != "drift"]
+            told["reading"] = {name: getattr(self.reading, name) for name in names}
         return told
 
     def adopt(self, told: dict[str, Any], holds: bool) -> Opinion:
@@ -56,7 +55,7 @@ class Opinion:
         said = told["reading"]
         if said is None:
             return Opinion(given=told["given"], again=told["again"], holds=holds)
-        numbers = {k: torch.tensor(said[k], dtype=torch.float64) for k in ("severity", "threshold", "mean", "std")}
         drift = torch.empty(len(said["prune"]), 0) if self.reading is None else self.reading.drift
-        reading = Reading(**{**said, **numbers, "drift": drift})
-        return Opinion(reading, numbers["severity"], told["given"], told["again"], holds)
+        reading = Reading(**{**said, "drift": drift})
+        severity = torch.tensor(reading.severity, dtype=torch.float64)
+        return Opinion(reading, severity, told["given"], told["again"], holds)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokentrim_hooks.adapter import Call, Phase
 from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.inspection import shares_storage
-from tokentrim_hooks.rollout.state import ChunkState, VideoState, clean_flag
+from tokentrim_hooks.rollout.state import ChunkState, VideoState, noisy_flag
 
 
 @dataclass
@@ -71,8 +71,8 @@ class Pace:
             chunk.take_back_commit()
             self.differ(chunk.steps, video.usual_steps)
             phase = Phase.REFINE
-        clean = clean_flag(call) if self._habits.varies and phase is Phase.REFINE else None
-        if clean is not None and bool(clean):
+        noisy = noisy_flag(call) if self._habits.varies and phase is Phase.REFINE else None
+        if noisy is not None and not noisy:
             return Phase.COMMIT
         if phase is Phase.COMMIT and not call.commits and not shares_storage(call.latents, video.returned):
             chunk.guessed = call.timestep

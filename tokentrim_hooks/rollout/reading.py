@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,21 +17,21 @@ from tokentrim_hooks.policy.views import History, Verdict
 
 @dataclass(frozen=True)
 class Reading:
-    """A verdict on the host; all tensors are on the CPU, the first four in float64 ``[B]``.
+    """A verdict on the host.
 
     Attributes:
-        severity, threshold, mean, std: of the verdict and of the history that it was made with.
+        severity, threshold, mean, std: of the verdict and of the history that it was made with, per sample.
         count: severities in that history.
         prune: per sample. tokens: the unstable set, per sample.
-        drift: of every token, ``[B, N]`` float64.
+        drift: of every token, ``[B, N]`` float64 on the CPU.
         clean: whether the judged call's own latents were clean; False where nobody asked the device.
-        waiting: the flags that waited for this read.
+        waiting: the same of the calls whose flags waited for this read.
     """
 
-    severity: Tensor
-    threshold: Tensor
-    mean: Tensor
-    std: Tensor
+    severity: list[float]
+    threshold: list[float]
+    mean: list[float]
+    std: list[float]
     count: int
     prune: list[bool]
     tokens: list[list[int]]
@@ -74,56 +75,50 @@ def check_values(reading: Reading, policy: Policy) -> None:
     name = f"{type(policy).__name__}.judge returned"
     if any(tokens and not 0 <= min(tokens) <= max(tokens) < size for tokens in reading.tokens):
         raise PolicyError(f"{name} tokens outside of the patch grid; give indices from 0 to {size - 1}")
-    # As Python's floats: a handful of numbers that lie on the host, for which torch would need six operations.
-    if not all(map(math.isfinite, reading.severity.tolist())) or any(map(math.isnan, reading.threshold.tolist())):
+    if not all(map(math.isfinite, reading.severity)) or any(map(math.isnan, reading.threshold)):
         raise PolicyError(f"{name} a severity that is not finite, or NaN as threshold; answer None for no opinion")
 
 
 def read(
-    verdict: Verdict, drift: Tensor, history: History, clean: Tensor | None = None, waiting: list[Tensor] | None = None
+    verdict: Verdict, drift: Tensor, history: History, noisy: Tensor | None = None, waiting: list[Tensor] | None = None
 ) -> Reading:
-    """Bring a verdict, its drift ``[B, N]`` and flags to the host: exactly one synchronisation."""
-    flags = [*(waiting or []), *([] if clean is None else [clean])]
-    host = _to_host(
-        {
-            "severity": verdict.severity,
-            "threshold": verdict.threshold,
-            "mean": history.mean,
-            "std": history.std,
-            "prune": verdict.prune,
-            "tokens": verdict.tokens,
-            "drift": drift,
-            **{f"flag {place}": flag for place, flag in enumerate(flags)},
-        }
-    )
-    read_flags = [bool(host[f"flag {place}"]) for place in range(len(flags))]
-    return Reading(
-        severity=host["severity"],
-        threshold=host["threshold"],
-        mean=host["mean"],
-        std=host["std"],
-        count=history.count,
-        prune=host["prune"].bool().tolist(),
-        tokens=[list(dict.fromkeys(row)) for row in host["tokens"].long().tolist()],  # twice is once: a row is filled
-        drift=host["drift"],
-        clean=clean is not None and read_flags.pop(),
-        waiting=read_flags,
-    )
+    """Bring a verdict, its drift ``[B, N]`` and flags to the host: exactly one synchronisation.
 
-
-def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors on the CPU in one transfer, in float64 (float32 on a device that has no wider type).
-
-    Each transfer would be a synchronisation of its own, so they travel as one. Token indices and flags survive that:
-    whole numbers are exact in float32 up to 2^24.
+    Each transfer would be one of its own, so all travel as one, in float64 (float32 on a device that has no wider
+    type). Token indices and flags survive that: whole numbers are exact in float32 up to 2^24.
     """
-    target = tensors["drift"].device
-    wide = torch.float32 if target.type == "mps" else torch.float64
-    # One of them in the wide type is enough: concatenation promotes the others, in one go.
-    parts = [tensor.to(target).flatten() for tensor in tensors.values()]
-    parts[0] = parts[0].to(wide)
-    pieces = torch.split(torch.cat(parts).cpu(), [part.numel() for part in parts])
-    return {name: piece.view(tensors[name].shape) for name, piece in zip(tensors, pieces, strict=True)}
+    flags = [*(waiting or []), *([] if noisy is None else [noisy])]
+    own = (verdict.severity, verdict.threshold, history.mean, history.std, verdict.prune)
+    parts = [*own, *(flag.reshape(1) for flag in flags), verdict.tokens.flatten(), drift.flatten()]
+    host = _to_host(parts, drift)
+    # Out of torch at once: for so few numbers each operation of it takes longer than all of Python's.
+    few = iter(host[: -drift.numel()].tolist())
+    batch, each = len(drift), verdict.tokens.shape[-1]
+    severity, threshold, mean, std, prune = (list(itertools.islice(few, batch)) for _ in own)
+    clean = [not flag for flag in itertools.islice(few, len(flags))]
+    tokens = list(map(int, few))
+    return Reading(
+        severity=severity,
+        threshold=threshold,
+        mean=mean,
+        std=std,
+        count=history.count,
+        prune=list(map(bool, prune)),
+        # One that is named twice, to fill a row, is one.
+        tokens=[list(dict.fromkeys(tokens[sample * each : (sample + 1) * each])) for sample in range(batch)],
+        drift=host[-drift.numel() :].view(drift.shape),
+        clean=noisy is not None and clean.pop(),
+        waiting=clean,
+    )
+
+
+def _to_host(parts: Sequence[Tensor], drift: Tensor) -> Tensor:
+    """All of one-dimensional ``parts`` behind each other on the CPU, by way of the device of ``drift``."""
+    wide = torch.float32 if drift.device.type == "mps" else torch.float64
+    parts = [part if part.device == drift.device else part.to(drift.device) for part in parts]
+    if all(part.dtype != wide for part in parts):
+        parts[0] = parts[0].to(wide)  # one of them is enough: concatenation promotes the others, in one go
+    return torch.cat(parts).cpu()
 
 
 def merged(old: list[list[int]], new: list[list[int]]) -> list[list[int]]:

@@ -184,11 +184,11 @@ def _memory(values: Tensor) -> bytearray:
 def _verdict(judgement: Judgement, reading: Reading, sample: int) -> dict[str, Any]:
     """What a record says of the judgement of a sample."""
     pruned = reading.prune[sample] and judgement.regenerations > 0
-    severity, threshold = float(reading.severity[sample]), float(reading.threshold[sample])
+    severity, threshold = reading.severity[sample], reading.threshold[sample]
     return {
         "severity": severity,
-        "mean": float(reading.mean[sample]) if reading.count else None,
-        "std": float(reading.std[sample]) if reading.count else None,
+        "mean": reading.mean[sample] if reading.count else None,
+        "std": reading.std[sample] if reading.count else None,
         "threshold": threshold if math.isfinite(threshold) else None,
         "accepted_severity": severity if judgement.accepted is None else judgement.accepted[sample],
         "pruned": pruned,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tokentrim_hooks.rollout.reading import Reading, check_values, checked, merg
 from tokentrim_hooks.rollout.repeat.counters import Counters
 from tokentrim_hooks.rollout.repeat.proof import require_repeated
 from tokentrim_hooks.rollout.replays import Replayer
-from tokentrim_hooks.rollout.state import ChunkState, Step, VideoState, clean_flag
+from tokentrim_hooks.rollout.state import ChunkState, Step, VideoState, noisy_flag
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ class Regenerator:
         """
         call, chunk = case.call, case.chunk
         found = Judgement(output, case.steps[-1].prediction)
-        clean = clean_flag(call) if chunk.steps == 1 and not chunk.given else None
+        noisy = chunk.flag = noisy_flag(call) if chunk.steps == 1 and not chunk.given else None
         if call.commits or self._has_no_predecessor(case):
             # The first chunk of a video, and so the only read: was it handed in as a clean prefix?
-            found.given = clean is not None and bool(clean)
+            found.given = noisy is not None and not noisy
             return found
         proven = self.pruner.proof.repeats(case.module)
-        first_look = functools.partial(self._opinion, case, found, clean, case.video.waiting, proven)
+        first_look = functools.partial(self._opinion, case, found, noisy, case.video.waiting, proven)
         opinion = self._settle("verdict", case.video, chunk, first_look)
         found.given = opinion.given
         if opinion.reading is None:
@@ -144,7 +145,7 @@ class Regenerator:
     # ------------------------------------------------------------------------------------------ judgement
 
     def _opinion(
-        self, case: Case, found: Judgement, clean: Tensor | None, waiting: list[Tensor], proven: bool = True
+        self, case: Case, found: Judgement, noisy: Tensor | None, waiting: list[Tensor], proven: bool = True
     ) -> Opinion:
         """Judge an attempt and, on the rank that leads, prune for the next one where the verdict asks for it.
 
@@ -153,14 +154,14 @@ class Regenerator:
         """
         view = self._view(case, found)
         if view is None:
-            return Opinion(given=clean is not None and bool(clean))
+            return Opinion(given=noisy is not None and not noisy)
         history = case.video.history()
         with unwritten(self.policy, "judge", view.prediction, view.drift, history.mean, history.std):
             answer = self.policy.judge(view, history)
         if answer is None:
             return Opinion()
         verdict = checked(answer, self.policy, view.drift)
-        reading = self._read(verdict, view, case.video, clean, waiting)
+        reading = self._read(verdict, view, case.video, noisy, waiting)
         again = not (reading.clean or case.chunk.given) and self._wants_more(reading, found)
         again = again and self._failures.ranks.leads and (not proven or self._prune(case, reading, found))
         return Opinion(reading, verdict.severity, reading.clean, again)
@@ -204,11 +205,12 @@ class Regenerator:
         )
 
     def _read(
-        self, verdict: Verdict, view: Chunk, video: VideoState, clean: Tensor | None, waiting: list[Tensor]
+        self, verdict: Verdict, view: Chunk, video: VideoState, noisy: Tensor | None, waiting: list[Tensor]
     ) -> Reading:
         """Bring a verdict and the flags that waited on the device to the host, in one read."""
-        reading = read(verdict, view.drift, video.history(), clean, waiting)
-        if not bool(torch.isfinite(reading.drift).all()):
+        reading = read(verdict, view.drift, video.history(), noisy, waiting)
+        # A sum of float32 numbers in float64 is finite where all of them are.
+        if not math.isfinite(reading.drift.sum()):
             self.pruner.require_layers_alike()
             where = f"the chunk at latent frame {view.start}, or the one before it,"
             raise LatentsError(f"{where} holds NaN or inf: the model itself diverged, so look at its inputs")
@@ -229,7 +231,7 @@ class Regenerator:
                 break
             # The statistics take the severity of what is accepted, not of what was rejected.
             found.severity = opinion.severity
-            found.accepted = opinion.reading.severity.tolist()
+            found.accepted = opinion.reading.severity
 
     def _attempt(self, case: Case, reading: Reading, found: Judgement) -> Opinion:
         """Regenerate the chunk and judge it again; an opinion that does not hold where the prune is not proved."""

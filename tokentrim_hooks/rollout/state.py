@@ -42,7 +42,8 @@ class ChunkState:
         put_off: the chunk was seen again since its summary was made.
         latents: the chunk as last seen, for observers; a reference, not a copy.
         published: its records are out. failed: a call of it raised.
-        clean: per call whose kind only the device knows, whether its latents were clean.
+        flags: per call whose kind only the device knows, whether its latents were noisy (:func:`noisy_flag`).
+        flag: the same of the call in progress, where judging has asked for it.
         levels: timesteps of its denoising calls; numbers where they were read.
         guessed: timestep of a commit that was told by nothing but the number of calls; None else.
         judged_at: which of its denoising calls was judged; 0 before.
@@ -69,7 +70,8 @@ class ChunkState:
     latents: Tensor | None = None
     published: bool = False
     failed: bool = False
-    clean: list[Tensor] = field(default_factory=list)
+    flags: list[Tensor] = field(default_factory=list)
+    flag: Tensor | None = None
     levels: list[Tensor | float] = field(default_factory=list)
     guessed: Tensor | None = None
     judged_at: int = 0
@@ -94,7 +96,7 @@ class ChunkState:
     def hear(self, call: Call, judged: bool) -> None:
         """A call of the chunk begins: of the judged stream, or of another branch."""
         if judged:
-            self.noisy, self.heard = call.latents, set()
+            self.noisy, self.heard, self.flag = call.latents, set(), None
         else:
             self.heard.add(call.stream)
 
@@ -132,8 +134,8 @@ class ChunkState:
 
     def copied(self, latents: Tensor) -> Tensor:
         """The chunk as last seen, a copy, for the sampler may write over it; of one that was handed in, that itself."""
-        if self.steps == 1 and self.clean and self.noisy is not None:
-            return torch.where(self.clean[-1], self.noisy.to(latents.dtype), latents)
+        if self.steps == 1 and self.flags and self.noisy is not None:
+            return torch.where(self.flags[-1], latents, self.noisy.to(latents.dtype))
         return latents.clone()
 
     def summary_at_end(self, patch_size: tuple[int, int]) -> Summary | None:
@@ -141,9 +143,9 @@ class ChunkState:
         if self.put_off and self.latents is not None:
             self.put_off = False
             self.summary = Summary.of(self.latents, patch_size)
-            if self.clean and not self.committed and self.noisy is not None:
+            if self.flags and not self.committed and self.noisy is not None:
                 # A chunk that took fewer steps than usual: its last call may have been its commit.
-                self.summary = _chosen(self.clean[-1], self.noisy, self.summary, patch_size)
+                self.summary = _chosen(self.flags[-1], self.noisy, self.summary, patch_size)
         return self.summary
 
     def remember(
@@ -174,18 +176,18 @@ class ChunkState:
             self.given = self.given or phase is Phase.FIRST
             return
         self.latents, self.put_off = prediction, passing
-        clean = self._keep_flag(call)
+        noisy = self._keep_flag(call)
         if passing:
             return
         self.summary = Summary.of(prediction, patch_size) if summary is None else summary
-        if clean is not None:
-            self.summary = _chosen(clean, call.latents, self.summary, patch_size)
+        if noisy is not None:
+            self.summary = _chosen(noisy, call.latents, self.summary, patch_size)
 
     def _keep_flag(self, call: Call) -> Tensor | None:
-        """Keep whether the call's latents were clean, where only the device knows; returns that."""
-        clean = clean_flag(call)
-        self.clean += [] if clean is None else [clean]
-        return clean
+        """Keep whether the call's latents were noisy, where only the device knows; returns that."""
+        noisy, self.flag = noisy_flag(call) if self.flag is None else self.flag, None
+        self.flags += [] if noisy is None else [noisy]
+        return noisy
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -280,14 +282,17 @@ class VideoState:
         return chunk is not None and chunk.failed and not self.index
 
 
-def _chosen(clean: Tensor, given: Tensor, seen: Summary, patch_size: tuple[int, int]) -> Summary:
-    """Summary of what a call was given if that was clean, else what was made of its prediction."""
+def _chosen(noisy: Tensor, given: Tensor, seen: Summary, patch_size: tuple[int, int]) -> Summary:
+    """Summary of what was made of a call's prediction if that was noisy, else of what the call was given."""
     mean = Summary.of(given, patch_size).mean
-    return Summary(torch.where(clean, mean.to(seen.mean.dtype), seen.mean), patch_size)
+    return Summary(torch.where(noisy, seen.mean, mean.to(seen.mean.dtype)), patch_size)
 
 
-def clean_flag(call: Call) -> Tensor | None:
-    """Whether the call's latents are clean (timestep 0), on the device; None where its arguments say so anyway."""
+def noisy_flag(call: Call) -> Tensor | None:
+    """Whether some frame of the call's latents is noisy, on the device; None where its arguments say so anyway.
+
+    Not whether they are clean (timestep 0 everywhere), which is one operation more, at every call.
+    """
     if call.commits is not None or call.timestep is None:
         return None
-    return call.timestep.any().logical_not()
+    return call.timestep.any()

@@ -129,10 +129,10 @@ class Timeline:
         if video is None or chunk is None:
             return
         self._close(chunk)
-        if chunk.committed or not chunk.clean:
+        if chunk.committed or not chunk.flags:
             video.usual_steps = chunk.steps
         elif not chunk.failed:
-            video.waiting = chunk.clean
+            video.waiting = chunk.flags
         self.shared.recorder.publish(video, chunk)
         self.pruner.end_chunk()
         if self.compares and chunk.latents is not None:
@@ -171,7 +171,7 @@ class Timeline:
         """A chunk is over: how many denoising calls has it taken?"""
         self.pace.note(video, chunk)
         self.pace.keep(chunk)
-        if chunk.committed or chunk.phase == Phase.COMMIT.value or not chunk.clean:
+        if chunk.committed or chunk.phase == Phase.COMMIT.value or not chunk.flags:
             self.pace.learn(video, chunk)
 
     def learn_steps(self, video: VideoState, clean: list[bool]) -> None:

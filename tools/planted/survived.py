@@ -25,7 +25,7 @@ SURVIVED = (
     planted(
         "rollout",
         "regeneration",
-        "            found.accepted = opinion.reading.severity.tolist()\n",
+        "            found.accepted = opinion.reading.severity\n",
         "",
         "the severity of the rejected attempt is reported as the accepted one",
         OURS + "statistics_are_those_of_the_accepted_severities",
@@ -73,8 +73,8 @@ SURVIVED = (
     planted(
         "rollout",
         "state",
-        "call.timestep.any().logical_not()",
-        "call.timestep.all().logical_not()",
+        "return call.timestep.any()",
+        "return call.timestep.all()",
         "latents count as clean if any frame is",
         OURS + "latents_are_clean_only_if_all_frames_are",
     ),
