@@ -77,6 +77,8 @@ class CausalWan(Adapter):
     """Attributes that every self-attention module must have."""
     pipeline: Any
     generator: Any
+    _defaults: Mapping[str, Any] = {}  # noqa: RUF012 - replaced, never written
+    """Of ``switches``, those that this generator takes."""
     _forward: Any = None
     """Of the first layer, as it was last seen."""
     hands_back = False
@@ -126,6 +128,8 @@ class CausalWan(Adapter):
         """Tap the module-global ``attention``, which only self attention calls."""
         self.pipeline, self.generator = model, getattr(model, "generator", model)
         self.layers = self_attentions(self.generator)
+        defaults = defaults_of(self.generator)
+        self._defaults = {name: defaults[name] for name in self.spared(self.generator)}
         for home in dict.fromkeys(map(home_of, self.layers)):
             patches.tap(home, "attention", refuse=("q_lens", "k_lens"))
 
@@ -144,7 +148,7 @@ class CausalWan(Adapter):
         return Call(
             latents,
             start=start_of(arguments) // self.rows_per_frame(latents),
-            stream=values_of(arguments["kv_cache"]),
+            stream=arguments["kv_cache"][0]["v"],
             timestep=arguments["timestep"],
             arguments=arguments,
         )
@@ -162,7 +166,7 @@ class CausalWan(Adapter):
     def require_entries(self, cache: Any) -> None:
         """Raise UnsupportedContextError for a cache with entries more or less than it should have."""
         layer = cache[0] if isinstance(cache, list | tuple) and cache else None
-        entries = set(layer) if isinstance(layer, Mapping) else set()
+        entries = layer.keys() if isinstance(layer, dict | Mapping) else set()
         if entries != set(self.entries):
             odd = ", ".join(sorted(map(str, entries ^ set(self.entries))))
             raise UnsupportedContextError(
@@ -189,9 +193,8 @@ class CausalWan(Adapter):
 
     def require_defaults(self, arguments: Mapping[str, Any]) -> None:
         """Raise UnsupportedContextError for a call that gives one of ``switches``: then nobody knows its rules."""
-        defaults = defaults_of(self.generator)
-        for name in self.spared(self.generator):
-            if not same(arguments[name], defaults[name]):
+        for name, default in self._defaults.items():
+            if not same(arguments[name], default):
                 raise UnsupportedContextError(
                     f"the generator was called with {name}=..., which {self.models[0]} does not take.\n"
                     "Leave it at its default, with which this fork can be pruned, or write an adapter for the fork."
@@ -266,8 +269,9 @@ def values_of(cache: Any) -> Any:
 
     None where there is no cache, or none that we know: ``parse`` says what follows.
     """
-    layer = cache[0] if isinstance(cache, Sequence) and cache else None
-    values = layer.get("v") if isinstance(layer, Mapping) else None
+    # A plain list of dicts is one without asking the abstract classes, which takes ten times as long.
+    layer = cache[0] if isinstance(cache, list | Sequence) and cache else None
+    values = layer.get("v") if isinstance(layer, dict | Mapping) else None
     return values if isinstance(values, Tensor) else None
 
 

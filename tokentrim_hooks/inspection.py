@@ -169,10 +169,16 @@ def _callers() -> Iterator[object]:
     """``self`` of the methods that are running, innermost first; those of torch and of this package left out."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        code, name = frame.f_code, str(frame.f_globals.get("__name__", ""))
-        if code.co_argcount and code.co_varnames[0] == "self" and not name.startswith(MACHINERY):
+        code = frame.f_code
+        is_method = code.co_argcount and code.co_varnames[0] == "self"
+        if is_method and not _is_machinery(frame.f_globals.get("__name__", "")):
             yield _local(frame, "self")
         frame = frame.f_back
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_machinery(module: object) -> bool:
+    return str(module).startswith(MACHINERY)
 
 
 def _local(frame: types.FrameType, name: str) -> object:
@@ -188,6 +194,23 @@ def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     """Return the arguments of ``function(*args, **kwargs)`` by name, defaults included; of a method also ``self``."""
     owner = {"self": function.__self__} if inspect.ismethod(function) else {}
     return {**owner, **_parameters_of(function).bind(args, kwargs)}
+
+
+class Binder:
+    """:func:`bind` for calls of the same few denoisers, whose signature is looked for once."""
+
+    def __init__(self) -> None:
+        self._forward: Any = None
+        self._parameters: _Parameters | None = None
+
+    def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name."""
+        forward = type(function).forward if isinstance(function, nn.Module) else None
+        if forward is None or self._parameters is None or forward is not self._forward:
+            if forward is None or forward is nn.Module.forward:
+                return bind(function, args, kwargs)
+            self._forward, self._parameters = forward, _parameters_of(function)
+        return self._parameters.bind(args, kwargs)
 
 
 class _Parameters:
@@ -257,10 +280,15 @@ def _names_what_it_takes(kind: type) -> bool:
     return taken > 1 or not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
 
 
+def is_profiling() -> bool:
+    """Whether torch's profiler is on."""
+    on: bool = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    return on
+
+
 def profiled(name: str) -> contextlib.AbstractContextManager[Any]:
     """A named stretch of a profile; nothing, which takes no time, while no profiler is on."""
-    on: bool = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    return record_function(name) if on else _NOTHING
+    return record_function(name) if is_profiling() else _NOTHING
 
 
 _NOTHING = contextlib.nullcontext()

@@ -23,7 +23,6 @@ from tokentrim_hooks.handle.checkup import (
     owners_of,
 )
 from tokentrim_hooks.patching.patches import Method, Patches
-from tokentrim_hooks.patching.tap_site import eagerly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.ranks.agreement import ranks_of
 from tokentrim_hooks.report.observers import Guarded, Observer, tell
@@ -235,10 +234,12 @@ class PatchHandle:
                 self._failures.stand_by(ended=bool(output))
                 return None
             recorder = self._rollout.shared.recorder
-            recorder.refuse_observers()
+            if recorder.telling is not None:
+                recorder.refuse_observers()
             try:
                 found = function(module, args, kwargs, *output)
-                recorder.raise_fault()
+                if recorder.fault is not None:
+                    recorder.raise_fault()
             except Exception as failure:
                 if not self._failures.forgives(failure):
                     raise
@@ -247,7 +248,7 @@ class PatchHandle:
                 self._listen()
             return found
 
-        return eagerly(guarded)
+        return guarded
 
 
 def give_way(handle: PatchHandle) -> None:

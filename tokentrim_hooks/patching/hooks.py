@@ -95,11 +95,11 @@ def outermost_hooks(
     A replay runs the hooks of others again, so none of them may be left to run on what the replay gave: it would be
     applied twice.
     """
-    handles: list[RemovableHandle] = []
+    ids: list[int] = []
 
     def first(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _to_the_end(module._forward_hooks, handles[1:])
-        is_first = next(iter(module._forward_pre_hooks)) == handles[0].id
+        _to_the_end(module._forward_hooks, ids[1:])
+        is_first = next(iter(module._forward_pre_hooks)) == ids[0]
         if not is_first:
             args, kwargs = _as_called(called, args, kwargs)
         changed = before(called, args, kwargs)
@@ -113,9 +113,10 @@ def outermost_hooks(
     def last(*call: Any) -> None:
         leave(*call)
         # Not in `first`: torch is walking through the hooks before a call while one of them runs.
-        _to_the_beginning(module._forward_pre_hooks, handles[:1])
+        _to_the_beginning(module._forward_pre_hooks, ids[:1])
 
-    handles += plain_hooks(module, eagerly(first), after, eagerly(last), patches)
+    handles = plain_hooks(module, eagerly(first), eagerly(after), eagerly(last), patches)
+    ids += [handle.id for handle in handles]
     return handles
 
 
@@ -134,18 +135,18 @@ def _as_called(
     return args, kwargs
 
 
-def _to_the_end(hooks: dict[int, Any], handles: Sequence[RemovableHandle]) -> None:
+def _to_the_end(hooks: dict[int, Any], own: Sequence[int]) -> None:
     """Move hooks to the end of a module's, in their order, unless they are there."""
-    ids = [handle.id for handle in handles if handle.id in hooks]
-    if list(itertools.islice(reversed(hooks), len(ids))) != ids[::-1]:
-        for number in ids:
+    if [*itertools.islice(reversed(hooks), len(own))] == [*reversed(own)]:
+        return
+    for number in own:
+        if number in hooks:
             hooks[number] = hooks.pop(number)
 
 
-def _to_the_beginning(hooks: dict[int, Any], handles: Sequence[RemovableHandle]) -> None:
+def _to_the_beginning(hooks: dict[int, Any], own: Sequence[int]) -> None:
     """Move hooks to the beginning of a module's, in their order, unless they are there."""
-    ids = [handle.id for handle in handles if handle.id in hooks]
-    if list(itertools.islice(hooks, len(ids))) != ids:
-        rest = [number for number in hooks if number not in ids]
-        for number in rest:
-            hooks[number] = hooks.pop(number)
+    if [*itertools.islice(hooks, len(own))] == own:
+        return
+    for number in [number for number in hooks if number not in own]:
+        hooks[number] = hooks.pop(number)

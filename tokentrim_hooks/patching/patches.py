@@ -244,6 +244,7 @@ class Patches:
         leave: Callable[..., Any],
     ) -> None:
         """Watch the calls of a method as :meth:`hook` watches a module's; the wrapped method stands for the module."""
+        before, after = eagerly(before), eagerly(after)
 
         def watched(wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output = None

@@ -8,6 +8,7 @@ counts only while that frame is executing.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Iterator
@@ -74,9 +75,9 @@ class CallScope:
     @property
     def running(self) -> bool:
         """Whether the call is still under way. Closes the scope if it is not."""
-        if self.runs:
+        if executes(self._frame):
             return True
-        if self.open:
+        if self._frame is not None:
             self.close()
         return False
 
@@ -94,7 +95,7 @@ class CallScope:
 
     def begin(self, tap: CallTap | None, note: object) -> None:
         """The call itself comes now, after what was done in its scope before: with this tap, and this note."""
-        if not self.open:
+        if self._frame is None:
             return
         self.tap, self.note = tap, note
         if tap is not None:
@@ -102,8 +103,9 @@ class CallScope:
 
     def close(self) -> None:
         """The call is over: let go of its tap and of its frame, and with that of the call's arguments."""
+        if self.tap is not None:
+            BUSY.drop(self)
         self.tap = self._frame = self.note = None
-        BUSY.drop(self)
 
 
 class Busy:
@@ -157,12 +159,12 @@ _current: ContextVar[CallScope | None] = ContextVar("tokentrim_call", default=No
 
 def current_scope() -> CallScope | None:
     """The innermost denoiser call that is running in this thread or task."""
-    scope = _current.get()
+    scope = given = _current.get()
     while scope is not None and not scope.running:
         scope = scope.outer
-    if scope is not _current.get():
+    if scope is not given:
         _current.set(scope)
-    if scope is None:
+    if scope is None and BUSY.maybe:
         BUSY.sweep()
     return scope
 
@@ -175,16 +177,15 @@ def current_tap() -> CallTap | None:
 
 def scope_of_call() -> CallScope | None:
     """The scope that was opened for the very call whose hook is running; None if there is none."""
-    scope = current_scope()
-    return scope if scope is not None and scope.belongs_to(_frame_of_call()) else None
-
-
-def scope_left() -> CallScope | None:
-    """The scope of the call that is being left: under way still where it came back, over where it raised."""
     scope = _current.get()
-    if scope is None or not scope.open:
+    if scope is None:
         return None
-    return scope if not scope.runs or scope.belongs_to(_frame_of_call()) else None
+    # What our own code runs in is under way: that need not be asked.
+    frame = _frame_of_call()
+    if scope.belongs_to(frame):
+        return scope
+    scope = current_scope()
+    return scope if scope is not None and scope.belongs_to(frame) else None
 
 
 def end_with(failure: BaseException) -> None:
@@ -222,8 +223,14 @@ def _frame_of_call() -> FrameType:
     """The frame behind our hook: that of ``nn.Module.__call__``, which lasts as long as the call."""
     frame: FrameType | None = sys._getframe(1)
     last = frame
-    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith(OURS):
+    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
         last, frame = frame, frame.f_back
     found = frame or last
     assert found is not None, "there is always a caller"
     return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_ours(module: object) -> bool:
+    """Whether a module of this name lies between a call and the hook that watches it."""
+    return str(module).startswith(OURS)

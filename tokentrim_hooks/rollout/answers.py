@@ -17,6 +17,7 @@ from tokentrim_hooks.pruning.context import CacheRows, Context, KeyLayout, Segme
 
 LASTING = "a tensor of the cache (lists and dicts are made anew at any call), an object or a number"
 """What tells videos, or contexts, apart."""
+_CONTAINERS = (list, dict, set)
 
 
 def parsed(adapter: Adapter, arguments: Mapping[str, Any]) -> Call | None:
@@ -36,11 +37,11 @@ def _call_fault(call: Any) -> tuple[Any, str] | None:
     latents = call.latents
     if not isinstance(latents, Tensor) or latents.ndim != 5 or not latents.numel():
         return _shape(latents), "latents of shape [B, F, C, H, W]"
-    if not isinstance(call.start, Integral):
+    if type(call.start) is not int and not isinstance(call.start, Integral):
         return f"start={call.start!r}", "start as an int, counted on the host (to read a tensor is to wait for it)"
     if not (call.timestep is None or isinstance(call.timestep, Tensor)):
         return f"timestep={call.timestep!r}", "timestep as a tensor, or None"
-    if _is_container(call.stream):
+    if isinstance(call.stream, _CONTAINERS):
         return f"stream of type {type(call.stream).__name__}", f"{LASTING} as stream; leave it out if there is one"
     if isinstance(call.commits, Tensor):
         return f"commits={call.commits!r}", "commits as True, False or None: a tensor would have to be read"
@@ -52,8 +53,9 @@ def identity_of(adapter: Adapter, arguments: Mapping[str, Any]) -> tuple[Any, ..
     answer: Any = adapter.identity(arguments)
     if not isinstance(answer, tuple):
         raise _wrong(adapter, "identity", answer, "a tuple, as in (tensor,)")
-    if any(map(_is_container, answer)):
-        raise _wrong(adapter, "identity", "a list or dict", f"{LASTING} in its tuple")
+    for part in answer:
+        if isinstance(part, _CONTAINERS):
+            raise _wrong(adapter, "identity", "a list or dict", f"{LASTING} in its tuple")
     return answer
 
 
@@ -205,10 +207,6 @@ def unwritten(policy: object, hook: str, *tensors: Tensor) -> Iterator[None]:
 def shown(tensor: Tensor) -> Tensor:
     """What a policy is shown of a tensor: a copy where a write into it could not be noticed."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _is_container(part: Any) -> bool:
-    return isinstance(part, (list, dict, set))
 
 
 def _shape(answer: Any) -> Any:

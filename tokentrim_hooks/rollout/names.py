@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 Key = tuple[Hashable, ...]
+_THEIR_OWN = (int, str, bytes, tuple, frozenset, float)
 
 
 class Name:
@@ -42,7 +43,7 @@ class Names:
         Raises:
             TypeError: a list, a dict, or what else cannot be remembered without keeping it alive.
         """
-        if part is None or isinstance(part, int | str | bytes | tuple | frozenset | float):
+        if not isinstance(part, Tensor) and (part is None or isinstance(part, _THEIR_OWN)):
             return part
         thing = _thing(part)
         found = self._known.get(id(thing))
@@ -52,7 +53,7 @@ class Names:
 
     def key(self, parts: Sequence[Any]) -> Key:
         """Names of several things."""
-        return tuple(self.of(part) for part in parts)
+        return tuple(map(self.of, parts))
 
     def follow(self, key: Key, parts: Sequence[Any]) -> None:
         """After a call: give ``parts`` the names in ``key``, where they were made anew (a cache that concatenates).

@@ -61,6 +61,7 @@ class Pruner:
         self._accounts: dict[Hashable, KeyAccount] = {}
         self._last: CallTap | None = None
         self._steering, self._fleeting = steering, FleetingMarks()
+        self._hides = steering is not None and steering.hides
         self.acts: list[Act] = []
         self._shown: list[tuple[int, int]] = []  # of earlier parts of one call: attention calls tapped, dead keys
         # Of the chunk in progress: frames with a key, calls with a tap, whether any of them dropped a dead key.
@@ -82,6 +83,8 @@ class Pruner:
         goes_on = self._last is not None and part is not None and part.before > 0
         self._shown = [*self._shown, self._numbers()] if goes_on else []
         self.let_go()
+        if not (self._hides or self._marked or self._dead_tokens.killed_by or self._fleeting.rows):
+            return None
         if self.dead and not self.proof.enabled:
             # The proof has failed for another video of this model since.
             self.clear()
@@ -110,7 +113,7 @@ class Pruner:
         """Hide from one call what policies say: by fleeting marks in a cache, else by a layout and the tokens in it."""
         self.acts, self._hid = [], False
         steering = self._steering
-        if steering is None or not steering.hides or place is None or not self.proof.enabled:
+        if steering is None or not self._hides or place is None or not self.proof.enabled:
             return None, ()
         context = context_of(self._adapter, call)
         masks, self.acts = steering.hidden(call, place, context)
@@ -240,8 +243,9 @@ class Pruner:
 
     def let_go(self) -> None:
         """A call is over: its tap may hold masks, and with them the cache."""
-        self._dropped = self._dropped or (self._last is not None and self._last.dead_keys > 0)
-        self._last = None
+        if self._last is not None:
+            self._dropped = self._dropped or self._last.dead_keys > 0
+            self._last = None
         self._fleeting.take_off()
 
     def drop_hidden(self) -> None:
@@ -257,9 +261,12 @@ class Pruner:
                 self._marked = {stream: traces for stream, traces in self._marked.items() if not traces.empty}
         self._frames, self._tapped, self._dropped = set(), 0, False
 
-    def missed(self, tap: CallTap | None) -> bool:
-        """Whether marks in a cache may have reached attention that was not tapped in a call that has come back."""
-        if tap is None or tap.layout is not None or not (self._marked or self._hid):
+    def returned(self, call: Call, tap: CallTap, notes: list[str]) -> bool:
+        """A call with a tap has come back; whether marks in a cache may have reached attention that was not tapped."""
+        self.unhide(call)
+        self.follow(call)
+        notes += self.proof.overlooks(tap)
+        if tap.layout is not None or not (self._marked or self._hid):
             return False
         # Or in layers with rows of their own: asked where no failure may cost the video, for it reads the device.
         looked = tap.layers is not None and tap.layers.looks and self._failures is not None and self._failures.warns

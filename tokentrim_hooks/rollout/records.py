@@ -34,14 +34,14 @@ class Recorder:
 
     Attributes:
         fault: what a record has brought to light, for the next hook to raise.
+        telling: while observers are told, the thread that tells them, and its frame, which says whether it still does.
     """
 
     def __init__(self, report: Report, observers: Sequence[Observer] = ()) -> None:
         self.report, self.observers = report, list(observers)
         self.fault: PolicyError | None = None
         self._videos = 0
-        # The thread that tells observers, and its frame, which says whether it is still at it.
-        self._telling: tuple[int, FrameType] | None = None
+        self.telling: tuple[int, FrameType] | None = None
         # Videos that are made at the same time, in several threads, share one report and its observers.
         self._lock = threading.RLock()
 
@@ -67,11 +67,11 @@ class Recorder:
                 self._tell(records, chunk.latents)
 
     def _tell(self, records: Sequence[ChunkRecord], latents: Tensor) -> None:
-        before, self._telling = self._telling, (threading.get_ident(), sys._getframe())
+        before, self.telling = self.telling, (threading.get_ident(), sys._getframe())
         try:
             tell(self.observers, "on_chunk", records, latents)
         finally:
-            self._telling = before
+            self.telling = before
 
     def refuse_observers(self) -> None:
         """A call of the model begins.
@@ -79,7 +79,7 @@ class Recorder:
         Raises:
             SessionError: an observer makes it, amid the video that it is told of.
         """
-        telling = self._telling
+        telling = self.telling
         if telling is not None and telling[0] == threading.get_ident() and executes(telling[1]):
             raise SessionError(
                 "an observer runs the model that it observes, amid a video: that one would end here.\n"

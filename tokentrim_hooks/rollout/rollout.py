@@ -14,10 +14,10 @@ from torch import nn
 
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.failures import FailurePolicy
-from tokentrim_hooks.inspection import bind, is_driven_by, profiled, weakly
+from tokentrim_hooks.inspection import Binder, is_driven_by, is_profiling, profiled, weakly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.autograd_modes import without_gradients
-from tokentrim_hooks.pruning.call_scope import current_scope, open_scope, scope_left, scope_of_call
+from tokentrim_hooks.pruning.call_scope import CallScope, current_scope, open_scope, scope_of_call
 from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.rollout.records import Recorder
 from tokentrim_hooks.rollout.repeat.shown import Proof
@@ -61,6 +61,7 @@ class Rollout:
         self._model = weakly(model)
         self._denoisers = [weakly(denoiser) for denoiser in (match.denoiser, *match.also)]
         self._sessions = Sessions(adapter, self.shared)
+        self._binder = Binder()
 
     # ------------------------------------------------------------------------------------------ hooks
 
@@ -73,29 +74,37 @@ class Rollout:
             ranks.replays += 1
             return None
         ranks.enter()
-        with profiled("tokentrim.before"):
-            found = changed = None
-            if self._is_foreign(module):
-                self.foreign_calls += 1
-            else:
-                found = self._sessions.of(bind(module, args, kwargs))
-                self.unread_calls += found is None
-            if found is None:
-                # Inside another call this one has no dead tokens of its own.
-                open_scope(None)
-            else:
-                changed = found.session.before(module, found, args, kwargs)
+        if not is_profiling():
+            changed = self._begin(module, args, kwargs)
+        else:
+            with profiled("tokentrim.before"):
+                changed = self._begin(module, args, kwargs)
         ranks.begun()
         return changed
 
+    def _begin(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        found = None
+        if self._is_foreign(module):
+            self.foreign_calls += 1
+        else:
+            found = self._sessions.of(self._binder(module, args, kwargs))
+            self.unread_calls += found is None
+        if found is None:
+            # Inside another call this one has no dead tokens of its own.
+            open_scope(None)
+            return None
+        return found.session.before(module, found, args, kwargs)
+
     def after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """Let the session judge what came of the call; return the output that the sampler goes on with."""
-        if self._replaying:
-            return output
         scope = scope_of_call()
-        running = None if scope is None else scope.note
+        running = None if scope is None or self._is_replay(scope) else scope.note
         if not isinstance(running, Running) or running.found.session.shared is not self.shared:
             return output
+        if not (is_profiling() or torch.is_grad_enabled()):
+            return self._come_back(module, running, output)
         with profiled("tokentrim.after"):
             return without_gradients(self._come_back, module, running, output)
 
@@ -106,21 +115,23 @@ class Rollout:
 
     def leave(self, _module: Any, _args: Any, _kwargs: Any, output: Any) -> None:
         """Runs also when the call raises (then there is no output): neither tap nor arguments outlive the call."""
-        if self._replaying:
-            return
-        scope = scope_left()
-        if scope is None:
+        scope = scope_of_call()
+        if scope is None or self._is_replay(scope):
             return
         found = found_of(scope)
         if found is not None:
             found.session.fail() if output is None else found.session.release()
-        scope.close()
+        if scope.open:
+            scope.close()
 
     @property
     def _replaying(self) -> bool:
         """Whether the code that asks runs in a replay of ours: its calls are not the sampler's."""
         scope = current_scope()
-        return scope is not None and scope.replayer is self.shared.proof
+        return scope is not None and self._is_replay(scope)
+
+    def _is_replay(self, scope: CallScope) -> bool:
+        return scope.replayer is self.shared.proof
 
     def _is_foreign(self, denoiser: Any) -> bool:
         """Whether an object that was not patched and shares the denoiser makes the call, as ``Pipe(**components)``."""

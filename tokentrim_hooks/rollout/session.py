@@ -31,7 +31,7 @@ from tokentrim_hooks.rollout.steering import Steering, place_of
 from tokentrim_hooks.rollout.timeline import Timeline
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Found:
     """A denoiser call whose session is known.
 
@@ -46,7 +46,7 @@ class Found:
     arguments: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Running:
     """A call between its hooks, with its arguments as the sampler gave them.
 
@@ -116,10 +116,10 @@ class Session:
         phase, chunk = self.timeline.classify(call), self.timeline.chunk
         if chunk is not None:
             chunk.hear(call, judged=phase is not None)
-            if self.shared.policy.persist:
+            if chunk.judgement is not None and self.shared.policy.persist:
                 self._prune_branch(call, chunk)
         note = Running(module, found, phase, args, kwargs, self._place(call, phase))
-        if self._guidance:
+        if self.steering.guides:
             note = self._guide(note, chunk)
         if (scope := self._scope) is not None:  # else the patch has come off meanwhile
             scope.begin(self.pruner.tap(note.found.call, note.place), note)
@@ -133,11 +133,8 @@ class Session:
         video, chunk = self.timeline.video, self.timeline.chunk
         if chunk is None or video is None:
             return output
-        self.pruner.unhide(call)
-        self.pruner.follow(call)
         tap = self._scope.tap if self._scope is not None else None
-        missed = self.pruner.missed(tap)
-        chunk.notes += self.pruner.proof.overlooks(tap)
+        missed = tap is not None and self.pruner.returned(call, tap, chunk.notes)
         # Where pruning lasts for one chunk only, another branch is pruned after its call, else before it.
         late = phase is None and not self.shared.policy.persist and chunk.awaits_pruning(call)
         if phase is None and not late and not missed:
@@ -188,7 +185,8 @@ class Session:
             judgement.output = None  # some models return their cache, which is the sampler's to keep
         if self.steering.corrects and phase is not Phase.COMMIT:
             output, prediction, summary = self._correct(step, chunk, video, output, prediction, summary)
-        self._settle(running, video, chunk)
+        if self.steering.settles:
+            self._settle(running, video, chunk)
         passing = not chunk.given and (video.told or chunk.steps <= video.usual_steps)
         chunk.remember(step.call, phase, prediction, summary, self.shared.patch_size, passing)
         video.returned = prediction
@@ -213,7 +211,7 @@ class Session:
     def _place(self, call: Call, phase: Phase | None) -> Place | None:
         """Where the video is, for policies; None before a video, and where no policy does more than judge."""
         video, chunk = self.timeline.video, self.timeline.chunk
-        if video is None or chunk is None or not self.steering.active:
+        if not self.steering.active or video is None or chunk is None:
             return None
         self.steering.scene = video.scene
         return place_of(call, phase, video, chunk)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokentrim_hooks.adapter import Adapter, Call
@@ -54,11 +54,13 @@ class Sessions:
             return self._join(key, parts, arguments)
         if not session.free():
             return None
-        call = read_call(session.adapter, arguments, self._shared)
-        first = None if call is None else session.timeline.mistook(call)
-        if first is not None:
-            return self._open(key, arguments, first)
-        return None if call is None else Found(session, call, key, arguments)
+        call = parsed(session.adapter, arguments)
+        if call is None:
+            return None
+        # The stream is mostly what tells the call apart, and has its name already.
+        call = renamed(call, key[0] if parts and call.stream is parts[0] else self._shared.names.of(call.stream))
+        first = session.timeline.mistook(call)
+        return Found(session, call, key, arguments) if first is None else self._open(key, arguments, first)
 
     def follow(self, found: Found) -> None:
         """After a call: know its context again where the cache made its tensors anew."""
@@ -106,5 +108,14 @@ class Sessions:
 def read_call(adapter: Adapter, arguments: Mapping[str, Any], shared: Shared) -> Call | None:
     """The call in the core's words, its context by name; None for calls that are no rollout's."""
     call = parsed(adapter, arguments)
-    name = None if call is None else shared.names.of(call.stream)
-    return call if call is None or name is call.stream else dataclasses.replace(call, stream=name)
+    return None if call is None else renamed(call, shared.names.of(call.stream))
+
+
+def renamed(call: Call, stream: Hashable) -> Call:
+    """The call with another name of its context."""
+    if stream is call.stream:
+        return call
+    if type(call) is not Call:
+        return dataclasses.replace(call, stream=stream)
+    # As replace(), which takes twice as long, at every denoiser call.
+    return Call(call.latents, call.start, stream, call.timestep, call.commits, call.arguments)

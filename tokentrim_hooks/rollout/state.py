@@ -112,8 +112,8 @@ class ChunkState:
 
     def count(self, phase: Phase, call: Call) -> None:
         """Note a call of the sampler."""
-        self.phase = phase.value
-        self.phases[phase.value] = self.phases.get(phase.value, 0) + 1
+        self.phase = word = phase._value_  # .value goes by way of two functions
+        self.phases[word] = self.phases.get(word, 0) + 1
         if phase in (Phase.FIRST, Phase.REFINE):
             self.steps += 1
             self.levels += [] if call.timestep is None else [call.timestep]

@@ -29,6 +29,8 @@ class Steering:
     Attributes:
         scene: of the call in progress, whose frames policies compare.
         weights: how much the latest call reads of each token, CPU ``[B, frames, tokens]``; None where no policy weighs.
+        guides, hides, corrects, settles: whether some policy may move latents, hide rows, change x0, rewrite rows.
+            active: whether some policy does more than judge.
         compares: whether some policy does; remembers: earlier predictions that some policy is to be shown.
     """
 
@@ -36,32 +38,14 @@ class Steering:
         self._adapter = adapter
         self._hiding = [policy for policy in policies if policy.overrides("hide")]
         self._correcting = [policy for policy in policies if policy.overrides("correct")]
-        self._guides = any(policy.overrides("guide") for policy in policies)
+        self.guides = any(policy.overrides("guide") for policy in policies)
         self._settling = [policy for policy in policies if policy.overrides("settle")]
+        self.hides, self.corrects, self.settles = map(bool, (self._hiding, self._correcting, self._settling))
+        self.active = self.hides or self.corrects or self.settles or self.guides
         self.compares = any(policy.compares for policy in self._hiding)
         self.scene = Scene()
         self.weights: Tensor | None = None
         self.remembers = max((policy.remembers for policy in self._correcting), default=0)
-
-    @property
-    def active(self) -> bool:
-        """Whether some policy does more than judge."""
-        return self.hides or self.corrects or self.settles or self._guides
-
-    @property
-    def hides(self) -> bool:
-        """Whether some policy may hide rows."""
-        return bool(self._hiding)
-
-    @property
-    def corrects(self) -> bool:
-        """Whether some policy may change x0."""
-        return bool(self._correcting)
-
-    @property
-    def settles(self) -> bool:
-        """Whether some policy may rewrite rows."""
-        return bool(self._settling)
 
     # ------------------------------------------------------------------------------------------ hide
 
