@@ -77,7 +77,7 @@ class CausalWan(Adapter):
     """Attributes that every self-attention module must have."""
     pipeline: Any
     generator: Any
-    _defaults: Mapping[str, Any] = {}  # noqa: RUF012 - replaced, never written
+    _defaults: Mapping[str, Any] = {}
     """Of ``switches``, those that this generator takes."""
     _forward: Any = None
     """Of the first layer, as it was last seen."""

@@ -203,7 +203,7 @@ class Binder:
         self._forward: Any = None
         self._parameters: _Parameters | None = None
 
-    def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments by name."""
         forward = type(function).forward if isinstance(function, nn.Module) else None
         if forward is None or self._parameters is None or forward is not self._forward:

@@ -286,7 +286,7 @@ class Session:
                 "use probe='first-step'"
             )
         if video.waiting:  # where commits are not seen as such, nothing else reads how many steps a chunk has
-            self.timeline.learn_steps(video, [bool(flag) for flag in video.waiting])
+            self.timeline.learn_steps(video, [not flag for flag in video.waiting])
         chunk.history.append(step)
         return chunk.history if self.timeline.pace.is_last(chunk, video.usual_steps) else []
 
