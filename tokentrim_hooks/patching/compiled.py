@@ -131,6 +131,7 @@ class Watch:
         self._module, self._patches, self._put = module, patches, put
         self._before, self._after, self._leave = before, after, leave
         self._frames: dict[int, types.FrameType] = {}
+        self._has_parts = any(_is_compiled(part) for part in module.modules())
         self._told = False
 
     @property
@@ -195,6 +196,8 @@ class Watch:
 
     def _spare_parts(self) -> None:
         """Let parts of the denoiser that were compiled run eagerly where they have to."""
+        if not (self._has_parts or _anything_compiled()):
+            return  # to look through a model of thirty layers takes longer than all else that we do for a call
         for part in self._module.modules():
             place = "forward" if isinstance(part, torch._dynamo.OptimizedModule) else COMPILED
             made = vars(part).get(place)
@@ -220,6 +223,24 @@ def _failures_of_tracing() -> tuple[type[Exception], ...]:
     """What torch raises where fullgraph=True cannot be had; names differ between versions."""
     names = ("Unsupported", "FailOnRecompileLimitHit")
     return tuple(getattr(torch._dynamo.exc, name) for name in names if hasattr(torch._dynamo.exc, name))
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    return isinstance(part, torch._dynamo.OptimizedModule) or vars(part).get(COMPILED) is not None
+
+
+def _anything_compiled() -> bool:
+    """Whether something in this process may have been compiled, or is to be: once so, for good.
+
+    Torch remembers the compilers that it was given, until torch._dynamo.reset(); what was compiled then stays.
+    """
+    if not _seen:
+        backends = getattr(torch._dynamo.eval_frame, "cached_backends", {0: "not known in this version of torch"})
+        _seen.update(number for number, backend in list(backends.items()) if backend is not None)
+    return bool(_seen)
+
+
+_seen: set[int] = set()
 
 
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ class TapNames:
                 "Give patches.tap the names of its own parameters: q=, k=, v=, mask=, lengths=, heads=."
             )
 
-    def turns(self, given: Mapping[str, Any]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    def turns(self, given: Given) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """From the form in which the function takes q, k and v to ``[B, length, heads, head_dim]``, and back."""
         if self.heads_first:
             return _swap_heads, _swap_heads
@@ -57,6 +57,45 @@ class TapNames:
             return _same, _same
         heads = int(given[self.heads])
         return (lambda x: x.unflatten(-1, (heads, -1))), (lambda x: x.flatten(-2))
+
+
+def places_of(signature: inspect.Signature) -> dict[str, int]:
+    """Where a function takes arguments that are given without their names."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {name: place for place, (name, p) in enumerate(signature.parameters.items()) if p.kind in kinds}
+
+
+class Given:
+    """Arguments of a call by name. ``inspect.Signature.bind`` takes ten times as long, in every attention call.
+
+    Args:
+        places: of the function. args, kwargs: of the call; the latter are written.
+    """
+
+    def __init__(self, places: Mapping[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._places = places
+        self.args, self.kwargs = list(args), kwargs
+
+    def __getitem__(self, name: str) -> Any:
+        """An argument that has to be there; TypeError where it is not."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        if not self._places.get(name, len(self.args)) < len(self.args):
+            raise TypeError(f"missing a required argument: {name!r}")
+        return self.args[self._places[name]]
+
+    def get(self, name: str | None) -> Any:
+        """An argument, or None where it is left out."""
+        if name is None or name in self.kwargs or self._places.get(name, len(self.args)) >= len(self.args):
+            return None if name is None else self.kwargs.get(name)
+        return self.args[self._places[name]]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Give another one in its place, or by its name where it was left out."""
+        if name in self.kwargs or self._places.get(name, len(self.args)) >= len(self.args):
+            self.kwargs[name] = value
+        else:
+            self.args[self._places[name]] = value
 
 
 def _swap_heads(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokentrim_hooks.errors import AttachError, UnsupportedContextError
-from tokentrim_hooks.patching.tap_names import TapNames, described, label_of
+from tokentrim_hooks.patching.tap_names import Given, TapNames, described, label_of, places_of
 from tokentrim_hooks.pruning.call_scope import BUSY, current_scope, end_with
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import clear_marks
@@ -103,7 +103,8 @@ class TapSite:
         self.original: Any = namespace.get(name) if isinstance(namespace, dict) else getattr(namespace, name, None)
         if not callable(self.original):
             raise AttachError(f"there is no function {name!r} to tap in {label_of(namespace)}; correct the name")
-        self.signature, self.names = described(self.original, names, f"{label_of(namespace)}.{name}")
+        signature, self.names = described(self.original, names, f"{label_of(namespace)}.{name}")
+        self._places = places_of(signature)
         self.tapped = self._make_tapped()
 
     @classmethod
@@ -189,38 +190,37 @@ class TapSite:
         """The model's own attention. Marks have left the cache by now, but V may be a copy made before that."""
         if tap.layout is not None:
             return self.original(*args, **kwargs)  # key selection leaves no mark in V
-        bound = self.signature.bind(*args, **kwargs)
-        turn, back = self.names.turns(bound.arguments)
-        values = turn(bound.arguments[self.names.v]).clone()
+        given = Given(self._places, args, kwargs)
+        turn, back = self.names.turns(given)
+        values = turn(given[self.names.v]).clone()
         clear_marks([values])
-        bound.arguments[self.names.v] = back(values)
-        return self.original(*bound.args, **bound.kwargs)
+        given[self.names.v] = back(values)
+        return self.original(*given.args, **given.kwargs)
 
     def _attend_live(self, tap: CallTap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = self.signature.bind(*args, **kwargs)
-        given, names = bound.arguments, self.names
+        given, names = Given(self._places, args, kwargs), self.names
         if names.only is not None and not names.only(given[names.v]):
             return self.original(*args, **kwargs)
         for name in names.refuse:
-            if given.get(name) is not None and given[name] is not False:
+            if given.get(name) is not None and given.get(name) is not False:
                 raise UnsupportedContextError(f"cannot prune while {self.name}() is called with {name}; leave it out")
 
         rest: tuple[Any, ...] = ()
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             nonlocal rest
-            given.update({names.q: back(q), names.k: back(k), names.v: back(v)})
+            given[names.q], given[names.k], given[names.v] = back(q), back(k), back(v)
             if names.mask is not None:
                 given[names.mask] = mask
             if names.lengths is not None:
                 given[names.lengths] = torch.full_like(given[names.lengths][: q.shape[0]], k.shape[1])
-            result = self.original(*bound.args, **bound.kwargs)
+            result = self.original(*given.args, **given.kwargs)
             first, *others = result if isinstance(result, tuple) else (result,)
             rest = tuple(others)
             return cast(Tensor, turn(first) if names.heads_first_out else first)
 
         turn, back = names.turns(given)
-        mask = given.get(names.mask) if names.mask else None
+        mask = given.get(names.mask)
         output = tap.attend(attend, turn(given[names.q]), turn(given[names.k]), turn(given[names.v]), mask)
         output = turn(output) if names.heads_first_out else output
         return (output, *rest) if rest else output

@@ -161,7 +161,8 @@ class KeyAccount:
 
 def _strange(alive: Tensor, known: Tensor, new: int) -> int:
     """Keys that are unknown, more than ``new`` of them, or unknown and dead; of the sample that has most."""
-    return max(int((~known).sum(1).max()) - new, int((~known & ~alive).sum(1).max()))
+    keys = known.shape[1]
+    return max(keys - min(known.sum(1).tolist()) - new, keys - min((known | alive).sum(1).tolist()))
 
 
 def keeps_contents(context: CacheRows) -> bool:

@@ -287,7 +287,8 @@ class CallTap:
         return alive, read[0]
 
     def _count_dead(self, alive: Tensor) -> None:
-        self.dead_keys = max(self.dead_keys, int((~alive).sum(-1).max()) if alive.numel() else 0)
+        living = alive.sum(-1).view(-1).tolist() if alive.numel() else []
+        self.dead_keys = max([self.dead_keys, *(alive.shape[-1] - count for count in living)])
 
     def _layout_of(self, keys: int) -> KeyLayout:
         """The key layout; raises unless it describes as many keys as self attention sees."""

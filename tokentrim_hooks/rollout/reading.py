@@ -50,19 +50,25 @@ def checked(answer: object, policy: Policy, drift: Tensor) -> Verdict:
     """
     if not isinstance(answer, Verdict):
         raise PolicyError(f"{type(policy).__name__}.judge returned {type(answer).__name__}; return a Verdict, or None")
-    batch = (len(drift),)
-    wanted: dict[str, tuple[str, Callable[[Tensor], bool]]] = {
-        "tokens": (f"a LongTensor [{len(drift)}, k]", lambda t: t.dtype == torch.long and t.shape[:-1] == batch),
-        "severity": (f"a floating tensor [{len(drift)}]", lambda t: t.is_floating_point() and t.shape == batch),
-        "threshold": (f"a floating tensor [{len(drift)}]", lambda t: t.is_floating_point() and t.shape == batch),
-        "prune": (f"a BoolTensor [{len(drift)}]", lambda t: t.dtype == torch.bool and t.shape == batch),
-    }
-    for name, (kind, fits) in wanted.items():
+    batch = drift.shape[:1]
+    for name, (kind, fits) in _WANTED.items():
         value = getattr(answer, name)
-        if not (isinstance(value, Tensor) and fits(value)):
+        if not (isinstance(value, Tensor) and fits(value, batch)):
             own = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise PolicyError(f"{type(policy).__name__}.judge returned {own} as Verdict.{name}; give {kind}")
+            raise PolicyError(
+                f"{type(policy).__name__}.judge returned {own} as Verdict.{name}; give {kind.format(*batch)}"
+            )
     return answer
+
+
+_Fits = Callable[[Tensor, tuple[int, ...]], bool]
+_WANTED: dict[str, tuple[str, _Fits]] = {
+    "tokens": ("a LongTensor [{}, k]", lambda t, batch: t.dtype == torch.long and t.shape[:-1] == batch),
+    "severity": ("a floating tensor [{}]", lambda t, batch: t.is_floating_point() and t.shape == batch),
+    "threshold": ("a floating tensor [{}]", lambda t, batch: t.is_floating_point() and t.shape == batch),
+    "prune": ("a BoolTensor [{}]", lambda t, batch: t.dtype == torch.bool and t.shape == batch),
+}
+"""By field of a verdict what it has to be, in words and as a test."""
 
 
 def check_values(reading: Reading, policy: Policy) -> None:
@@ -93,7 +99,7 @@ def read(
     host = _to_host(parts, drift)
     # Out of torch at once: for so few numbers each operation of it takes longer than all of Python's.
     few = iter(host[: -drift.numel()].tolist())
-    batch, each = len(drift), verdict.tokens.shape[-1]
+    batch, each = drift.shape[0], verdict.tokens.shape[-1]
     severity, threshold, mean, std, prune = (list(itertools.islice(few, batch)) for _ in own)
     clean = [not flag for flag in itertools.islice(few, len(flags))]
     tokens = list(map(int, few))
