@@ -17,19 +17,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from blank_model import FRAMES, STEPS, Blank
 from PIL import Image
-from torch import Tensor, nn
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.testing.policies import ForcedPolicy
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "growth.png"
-FRAMES, CALLS, WARM = 3, 5, 4
-"""Frames of a chunk, denoiser calls of it (the last one commits), chunks before the clock counts."""
+WARM = 4
+"""Chunks before the clock counts."""
 SHARE, EVERY = 0.1, 20
 """Of the tokens, dead in the arm that prunes; and how often it prunes in a long video."""
 INK, CUT = "#20242c", "#d62839"
@@ -50,63 +49,11 @@ class Size:
     width: int = 16
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Takes no time: what is measured is what happens to ``k`` and ``v`` on their way here."""
-    return q
-
-
-class BlankAttention(nn.Module):
-    """Counts rows as Self-Forcing's layers do. Where nothing ``rolls`` the rows stay where they are, marks too."""
-
-    sink_size, local_attn_size = 0, -1
-
-    def __init__(self, rolls: bool) -> None:
-        super().__init__()
-        self.rolls = rolls
-
-    def forward(self, q: Tensor, cache: dict[str, Any], start: int) -> Tensor:
-        """``q`` is ``[B, L, heads, width]``, the chunk that begins at row ``start`` of the video."""
-        end, new = start + q.shape[1], q.shape[1]
-        if end > cache["global_end_index"]:
-            cache["global_end_index"] = end
-            for rows in (cache["k"], cache["v"]) if self.rolls else ():
-                rows[:, :-new] = rows[:, new:].clone()
-                rows[:, -new:] = 1
-        return attention(q, cache["k"], cache["v"])
-
-
-class _Block(nn.Module):
-    def __init__(self, rolls: bool) -> None:
-        super().__init__()
-        self.self_attn = BlankAttention(rolls)
-
-
-class Blank(nn.Module):
-    """A generator wrapper that answers with tensors made beforehand."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.model: Any = nn.Module()
-        self.model.blocks = nn.ModuleList(_Block(size.rolls) for _ in range(size.layers))
-        self.model.patch_size = (1, 2, 2)
-        self.query = torch.zeros(size.batch, FRAMES * size.tokens, size.heads, size.width)
-        side = 2 ** (size.tokens.bit_length() // 2)
-        self.answers = torch.randn(3, size.batch, FRAMES, 16, 2 * size.tokens // side, 2 * side)
-
-    def forward(
-        self,
-        noisy_image_or_video: Tensor,
-        conditional_dict: Any,
-        timestep: Tensor,
-        kv_cache: Any = None,
-        crossattn_cache: Any = None,
-        current_start: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """(flow, x0)."""
-        for block, cache in zip(self.model.blocks, kv_cache, strict=True):
-            block.self_attn(self.query, cache, current_start)
-        answer = self.answers[current_start // self.query.shape[1] % 3]
-        return answer, answer
+def blank(size: Size) -> Blank:
+    """A model of this size."""
+    query = torch.zeros(size.batch, FRAMES * size.tokens, size.heads, size.width)
+    side = 2 ** (size.tokens.bit_length() // 2)
+    return Blank(2 * size.tokens // side, 2 * side, size.batch, size.layers, query, size.rolls)
 
 
 @torch.no_grad()
@@ -117,12 +64,12 @@ def seconds(generator: Blank, size: Size) -> list[float]:
     cache = [{"k": torch.ones(shape), "v": torch.ones(shape), "global_end_index": rows, "local_end_index": rows}
              for _ in range(size.layers)]  # fmt: skip
     noise, times = torch.zeros_like(generator.answers[0]), []
-    steps = [torch.full((size.batch, FRAMES), step) for step in (1000, 750, 500, 250, 0)]
+    steps = [torch.full((size.batch, FRAMES), step) for step in STEPS]
     for chunk in range(size.chunks):
         began, latents = time.process_time(), noise
         for call, step in enumerate(steps):
             answer = generator(latents, None, step, cache, None, rows + chunk * FRAMES * size.tokens)[1]
-            latents = answer if call == CALLS - 2 else noise
+            latents = answer if call == len(STEPS) - 2 else noise
         times.append(time.process_time() - began)
     return times
 
@@ -135,7 +82,7 @@ def policy_of(size: Size) -> tokentrim.Policy:
 
 def added(size: Size, rounds: int) -> list[float]:
     """Milliseconds that we add to each chunk that counts: median of the differences of ``rounds`` pairs."""
-    generator, differences = Blank(size), []
+    generator, differences = blank(size), []
     for _ in range(rounds):
         plain = seconds(generator, size)
         with tokentrim.patched(generator, policy_of(size)) as handle:

@@ -18,7 +18,7 @@ BASE = growth.Size(tokens=16, window=6, heads=1, width=8, dead=0.0, chunks=6)
 def ops(chunks=6, **changes):
     """Operations that we add to a video of a blank model."""
     size = replace(BASE, chunks=chunks, **changes)
-    generator = growth.Blank(size)
+    generator = growth.blank(size)
     with Counter() as own:
         growth.seconds(generator, size)
     with Counter() as all_of_them, tokentrim.patched(generator, growth.policy_of(size)):
