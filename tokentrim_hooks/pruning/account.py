@@ -161,8 +161,9 @@ class KeyAccount:
 
 def _strange(alive: Tensor, known: Tensor, new: int) -> int:
     """Keys that are unknown, more than ``new`` of them, or unknown and dead; of the sample that has most."""
-    keys = known.shape[1]
-    return max(keys - min(known.sum(1).tolist()) - new, keys - min((known | alive).sum(1).tolist()))
+    keys = int(known.shape[1])
+    known_keys, known_or_alive = known.sum(1).tolist(), (known | alive).sum(1).tolist()
+    return max(keys - min(known_keys) - new, keys - min(known_or_alive))
 
 
 def keeps_contents(context: CacheRows) -> bool:
