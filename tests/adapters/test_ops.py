@@ -11,8 +11,8 @@ import test_transformers_cache as latent_video
 from counting import added_ops, syncs_of_rollout
 from targets import TARGETS, Target
 
-OPS = {"self-forcing": 67, "skyreels-v2": 78, "framepack": 68, "helios": 67, "ltx-long": 95, "transformers-cache": 67,
-       "anyflow-far": 72}  # fmt: skip
+OPS = {"self-forcing": 33, "skyreels-v2": 57, "framepack": 45, "helios": 42, "ltx-long": 70, "transformers-cache": 26,
+       "anyflow-far": 47}  # fmt: skip
 """Operations per chunk at most, observing."""
 ALL = [*TARGETS, Target("transformers-cache", latent_video.LatentVideo, latent_video.generate)]
 COUNTED = [target for target in ALL if target.name in OPS]

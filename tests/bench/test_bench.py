@@ -67,6 +67,12 @@ def test_the_forced_arm_pruned_once_and_said_so(results):
     assert (results.triggers, results.chunks, results.extra_calls, results.calls, results.dead) == (1, 5, 1, 25, 4)
 
 
+def test_the_proof_of_a_first_prune_is_outside_of_the_clock(results):
+    report = measure._once(tiny(), measure.ForcedPolicy({2: 0.1}), lambda: None, settled=True)[1]
+    calls = {video: sum(r.proof_calls for r in report if r.video == video) for video in (0, 1)}
+    assert calls == {0: results.proof_calls, 1: 0} and results.proof_calls == 1 and report.triggers == 2
+
+
 def test_ratios_pair_arms_within_rounds(results):
     assert [r.name for r in results.ratios] == [f"{a} / {b}" for a, b in pairs(results.seconds)]
     assert {"commit-window / observing", "commit-window / unpatched", "observing / ideal"} <= {

@@ -3,8 +3,19 @@
 import hook_path
 
 
-def test_operations_per_chunk_are_as_many_for_any_number_of_tokens():
-    assert 0 < hook_path.operations(64) == hook_path.operations(1560) <= 77
+BOUNDS = {64: 36, 1560: 42, 3600: 49, 14400: 49}
+"""Operations per chunk at most, by tokens: frames are added one by one from 1,024 tokens on, and from 2,048 on a choice
+of the largest tokens takes the place of a sort."""
+
+
+def test_operations_per_chunk_do_not_grow():
+    found = {tokens: hook_path.operations(tokens) for tokens in BOUNDS}
+    assert all(0 < found[tokens] <= bound for tokens, bound in BOUNDS.items()), found
+    assert found[3600] == found[14400], "the same kernels, whatever the size"
+
+
+def test_the_floor_is_what_a_loop_by_hand_takes():
+    assert 0 < hook_path.operations(64, watched=hook_path.by_hand) <= 13
 
 
 def test_syncs_before_while_and_after_something_is_dead():

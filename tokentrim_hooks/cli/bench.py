@@ -115,7 +115,8 @@ def show(results: Results, made_with: dict[str, Any]) -> None:
     told = ", ".join(f"{arm} {extra:+.2f} ms" for arm, extra in added.items() if arm != "unpatched")
     print(f"Added per chunk: {told}")
     print(f"Forced trigger: {results.triggers} of {results.chunks} chunks, {results.extra_calls} further denoiser "
-          f"calls beside {results.calls}, {results.dead} context rows dead")  # fmt: skip
+          f"calls beside {results.calls}, {results.dead} context rows dead; not in the clock: "
+          f"{results.proof_calls} to prove the first prune, once per patch")  # fmt: skip
     rows = [
         [r.name, f"{r.median:.4f}", f"[{r.low:.4f}, {r.high:.4f}]", str(r.rounds), _goal(r.name)]
         for r in results.ratios

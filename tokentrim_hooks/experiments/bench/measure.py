@@ -51,7 +51,8 @@ class Results:
         ratios: of arms within rounds. ``unpatched again`` over ``unpatched`` shows the noise of the machine.
         triggers: chunks that were pruned in the forced arm, and ``chunks`` of how many.
         dead: context rows that died in the forced arm.
-        extra_calls, calls: of the denoiser in the forced arm.
+        extra_calls, calls: of the denoiser in the forced arm. proof_calls: those that its first prune cost besides,
+            once per patch: the clock looks at a video after it.
         shares: by arm, share of each of our scopes of the time, and the rest.
         syncs: by arm, tokentrim's own host synchronisations per chunk. theirs: the model's and its sampler's.
         memory: by arm, peak bytes.
@@ -63,6 +64,7 @@ class Results:
     chunks: int
     dead: int
     extra_calls: int
+    proof_calls: int
     calls: int
     shares: dict[str, dict[str, float]]
     syncs: dict[str, float]
@@ -125,7 +127,7 @@ def measure(
     for turn in range(rounds):
         # Each arm takes each place equally often, so that a drifting clock or a warming chip favours none.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(_once(target, policies[name], advance, device)[0])
+            times[name].append(_once(target, policies[name], advance, device, settled=True)[0])
     patched = {name: policy for name, policy in policies.items() if isinstance(policy, Policy)}
     counted = {name: _syncs(target, policy, device, advance) for name, policy in patched.items()}
     weighed = {name: policy for name, policy in policies.items() if name != "unpatched again"}
@@ -136,6 +138,7 @@ def measure(
         chunks=len(records),
         dead=sum(r.dead for r in records),
         extra_calls=sum(r.extra_calls for r in records),
+        proof_calls=sum(r.proof_calls for r in records),
         calls=sum(sum(r.phases.values()) for r in records),
         shares={name: _profile(target, policy, device, advance) for name, policy in patched.items()},
         syncs={name: ours / len(records) for name, (ours, _) in counted.items()},
@@ -161,9 +164,16 @@ def _attached(target: Target, arm: Arm) -> AbstractContextManager[Any]:
     return ideal(target) if arm == IDEAL else nullcontext()
 
 
-def _once(target: Target, policy: Arm, advance: Callable[[], None], device: str = "cpu") -> tuple[float, Any]:
-    """Seconds of one rollout, and the report of a patched one. Patching itself is outside the clock."""
+def _once(
+    target: Target, policy: Arm, advance: Callable[[], None], device: str = "cpu", settled: bool = False
+) -> tuple[float, Any]:
+    """Seconds of one rollout, and the report of a patched one. Patching itself is outside the clock.
+
+    So is, where all is to be ``settled``, a first video of a policy that prunes: a patch proves its first prune once.
+    """
     with _attached(target, policy) as handle:
+        if settled and isinstance(policy, ForcedPolicy):
+            target.run()
         clock = clock_of(device)
         _wait(device)
         began = clock()
