@@ -193,6 +193,9 @@ def _mixers(count: int, device: torch.device) -> Tensor:
     return torch.tensor([number - (number >> 63 << 64) for number in powers], device=device)
 
 
+_mixers(ELEMENTS, torch.device("cpu"))  # made before any mode that watches, or fakes, what is made
+
+
 def _signs(values: Tensor) -> Tensor:
     """A number for every row of V, of its signs."""
     rows = values[..., 1 : 1 + max(SIGNS // values.shape[-2], 1)].flatten(-2)
