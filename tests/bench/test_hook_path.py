@@ -3,7 +3,7 @@
 import hook_path
 
 BOUNDS = {64: 36, 1560: 42, 3600: 49, 14400: 49}
-"""Operations per chunk at most, by tokens: frames are added one by one from 1,024 tokens on, and from 2,048 on a choice
+"""Operations per chunk at most, by tokens: frames are added one by one from some 340 tokens on, from 2,049 a choice
 of the largest tokens takes the place of a sort."""
 
 

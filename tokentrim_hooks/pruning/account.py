@@ -161,9 +161,8 @@ class KeyAccount:
 
 def _strange(alive: Tensor, known: Tensor, new: int) -> int:
     """Keys that are unknown, more than ``new`` of them, or unknown and dead; of the sample that has most."""
-    keys = int(known.shape[1])
-    known_keys, known_or_alive = known.sum(1).tolist(), (known | alive).sum(1).tolist()
-    return max(keys - min(known_keys) - new, keys - min(known_or_alive))
+    strange, dead = (int(known.shape[1]) - int(min(kept.sum(1).tolist())) for kept in (known, known | alive))
+    return max(strange - new, dead)
 
 
 def keeps_contents(context: CacheRows) -> bool:
