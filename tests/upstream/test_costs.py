@@ -15,9 +15,9 @@ from magi1_tiny import magi1
 pytestmark = pytest.mark.upstream
 
 OPS = {
-    "TestSelfForcing": 64, "TestSelfForcingWithoutSink": 64, "TestCausalForcing": 64, "TestRewardForcing": 78,
-    "TestInfinityRope": 65, "TestKrea": 67, "TestLongLive": 64, "TestCausVid": 67, "TestMemFlow": 64,
-    "TestMemRope": 131, "TestRollingForcing": 69, "TestOneAfterTheOther": 105,
+    "TestSelfForcing": 31, "TestSelfForcingWithoutSink": 31, "TestCausalForcing": 31, "TestRewardForcing": 31,
+    "TestInfinityRope": 31, "TestKrea": 34, "TestLongLive": 31, "TestCausVid": 33, "TestMemFlow": 31,
+    "TestMemRope": 32, "TestRollingForcing": 40, "TestOneAfterTheOther": 78,
 }  # fmt: skip
 """Operations per chunk at most, observing, by kit."""
 
