@@ -60,8 +60,7 @@ class Pruner:
         self._marked: dict[Hashable, Traces] = {}  # weak: who drops a cache gets the memory back, marks or no marks
         self._accounts: dict[Hashable, KeyAccount] = {}
         self._last: CallTap | None = None
-        self._steering, self._fleeting = steering, FleetingMarks()
-        self._hides = steering is not None and steering.hides
+        self._steering, self._fleeting = steering if steering and steering.hides else None, FleetingMarks()
         self.acts: list[Act] = []
         self._shown: list[tuple[int, int]] = []  # of earlier parts of one call: attention calls tapped, dead keys
         # Of the chunk in progress: frames with a key, calls with a tap, whether any of them dropped a dead key.
@@ -83,28 +82,24 @@ class Pruner:
         goes_on = self._last is not None and part is not None and part.before > 0
         self._shown = [*self._shown, self._numbers()] if goes_on else []
         self.let_go()
-        if not (self._hides or self._marked or self._dead_tokens.killed_by or self._fleeting.rows):
+        if not (self._steering or self._marked or self._dead_tokens.killed_by or self._fleeting.rows):
             return None
         if self.dead and not self.proof.enabled:
-            # The proof has failed for another video of this model since.
-            self.clear()
+            self.clear()  # the proof has failed for another video of this model since
         layout, hidden = self._hide(call, place)
         if not self.dead and not hidden and not self._fleeting.rows:
             return None
         if self._dead_tokens and layout is None:
-            context = context_of(self._adapter, call)
-            assert not isinstance(context, CacheRows), "a model keeps its context in one way"
-            layout = context
-        if layout is not None:
-            self._frames |= layout.frames
+            layout = context_of(self._adapter, call)  # type: ignore[assignment]
+            assert not isinstance(layout, CacheRows), "a model keeps its context in one way"
+        self._frames |= set() if layout is None else layout.frames
         self._tapped += self.dead
         veil, gated = self._fleeting if self._hid else None, self.proof.layers > 0
         if account := self._accounts.get(call.stream) if call.stream in self._marked else None:
             account.begin(call.start)
         own = call.frames * math.prod(grid_of(call.latents, self._patch_size))
         dead, failures = self._dead_tokens, self._failures
-        if part is not None:
-            # A part that fails is followed by the whole batch: nobody steps aside for it.
+        if part is not None:  # one that fails is followed by the whole batch: nobody steps aside for it
             dead, failures, hidden = dead.of(part), FailurePolicy(), tuple(each.of(part) for each in hidden)
         self._last = CallTap(layout, dead, gated, failures, hidden, veil, account, own, part)
         return self._last
@@ -113,11 +108,10 @@ class Pruner:
         """Hide from one call what policies say: by fleeting marks in a cache, else by a layout and the tokens in it."""
         self.acts, self._hid = [], False
         steering = self._steering
-        if steering is None or not self._hides or place is None or not self.proof.enabled:
+        if steering is None or place is None or not self.proof.enabled:
             return None, ()
         context = context_of(self._adapter, call)
-        masks, self.acts = steering.hidden(call, place, context)
-        weights = steering.weights
+        (masks, self.acts), weights = steering.hidden(call, place, context), steering.weights
         if not masks and weights is None:
             return None, ()
         if weights is not None and ("weigh" not in self._adapter.takes or not isinstance(context, CacheRows)):
@@ -243,9 +237,8 @@ class Pruner:
 
     def let_go(self) -> None:
         """A call is over: its tap may hold masks, and with them the cache."""
-        if self._last is not None:
-            self._dropped = self._dropped or self._last.dead_keys > 0
-            self._last = None
+        self._dropped = self._dropped or (self._last is not None and self._last.dead_keys > 0)
+        self._last = None
         self._fleeting.take_off()
 
     def drop_hidden(self) -> None:

@@ -209,8 +209,7 @@ class Regenerator:
     ) -> Reading:
         """Bring a verdict and the flags that waited on the device to the host, in one read."""
         reading = read(verdict, view.drift, video.history(), noisy, waiting)
-        # A sum of float32 numbers in float64 is finite where all of them are.
-        if not math.isfinite(reading.drift.sum()):
+        if not math.isfinite(reading.drift.sum()):  # of float32 numbers, in float64
             self.pruner.require_layers_alike()
             where = f"the chunk at latent frame {view.start}, or the one before it,"
             raise LatentsError(f"{where} holds NaN or inf: the model itself diverged, so look at its inputs")
