@@ -103,8 +103,8 @@ class Rollout:
         running = None if scope is None or self._is_replay(scope) else scope.note
         if not isinstance(running, Running) or running.found.session.shared is not self.shared:
             return output
-        if not (is_profiling() or torch.is_grad_enabled()):
-            return self._come_back(module, running, output)
+        if not is_profiling():
+            return without_gradients(self._come_back, module, running, output)
         with profiled("tokentrim.after"):
             return without_gradients(self._come_back, module, running, output)
 
