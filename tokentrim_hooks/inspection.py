@@ -269,7 +269,10 @@ def _declared(function: Any) -> Any:
 
 
 def _names_what_it_takes(kind: type) -> bool:
-    """Whether a class declares a forward that says more than ``(self, *args, **kwargs)``, as one of a subclass may."""
+    """Whether a class declares a forward that says more than ``(self, *args, **kwargs)``, as one of a subclass may.
+
+    One that says no more and calls no other ``forward`` hands on to something else, which its adapter knows.
+    """
     forward = vars(kind).get("forward")
     if forward is None or kind is nn.Module:
         return False
@@ -277,7 +280,8 @@ def _names_what_it_takes(kind: type) -> bool:
     if code is None:
         return True
     taken = code.co_argcount + code.co_kwonlyargcount
-    return taken > 1 or not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    passes_on = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS) and "forward" in code.co_names
+    return taken > 1 or not passes_on
 
 
 def is_profiling() -> bool:

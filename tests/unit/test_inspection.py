@@ -129,3 +129,21 @@ def test_a_caller_that_has_only_general_classes_in_common_drives_no_call_of_its_
     stage.__dict__["transformer"] = Block()
     assert Runner().run(stage)
     assert not type("Twin", (Stage,), {"run": Runner.run})().run(stage)
+
+
+def test_a_forward_that_names_nothing_is_read_by_its_base_only_if_it_calls_it():
+    """FastVideo's hands all on to methods of its own, while its abstract base names what nobody is given."""
+
+    class Abstract(nn.Module):
+        def forward(self, hidden_states): ...
+
+    class Passing(Abstract):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    class HandingOn(Abstract):
+        def forward(self, *args, **kwargs):
+            return self.inferred(*args, **kwargs)
+
+    assert parameters_of(Passing()) == ("hidden_states",)
+    assert parameters_of(HandingOn()) == ("args", "kwargs")

@@ -83,6 +83,7 @@ CONFIGURATIONS = [
 ]
 
 
+@pytest.mark.checks("fastvideo", "exact")
 @pytest.mark.parametrize(("name", "options", "probe", "chunk", "anchors", "dead"), CONFIGURATIONS)
 def test_equals_minus_infinity(
     name: str, options: dict[str, Any], probe: Any, chunk: int, anchors: int, dead: int, record_property: Any
@@ -95,6 +96,7 @@ def test_equals_minus_infinity(
         actual = model(9, 7)
     error, effect = float((actual - expected).abs().max()), float((expected - plain).abs().max())
     record_property("figure", f"fastvideo {name}: effect {effect:.2e} error {error:.1e}")
+    record_property("exact", (name, effect, error))
     assert effect > 1e-2 and error <= 1e-5
     assert [record.phases for record in handle.report] == [PHASES] * 7
     assert [record.dead for record in handle.report] == [dead if n == chunk else 0 for n in range(7)]
@@ -185,6 +187,8 @@ def _summary(chunk: Tensor) -> Tensor:
     return patches.transpose(1, 2)
 
 
+@pytest.mark.checks("fastvideo-pair", "exact")
+@pytest.mark.checks("fastvideo-pair", "undone")
 def test_two_transformers_have_two_contexts_and_both_are_pruned(record_property: Any) -> None:
     """Wan2.2: high noise and low noise each with its cache; the first block has one frame."""
     stage = tiny.real_stage(boundary=0.9)
@@ -215,7 +219,17 @@ def test_two_transformers_have_two_contexts_and_both_are_pruned(record_property:
         expected = tiny.run_real_stage(stage, 1, 5, 0.9)
     effect = float((expected - plain).abs().max())
     record_property("figure", f"fastvideo two transformers, bfloat16 (drop): effect {effect:.2e} error 0")
+    record_property("exact", ("two transformers, bfloat16", effect, float((pruned - expected).abs().max())))
     assert effect > 1e-2 and torch.equal(pruned, expected)
+
+
+@pytest.mark.checks("fastvideo-pair", "neutral")
+def test_observing_two_transformers_changes_no_bit() -> None:
+    stage = tiny.real_stage(boundary=0.9)
+    plain = tiny.run_real_stage(stage, 1, 5, 0.9)
+    with tokentrim.patch(stage, tokentrim.ObservePolicy()) as handle:
+        assert torch.equal(plain, tiny.run_real_stage(stage, 1, 5, 0.9))
+    assert [record.severity is not None for record in handle.report] == [False] + [True] * 4
 
 
 def test_two_transformers_take_policies_that_judge_and_no_others() -> None:
