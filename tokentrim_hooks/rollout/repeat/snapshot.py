@@ -74,7 +74,8 @@ class Snapshot:
 def _moved(old: Tensor, new: Tensor) -> Tensor:
     if old.shape != new.shape:
         return torch.full((), torch.inf, device=old.device)
-    wide = old.dtype if old.is_complex() else torch.promote_types(old.dtype, torch.float32)
+    # Not promoted: float8 has no wider type that torch would name.
+    wide = old.dtype if old.is_complex() or old.dtype == torch.float64 else torch.float32
     before, now = old.to(wide), new.to(wide)
     same = (before == now) | (before.isnan() & now.isnan())
     distance, scale = torch.where(same, 0, before - now).abs(), torch.where(before.isfinite(), before, 0).abs()
