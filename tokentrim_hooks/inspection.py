@@ -277,7 +277,7 @@ def _names_what_it_takes(kind: type) -> bool:
     if forward is None or kind is nn.Module:
         return False
     code = getattr(inspect.unwrap(forward), "__code__", None)
-    if code is None:
+    if code is None or "__signature__" in getattr(forward, "__dict__", ()):
         return True
     taken = code.co_argcount + code.co_kwonlyargcount
     passes_on = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS) and "forward" in code.co_names

@@ -81,7 +81,7 @@ class Given:
         if name in self.kwargs:
             return self.kwargs[name]
         if not self._places.get(name, len(self.args)) < len(self.args):
-            raise TypeError(f"missing a required argument: {name!r}")
+            raise TypeError(f"attention is called without its argument {name!r}: give it")
         return self.args[self._places[name]]
 
     def get(self, name: str | None) -> Any:

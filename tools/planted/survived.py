@@ -137,8 +137,8 @@ SURVIVED = (
     planted(
         "rollout",
         "reading",
-        "read_flags.pop(),",
-        "read_flags.pop(0),",
+        "noisy is not None and clean.pop(),",
+        "noisy is not None and clean.pop(0),",
         "the usual steps are learnt of the call's own flag",
         OURS + "flags_that_waited_are_told_from_the_call_s_own",
     ),

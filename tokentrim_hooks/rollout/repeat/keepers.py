@@ -155,8 +155,14 @@ def _label(thing: Any, path: str) -> str:
 
 
 def _is_pythons(content: Any) -> bool:
-    """Whether it is an object of Python's library that is nobody's memory: a logger, a lock, a thread."""
-    home = type(content).__module__.partition(".")[0]
+    """Whether it is an object of Python's library that is nobody's memory, or torch's record of its own collectives.
+
+    A logger, a lock, a thread; FSDP2 counts the order of its groups in each call, repeated ones too.
+    """
+    home = type(content).__module__
+    if home.startswith("torch.distributed."):
+        return True
+    home = home.partition(".")[0]
     return home in sys.stdlib_module_names and home not in PLAIN_HOMES
 
 
