@@ -40,8 +40,8 @@ OTHERS = (
     planted(
         "policy",
         "drift",
-        "(ordered - places)",
-        "(ordered + places)",
+        "torch.arange(0, -tokens, -1, device=drift.device)",
+        "torch.arange(-tokens, 0, device=drift.device)",
         "ties go to the higher index",
         "properties/test_drift_laws.py::test_ties_go_to_the_lower_index",
     ),
@@ -72,8 +72,8 @@ OTHERS = (
     planted(
         "rollout",
         "reading",
-        "list(dict.fromkeys(row))",
-        "row",
+        "list(dict.fromkeys(tokens[sample * each : (sample + 1) * each]))",
+        "tokens[sample * each : (sample + 1) * each]",
         "the rows of a token that is named twice are counted twice",
         "policies/test_verdicts.py::test_a_token_named_twice_to_fill_a_row_dies_once",
     ),
@@ -128,8 +128,8 @@ OTHERS = (
     planted(
         "policy",
         "token_trim",
-        "history.count < max(self.warmup, 1)",
-        "history.count <= max(self.warmup, 1)",
+        "history.count >= max(self.warmup, 1)",
+        "history.count > max(self.warmup, 1)",
         "the warm-up lasts one chunk longer",
         "unit/test_policy.py::test_trigger",
     ),
