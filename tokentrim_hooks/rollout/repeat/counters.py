@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.rollout.repeat.counts import Count, count_of
+from tokentrim_hooks.rollout.repeat.counts import Count, count_of, has_plain, is_container
 from tokentrim_hooks.rollout.repeat.functions import Variables
 from tokentrim_hooks.rollout.repeat.keepers import items_of, keepers_of, reachable, take_out
 from tokentrim_hooks.rollout.repeat.logs import only_adds_to
@@ -44,7 +44,9 @@ class Counters:
                     changed.append(f"{label}.{name}" + ("" if count.restorable else ", which cannot be put back"))
             for name in _new(keeper, now, known):
                 take_out(keeper, name)
-                changed.append(f"{label}.{name}")
+                # A cache is handed on by an attribute (MemRoPE); it is no count, and the next call sets it again.
+                if not is_container(now[name]) or has_plain(now[name]):
+                    changed.append(f"{label}.{name}")
         return sorted(set(changed))
 
     def written(self) -> bool:

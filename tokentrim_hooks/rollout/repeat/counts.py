@@ -192,6 +192,11 @@ def is_container(value: Any) -> bool:
     return isinstance(value, list | deque | set | dict | bytearray)
 
 
+def has_plain(value: Any) -> bool:
+    """Whether there are numbers or texts in a container."""
+    return any(is_plain(part) for part in (value.values() if isinstance(value, dict) else value))
+
+
 def is_array(value: Any) -> bool:
     """Whether it is a small array of numpy, which need not be installed."""
     return type(value).__module__ == "numpy" and hasattr(value, "tobytes") and value.nbytes <= SMALL
