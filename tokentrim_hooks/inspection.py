@@ -171,13 +171,14 @@ def _callers() -> Iterator[object]:
     while frame is not None:
         code = frame.f_code
         is_method = code.co_argcount and code.co_varnames[0] == "self"
-        if is_method and not _is_machinery(frame.f_globals.get("__name__", "")):
+        if is_method and not is_machinery(frame.f_globals.get("__name__", "")):
             yield _local(frame, "self")
         frame = frame.f_back
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_machinery(module: object) -> bool:
+def is_machinery(module: object) -> bool:
+    """Whether code of a module of this name lies between a caller and a hook, and is no caller itself."""
     return str(module).startswith(MACHINERY)
 
 
@@ -284,15 +285,10 @@ def _names_what_it_takes(kind: type) -> bool:
     return taken > 1 or not passes_on
 
 
-def is_profiling() -> bool:
-    """Whether torch's profiler is on."""
-    on: bool = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    return on
-
-
 def profiled(name: str) -> contextlib.AbstractContextManager[Any]:
     """A named stretch of a profile; nothing, which takes no time, while no profiler is on."""
-    return record_function(name) if is_profiling() else _NOTHING
+    on: bool = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    return record_function(name) if on else _NOTHING
 
 
 _NOTHING = contextlib.nullcontext()

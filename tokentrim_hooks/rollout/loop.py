@@ -12,18 +12,10 @@ from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
-BETWEEN = (
-    "accelerate",
-    "contextlib",
-    "functools",
-    "tokentrim_hooks.handle",
-    "tokentrim_hooks.inspection",
-    "tokentrim_hooks.patching",
-    "tokentrim_hooks.pruning",
-    "tokentrim_hooks.rollout",
-    "torch",
-)
-"""Modules whose frames lie between the sampler and a hook."""
+from tokentrim_hooks.inspection import is_machinery
+
+BETWEEN = ("accelerate", "contextlib", "functools", "torch", "tokentrim_hooks.handle", "tokentrim_hooks.inspection")
+"""Modules whose frames lie between the sampler and a hook, beside what is machinery to everybody."""
 
 
 class _Mark:
@@ -67,10 +59,13 @@ def _sampler() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(1)
     module = None
     while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if not any(name == between or name.startswith(f"{between}.") for between in BETWEEN):
+        if not _is_between(str(frame.f_globals.get("__name__", ""))):
             if module is not None and frame.f_globals is not module:
                 return
             module = frame.f_globals
             yield frame
         frame = frame.f_back
+
+
+def _is_between(name: str) -> bool:
+    return is_machinery(name) or any(name == module or name.startswith(f"{module}.") for module in BETWEEN)

@@ -14,7 +14,7 @@ from torch import nn
 
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.failures import FailurePolicy
-from tokentrim_hooks.inspection import Binder, is_driven_by, is_profiling, profiled, weakly
+from tokentrim_hooks.inspection import Binder, is_driven_by, profiled, weakly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.autograd_modes import without_gradients
 from tokentrim_hooks.pruning.call_scope import CallScope, current_scope, open_scope, scope_of_call
@@ -74,11 +74,8 @@ class Rollout:
             ranks.replays += 1
             return None
         ranks.enter()
-        if not is_profiling():
+        with profiled("tokentrim.before"):
             changed = self._begin(module, args, kwargs)
-        else:
-            with profiled("tokentrim.before"):
-                changed = self._begin(module, args, kwargs)
         ranks.begun()
         return changed
 
@@ -103,8 +100,6 @@ class Rollout:
         running = None if scope is None or self._is_replay(scope) else scope.note
         if not isinstance(running, Running) or running.found.session.shared is not self.shared:
             return output
-        if not is_profiling():
-            return without_gradients(self._come_back, module, running, output)
         with profiled("tokentrim.after"):
             return without_gradients(self._come_back, module, running, output)
 

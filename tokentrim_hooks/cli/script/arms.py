@@ -17,8 +17,6 @@ from tokentrim_hooks.report import names
 
 ELASTIC = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 """Variables by which torchrun tells its processes who they are."""
-
-
 PATIENCE = 60.0
 """Seconds that a run has for its log and its page after Ctrl-C, before it is ended."""
 

@@ -105,7 +105,7 @@ def keeps(content: Any) -> bool:
         return False
     if isinstance(content, MutableMapping | list):
         return True
-    if _is_code(content) or is_ours(content) or _is_pythons(content):
+    if _is_code(content) or is_ours(content) or _is_nobodys_memory(content):
         return False
     return hasattr(content, "__dict__") or bool(_slots(content))
 
@@ -154,16 +154,16 @@ def _label(thing: Any, path: str) -> str:
     return path if path and type(thing).__module__ in ("builtins", "collections") else type(thing).__name__
 
 
-def _is_pythons(content: Any) -> bool:
-    """Whether it is an object of Python's library that is nobody's memory, or torch's record of its own collectives.
+def _is_nobodys_memory(content: Any) -> bool:
+    """Whether it is an object of Python's library (a logger, a lock, a thread), or of torch's collectives.
 
-    A logger, a lock, a thread; FSDP2 counts the order of its groups in each call, repeated ones too.
+    FSDP2 counts the order of its groups in each call, repeated ones too.
     """
     home = type(content).__module__
     if home.startswith("torch.distributed."):
         return True
-    home = home.partition(".")[0]
-    return home in sys.stdlib_module_names and home not in PLAIN_HOMES
+    library = home.partition(".")[0]
+    return library in sys.stdlib_module_names and library not in PLAIN_HOMES
 
 
 def is_ours(content: Any) -> bool:

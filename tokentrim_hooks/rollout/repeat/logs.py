@@ -12,8 +12,6 @@ from tokentrim_hooks.rollout.repeat.functions import outside_of
 from tokentrim_hooks.rollout.repeat.keepers import functions_of, keepers_of
 
 ADDS = frozenset(("append", "appendleft", "add", "extend", "extendleft", "insert", "update"))
-
-
 VARIABLES = frozenset(("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF", "LOAD_GLOBAL", "LOAD_NAME"))
 
 
