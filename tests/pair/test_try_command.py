@@ -1,5 +1,6 @@
 """``tokentrim try`` on a script as somebody has it, in processes of their own."""
 
+import functools
 import json
 import os
 import signal
@@ -95,7 +96,10 @@ def test_ctrl_c_leaves_log_and_report_of_the_run_that_it_met(project):
     command = [sys.executable, "-m", "tokentrim_hooks", "try", "--out", "stopped", "endless.py", "videos"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=project, env=variables, start_new_session=True, **streams) as process:
+    # A shell's background job ignores Ctrl-C and hands that down, so tests that run in one would wait for ever.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    options = {"cwd": project, "env": variables, "start_new_session": True, "preexec_fn": heeds}
+    with subprocess.Popen(command, **options, **streams) as process:
         assert process.stdout.readline() == "made\n"
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate(timeout=300)[1]
