@@ -23,7 +23,7 @@ from tokentrim_hooks.handle.checkup import (
     owners_of,
 )
 from tokentrim_hooks.patching.patches import Method, Patches
-from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.base import Policy, labelled
 from tokentrim_hooks.ranks.agreement import ranks_of
 from tokentrim_hooks.report.observers import Guarded, Observer, tell
 from tokentrim_hooks.report.provenance import versions
@@ -283,8 +283,8 @@ def judge_of(policies: Sequence[Policy]) -> Policy:
 def _settings(adapter: Adapter, match: Match, policies: Sequence[Policy], probe: str) -> dict[str, Any]:
     """What the log records of a patch: the judge's options as ``policy.option``, others' with their policy's name."""
     options: dict[str, Any] = {}
-    for policy in policies:
-        prefix = "policy" if policy.judges else f"policy.{type(policy).__name__}"
+    for label, policy in labelled(policies):
+        prefix = "policy" if policy.judges else f"policy.{label}"
         options |= {f"{prefix}.{name}": value for name, value in policy.settings().items()}
     return {
         "adapter": adapter.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -162,6 +163,15 @@ class Policy:
     def needs(self) -> frozenset[str]:
         """What it asks of a model: the hooks that it overrides, and what they need beside."""
         return self.requires | set(hooks_of(type(self)))
+
+
+def labelled(policies: Sequence[Policy]) -> list[tuple[str, Policy]]:
+    """Each with the name that records have of it: its class; from the second of a class on with a number behind."""
+    found: list[tuple[str, Policy]] = []
+    for policy in policies:
+        alike = sum(type(other) is type(policy) for _, other in found)
+        found.append((f"{type(policy).__name__} {alike + 1}" if alike else type(policy).__name__, policy))
+    return found
 
 
 def hooks_of(policy: type[Policy]) -> tuple[str, ...]:

@@ -48,7 +48,8 @@ class ChunkRecord:
         grid: (height, width) of the token grid. seconds: wall clock from the chunk's first call to its last.
         given: the chunk was handed in as clean context (an image or video prefix). notes: anything unusual.
         acts: what policies did beside judging: ``policy``, ``hook``, ``calls`` at which it did something, ``rows`` of
-            the context hidden or rewritten in them, ``norm`` of what was added to x0 (of all samples).
+            the context hidden or rewritten in them, ``norm`` of what was added to x0, and ``mean_before``,
+            ``std_before``, ``mean_after``, ``std_after`` of rewritten rows of V (these five of all samples).
     """
 
     video: int

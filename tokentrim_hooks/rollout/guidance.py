@@ -15,7 +15,7 @@ from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import PolicyError, UnsupportedPolicyError
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.inspection import bind, compiled_part, shares_storage
-from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.base import Policy, labelled
 from tokentrim_hooks.policy.views import Noisy, Place
 from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.ranks.agreement import Alone
@@ -52,7 +52,7 @@ class Guidance:
 
     def __init__(self, adapter: Adapter, policies: Sequence[Policy], pruner: Pruner, failures: FailurePolicy) -> None:
         self._adapter, self._pruner, self._failures = adapter, pruner, failures
-        self._guiding = [policy for policy in policies if policy.overrides("guide")]
+        self._guiding = [(label, policy) for label, policy in labelled(policies) if policy.overrides("guide")]
         # A chunk that was guided, until its commit shows that the sampler went on from what it was handed.
         self._unproved: tuple[VideoState, ChunkState] | None = None
 
@@ -75,14 +75,14 @@ class Guidance:
         if given.phase not in (Phase.FIRST, Phase.REFINE):
             return given, []
         acts: list[Act] = []
-        for policy in self._guiding:
+        for label, policy in self._guiding:
             with unwritten(policy, "guide", given.call.latents):
                 answer = policy.guide(self._view(given, given.place))
             if answer is None:
                 continue
-            name, before = type(policy).__name__, given.call.latents
-            given = self._from(given, _like(answer, before, f"{name}.guide returned").detach())
-            acts.append(Act(name, "guide", norm=(given.call.latents.float() - before.float()).norm()))
+            before = given.call.latents
+            given = self._from(given, _like(answer, before, f"{type(policy).__name__}.guide returned").detach())
+            acts.append(Act(label, "guide", norm=(given.call.latents.float() - before.float()).norm()))
             self._unproved = (video, chunk)
         return given, acts
 

@@ -21,6 +21,7 @@ from tokentrim_hooks.report.observers import Observer, progress_line, tell
 from tokentrim_hooks.report.record import ChunkRecord, Report
 from tokentrim_hooks.rollout.judgement import Judgement
 from tokentrim_hooks.rollout.reading import Reading
+from tokentrim_hooks.rollout.scene import Act
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
 
 KEPT = 1000
@@ -88,16 +89,17 @@ class Recorder:
 
     def _read_acts(self, chunk: ChunkState) -> None:
         """Bring what policies did beside judging to the host, in one read, and find numbers that are not finite."""
-        numbers = [act.norm if act.total is None else act.total for act in chunk.acts]
-        waiting = [number for number in numbers if isinstance(number, Tensor)]
+        waiting = [number for act in chunk.acts for number in (act.norm, act.told) if isinstance(number, Tensor)]
         if not waiting:
             return
-        read = iter(torch.stack([n.detach().to(waiting[0].device, torch.float32) for n in waiting]).tolist())
-        for place, (act, number) in enumerate(zip(chunk.acts, numbers, strict=True)):
-            value = next(read) if isinstance(number, Tensor) else 0.0
-            if act.total is None and act.norm is not None:
-                chunk.acts[place] = dataclasses.replace(act, norm=value)
-            if self.fault is None and not math.isfinite(value):
+        flat = [number.detach().to(waiting[0].device, torch.float32).flatten() for number in waiting]
+        read = iter(torch.cat(flat).tolist())
+        for place, act in enumerate(chunk.acts):
+            norm = [next(read)] if isinstance(act.norm, Tensor) else []
+            told = [next(read) for _ in act.told] if act.told is not None else []
+            moments = dict(zip(Act.TOLD, told, strict=False))
+            chunk.acts[place] = dataclasses.replace(act, norm=norm[0] if norm else act.norm, told=None, moments=moments)
+            if self.fault is None and not all(map(math.isfinite, norm + told)):
                 self.fault = PolicyError(
                     f"{act.policy}.{act.hook} gave numbers that are not finite for the chunk at latent frame "
                     f"{chunk.start}, or was given such.\nMend it, or leave it out: without it the model shows whether "
@@ -165,6 +167,7 @@ def _acts(chunk: ChunkState, batch: int) -> tuple[dict[str, Any], ...]:
             norm = float(act.norm)
             # A later call's may be finite again.
             entry["norm"] = norm if math.isfinite(entry.get("norm", 0.0)) else entry["norm"]
+        entry.update(act.moments)
     return tuple(found.values())
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,14 +22,19 @@ class Act:
         policy, hook: names.
         rows: of the context, hidden or rewritten, of all samples.
         norm: Euclidean norm of what was added to x0, on the device until it is read.
-        total: sum of the rows that were rewritten, on the device: finite where they are.
+        told: of rows that were rewritten, on the device: :data:`TOLD`, the mean over layers, and a number that is
+            finite where their keys are. moments: the first of these by name, once they were read.
     """
+
+    TOLD: ClassVar[tuple[str, ...]] = ("mean_before", "std_before", "mean_after", "std_after")
+    """Mean and standard deviation of a layer's rows of V, over samples, tokens, heads and channels."""
 
     policy: str
     hook: str
     rows: int = 0
     norm: Tensor | float | None = None
-    total: Tensor | None = None
+    told: Tensor | None = None
+    moments: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase
 from tokentrim_hooks.errors import PolicyError
-from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.base import Policy, labelled
 from tokentrim_hooks.policy.statistics import Moments
 from tokentrim_hooks.policy.views import ContextView, Denoised, Place, Rows
 from tokentrim_hooks.pruning.autograd_modes import writing
@@ -36,16 +36,17 @@ class Steering:
 
     def __init__(self, adapter: Adapter, policies: Sequence[Policy]) -> None:
         self._adapter = adapter
-        self._hiding = [policy for policy in policies if policy.overrides("hide")]
-        self._correcting = [policy for policy in policies if policy.overrides("correct")]
+        named = labelled(policies)
+        self._hiding = [(label, policy) for label, policy in named if policy.overrides("hide")]
+        self._correcting = [(label, policy) for label, policy in named if policy.overrides("correct")]
         self.guides = any(policy.overrides("guide") for policy in policies)
-        self._settling = [policy for policy in policies if policy.overrides("settle")]
+        self._settling = [(label, policy) for label, policy in named if policy.overrides("settle")]
         self.hides, self.corrects, self.settles = map(bool, (self._hiding, self._correcting, self._settling))
         self.active = self.hides or self.corrects or self.settles or self.guides
-        self.compares = any(policy.compares for policy in self._hiding)
+        self.compares = any(policy.compares for _, policy in self._hiding)
         self.scene = Scene()
         self.weights: Tensor | None = None
-        self.remembers = max((policy.remembers for policy in self._correcting), default=0)
+        self.remembers = max((policy.remembers for _, policy in self._correcting), default=0)
 
     # ------------------------------------------------------------------------------------------ hide
 
@@ -60,7 +61,7 @@ class Steering:
             view = dataclasses.replace(view, summaries=self.scene.frames.of(_numbers(context, view, call.start)))
         found: dict[str, Tensor] = {}
         acts: list[Act] = []
-        for policy in self._hiding if view.frames else []:
+        for label, policy in self._hiding if view.frames else []:
             answer = policy.hide(place, view)
             if answer is None:
                 continue
@@ -68,7 +69,7 @@ class Steering:
             rows = int(mask.sum() if mask.dtype == torch.bool else (mask < 1).sum())
             if not rows:
                 continue
-            acts.append(Act(type(policy).__name__, "hide", rows))
+            acts.append(Act(label, "hide", rows))
             if mask.dtype != torch.bool:
                 self.weights = mask if self.weights is None else self.weights * mask
             else:
@@ -81,7 +82,7 @@ class Steering:
         """The x0 that the sampler goes on with, and who changed it; ``x0`` itself where nobody did."""
         acts: list[Act] = []
         fields = {f.name: getattr(place, f.name) for f in dataclasses.fields(Place)}
-        for policy in self._correcting:
+        for label, policy in self._correcting:
             chunk = Denoised(**fields, prediction=shown(x0), earlier=tuple(earlier), opening=scene.opening)
             with unwritten(policy, "correct", x0, *earlier, *([] if scene.opening is None else [scene.opening])):
                 answer = policy.correct(chunk)
@@ -94,7 +95,7 @@ class Steering:
                     "return latents of the same shape, or None"
                 )
             answer = answer.to(x0.dtype)
-            acts.append(Act(type(policy).__name__, "correct", norm=(answer.float() - x0.float()).norm()))
+            acts.append(Act(label, "correct", norm=(answer.float() - x0.float()).norm()))
             x0 = answer
         return x0, acts
 
@@ -103,8 +104,7 @@ class Steering:
     def settle(self, call: Call, place: Place, context: CacheRows, scene: Scene) -> list[Act]:
         """Rewrite the rows that ``call`` has committed; remember those of the scene's first chunk."""
         first, stop = context.own_rows(call.frames)
-        acts: dict[str, int] = {}
-        sums: dict[str, Tensor] = {}
+        done: dict[str, list[Tensor]] = {}
         for layer, values in enumerate(context.values):
             keys = context.keys[layer] if context.keys else None
             first_values, first_keys = scene.moments.get((call.stream, layer), (None, None))
@@ -119,18 +119,17 @@ class Steering:
                 anchor_keys,
             )
             rows = written
-            for policy in self._settling:
+            for label, policy in self._settling:
                 answer = policy.settle(place, rows)
                 if answer is not None:
-                    rows = _rewritten(answer, rows, policy)
-                    name = type(policy).__name__
-                    acts[name] = acts.get(name, 0) + (stop - first)
-                    sums[name] = _sum_of(rows) + sums.get(name, 0.0)
+                    before, rows = rows, _rewritten(answer, rows, policy)
+                    done.setdefault(label, []).append(_told_of(before, rows))
             _write(written, rows)
             if (call.stream, layer) not in scene.moments:
                 of_keys = None if written.keys is None else Moments.of(written.keys, (1,))
                 scene.moments[call.stream, layer] = (Moments.of(written.values, (1,)), of_keys)
-        return [Act(name, "settle", rows, total=sums[name]) for name, rows in acts.items()]
+        return [Act(label, "settle", len(told) * (stop - first), told=torch.stack(told).mean(0))
+                for label, told in done.items()]  # fmt: skip
 
 
 def _rewritten(answer: object, rows: Rows, policy: Policy) -> Rows:
@@ -147,10 +146,11 @@ def _rewritten(answer: object, rows: Rows, policy: Policy) -> Rows:
     return answer
 
 
-def _sum_of(rows: Rows) -> Tensor:
-    """A number that is finite where all of the rows are."""
-    total = rows.values.float().sum()
-    return total if rows.keys is None else total + rows.keys.float().sum()
+def _told_of(before: Rows, after: Rows) -> Tensor:
+    """:data:`Act.TOLD` of a layer's rows; the last is a number that is finite where all of the new ones are."""
+    sides = [torch.var_mean(rows.values.float(), correction=0) for rows in (before, after)]
+    keys = sides[1][1] if after.keys is None else after.keys.float().sum()
+    return torch.stack([part for variance, mean in sides for part in (mean, variance.sqrt())] + [keys])
 
 
 def view_of(context: Context, grid: tuple[int, int]) -> ContextView:

@@ -17,6 +17,7 @@ from tokentrim_hooks.policy.drift import RunningStatistics, token_drift
 from tokentrim_hooks.policy.token_trim import ObservePolicy
 from tokentrim_hooks.policy.views import Chunk, History, Verdict
 from tokentrim_hooks.reference.fault import Where
+from tokentrim_hooks.rollout.shared import Probe
 
 TUNING = range(5000, 6000)
 """Seeds to search on; no table has one of them."""
@@ -69,8 +70,8 @@ class Watched:
         return torch.stack(flags)
 
 
-def watch(kind: str, fault: Where | None, seeds: Sequence[int], chunks: int) -> Watched:
-    """Roll out the reference model on tuning seeds, and keep what a judge is shown.
+def held_in(seeds: Sequence[int]) -> None:
+    """See that all of them are tuning seeds.
 
     Raises:
         TokenTrimError: a seed that a table may report.
@@ -80,18 +81,30 @@ def watch(kind: str, fault: Where | None, seeds: Sequence[int], chunks: int) -> 
             "some of these seeds are held out, for tables report them.\n"
             f"Give tuning seeds, {TUNING.start} to {TUNING.stop - 1}."
         )
+
+
+def watch(kind: str, fault: Where | None, seeds: Sequence[int], chunks: int, probe: Probe = "first-step") -> Watched:
+    """Roll out the reference model on tuning seeds, and keep what a judge is shown.
+
+    Raises:
+        TokenTrimError: a seed that a table may report.
+    """
+    held_in(seeds)
     trial: ReferenceTrial = ReferenceMaker.load(chunks, fault, None, True, "cpu", kind=kind)(seeds)
     watcher = Watcher()
-    with patched(trial.model, watcher), torch.no_grad():
+    with patched(trial.model, watcher, probe=probe), torch.no_grad():
         trial.run()
     return Watched(f"{kind}, {fault or 'no fault'}", trial.model.generator.model.grid, trial.watch, watcher.shown)
 
 
-def kept(folder: Path, kind: str, fault: Where | None, seeds: Sequence[int], chunks: int) -> Watched:
+def kept(
+    folder: Path, kind: str, fault: Where | None, seeds: Sequence[int], chunks: int, probe: Probe = "first-step"
+) -> Watched:
     """:func:`watch`, or what an earlier call has left of the same in ``folder``."""
-    file = folder / f"{kind}-{fault}-{seeds[0]}-{len(seeds)}-{chunks}.pt"
+    name = f"{kind}-{fault}-{seeds[0]}-{len(seeds)}-{chunks}"
+    file = folder / f"{name}{'' if probe == 'first-step' else '-' + probe}.pt"
     if not file.is_file():
-        made = watch(kind, fault, seeds, chunks)
+        made = watch(kind, fault, seeds, chunks, probe)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(vars(made), file)
     return Watched(**torch.load(file, weights_only=True))
