@@ -55,10 +55,10 @@ def markdown_table(columns: Sequence[str], rows: Rows) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """Text that ends no cell and no line of Markdown, and is neither a tag, nor a link, nor a picture."""
+    """Text that ends no cell and no line of Markdown, is neither a tag nor a link nor a picture, and steers nothing."""
     for sign, instead in (("\\|", "\\\\|"), ("|", "\\|"), ("<", "&lt;"), ("](", "]\\(")):
         text = text.replace(sign, instead)
-    return " ".join(text.splitlines())
+    return printable(" ".join(text.splitlines()))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 import traceback
@@ -52,6 +53,14 @@ def require_all(wanted: Mapping[str, Sequence[str]]) -> None:
     raise MissingExtraError(
         f"this needs {named}, which {are} not installed.\nInstall {them}: pip install {' '.join(words)}"
     )
+
+
+def is_installed(module: str) -> bool:
+    """Whether a top-level module can be found; it is not imported."""
+    try:
+        return (sys.modules[module] if module in sys.modules else importlib.util.find_spec(module)) is not None
+    except (ImportError, ValueError, AttributeError):
+        return False
 
 
 def _is_there(module: str) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from tokentrim_hooks.adapter import Adapter, Match, NoMatch
 from tokentrim_hooks.errors import PluginError
+from tokentrim_hooks.extras import is_installed
 from tokentrim_hooks.markers import GROUP, hookspec
 from tokentrim_hooks.patching.patches import Method
 from tokentrim_hooks.policy.base import Policy, hooks_of
@@ -34,7 +35,8 @@ def tokentrim_observers() -> Mapping[str, ObserverFactory]:  # type: ignore[empt
     """Return the observers that this plugin provides, by name: none observes until a user asks for it.
 
     A factory is called once per patched model. It imports its library, so that the library is needed only by those who
-    ask for the observer, and leaves the opening of files to ``on_start``.
+    ask for the observer, and leaves the opening of files to ``on_start``. Its attribute ``needs``, where it has one,
+    maps modules to the names that pip knows: what is not installed is told before a run begins.
     """
 
 
@@ -81,6 +83,13 @@ class ObserverInfo:
     distribution: str
     factory: ObserverFactory
     error: str = ""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What is not installed of its factory's ``needs``, by the names that pip knows."""
+        needs: Any = getattr(self.factory, "needs", {})
+        named = needs if isinstance(needs, Mapping) else {}
+        return tuple(str(package) for module, package in named.items() if not is_installed(str(module)))
 
 
 @dataclass(frozen=True)

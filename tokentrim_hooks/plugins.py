@@ -13,7 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokentrim_hooks.errors import PluginError, TokenTrimError, UnknownObserverError, UnknownPolicyError
+from tokentrim_hooks.errors import (
+    MissingExtraError,
+    PluginError,
+    TokenTrimError,
+    UnknownObserverError,
+    UnknownPolicyError,
+)
 from tokentrim_hooks.loading import (
     FAILURES,
     AdapterInfo,
@@ -153,6 +159,20 @@ def find_observer(name: str) -> ObserverInfo:
     return _named("observer", "observers", name, found().observers, UnknownObserverError)
 
 
+def ready_observer(name: str) -> ObserverInfo:
+    """The installed observer of that name, if the libraries that it needs are installed too.
+
+    Raises:
+        UnknownObserverError, PluginError: as for :func:`find_observer`. MissingExtraError: a library is missing.
+    """
+    info = find_observer(name)
+    if info.missing:
+        are, them = ("is", "it") if len(info.missing) == 1 else ("are", "them")
+        words = f"the observer {name!r} needs {' and '.join(info.missing)}, which {are} not installed"
+        raise MissingExtraError(f"{words}.\nInstall {them}: pip install {' '.join(info.missing)}")
+    return info
+
+
 def _named(kind: str, kinds: str, name: str, infos: Sequence[Named], unknown: Callable[[str], TokenTrimError]) -> Named:
     """The one of ``infos`` that owns ``name``."""
     named = [info for info in infos if info.name == name]
@@ -185,9 +205,9 @@ def make_observer(name: str, folder: str | Path | None = None) -> Observer:
 
     Raises:
         UnknownObserverError, PluginError: as for :func:`find_observer`; or its factory failed.
-        MissingExtraError or another TokenTrimError: the factory says what is missing.
+        MissingExtraError: a library that it needs is missing. Another TokenTrimError: its factory says why.
     """
-    info = find_observer(name)
+    info = ready_observer(name)
     try:
         made: Any = info.factory(None if folder is None else Path(folder))
         watches = isinstance(made, Observer) and callable(made.on_chunk)
@@ -258,6 +278,7 @@ __all__ = [
     "left_out",
     "make_observer",
     "make_policy",
+    "ready_observer",
     "tokentrim_adapters",
     "tokentrim_observers",
     "tokentrim_policies",

@@ -1,6 +1,8 @@
 """A log of any length becomes a page of limited size in limited memory, and nothing of it goes uncounted."""
 
 import json
+import math
+import random
 import re
 import tracemalloc
 
@@ -9,6 +11,8 @@ import pytest
 
 from tokentrim_hooks.cli.main import main
 from tokentrim_hooks.report import record as records
+from tokentrim_hooks.report.fields import KINDS
+from tokentrim_hooks.report.floats import Floats
 from tokentrim_hooks.report.page import gathering, writing
 from tokentrim_hooks.report.page.charts import SIDE, cache_cells
 from tokentrim_hooks.report.page.gathering import gather
@@ -131,3 +135,20 @@ def test_an_error_names_the_line(tmp_path):
     log.write_text(log.read_text() + "\n\nnonsense\n")
     with pytest.raises(records.ReportError, match=re.escape(f"{log}:5 is not a chunk record")):
         list(stream(log))
+
+
+def test_numbers_are_checked_alike_however_they_come():
+    """A list of plain numbers is looked at as a whole; what it holds decides, and no other way of asking."""
+    choice, values = random.Random(3), [0.0, 1.5, -2, math.nan, math.inf, None, True, 1e29, 1e31, 10**400, -1e31, "x"]
+    drift, one = KINDS["drift"][1], KINDS["seconds"][1]
+
+    def outcome(check, value):
+        try:
+            return [float(part) for part in check(value)]
+        except Exception as failure:
+            return type(failure).__name__
+
+    for _ in range(3000):
+        given = [choice.choice(values) for _ in range(choice.randint(1, 4))]
+        singly, whole = outcome(lambda parts: [one(part) for part in parts], given), outcome(drift, given)
+        assert repr(whole) == repr(outcome(Floats, singly) if isinstance(singly, list) else singly), given

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import struct
+import unicodedata
 import zlib
 
 import pytest
@@ -17,7 +18,7 @@ from tokentrim_hooks.experiments.compare.store import Outcome, Store, read_outco
 from tokentrim_hooks.report import files
 from tokentrim_hooks.report.fields import KINDS
 from tokentrim_hooks.report.filmstrip import save_film, words
-from tokentrim_hooks.report.page import render, write_page
+from tokentrim_hooks.report.page import filled, render, write_page
 from tokentrim_hooks.report.record import ChunkRecord, Report, read_report, thumbnail_name
 from tokentrim_hooks.report.thumbnails import Thumbnails, clear
 
@@ -133,6 +134,21 @@ def test_strings_of_a_log_are_text_on_the_page(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"policy": evil, evil: evil}))
     html = write_page(tmp_path).read_text()
     assert "<script" not in html and "&lt;script" in html
+    assert "\x1b" not in html and "\\x1b[31m" in html, "cat report.html does not steer the terminal either"
+
+
+def test_no_page_and_no_markdown_has_a_control_character(tmp_path):
+    every = "".join(map(chr, [*range(32), *range(0x7F, 0xA0), 0x202E, 0x2066, 0xD800]))
+    template = tmp_path / "page.j2"
+    template.write_text("<p title='{{ text }}'>{{ text }}\n\t</p>\n")
+    page = filled(template, text=f"a\u00a0b \U0001f469\u200d\U0001f680 {every}")
+    table = markdown_table(["a"], [[every]])
+    for text in (page, table):
+        text.encode()
+        steering = [c for c in text if unicodedata.category(c) in ("Cc", "Cs") or c in "\u202e\u2066"]
+        assert set(steering) <= {"\n", "\t"}
+    assert "\\x1b" in page and "\\u202e" in page and "\\ud800" in page
+    assert "a\u00a0b \U0001f469\u200d\U0001f680" in page, "what belongs to words stays"
 
 
 def test_strings_of_a_log_do_not_steer_the_terminal(tmp_path, capsys):

@@ -70,10 +70,11 @@ def test_a_folder_is_handed_on_as_a_path(installed):
 def test_an_unknown_name_lists_the_installed_and_the_broken(installed):
     installed(FIXTURES / "watchers", FIXTURES)
     with pytest.raises(tokentrim.UnknownObserverError) as caught:
-        tokentrim.patch(tiny.make(), observers=["tensorbored"])
+        tokentrim.patch(tiny.make(), observers=["notebook"])
     message = str(caught.value)
-    assert "no observer named 'tensorbored'; installed: broken, hollow, notes, " in message
-    assert ", thumbnails; not used: absent, crashes, empty, unfinished (see `tokentrim adapters`)" in message
+    assert "no observer named 'notebook'; did you mean 'notes'? installed: broken, hollow, notes, " in message
+    assert ", thumbnails" in message, "further ones may be installed"
+    assert "; not used: absent, crashes, empty, unfinished (see `tokentrim adapters`)" in message
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import ReportError
 
 VIDEO = click.Path(dir_okay=False, path_type=Path)
-LARGE, PER_SECOND = 200e6, 25e6
+LARGE, PER_SECOND = 200e6, 15e6
 """Bytes of a log from which on it is said how long reading takes, and how many a second are read."""
 
 

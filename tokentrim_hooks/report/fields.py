@@ -121,7 +121,14 @@ def _grid(value: Any) -> tuple[int, int]:
 
 def _floats(value: Any) -> Floats:
     """Numbers in four bytes each: a log of 2,000 chunks of 1,560 tokens has three million."""
-    return Floats(_each(_number)(value))
+    return Floats(value if _is_plain(value) else _each(_number)(value))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a list as a run writes it: seen by loops in C, since single numbers took most of a log's time."""
+    if not isinstance(value, list) or not value or not set(map(type, value)) <= {float, int}:
+        return False
+    return max(map(abs, value)) <= LARGE and math.isfinite(sum(value))  # no NaN hides a large one from max
 
 
 def _each(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:

@@ -85,8 +85,10 @@ def _thumbnails(folder: Path | None) -> Thumbnails:
             "thumbnails need a folder; "
             "call make_observer('thumbnails', folder), the folder of JsonLines"
         )
-    require("PIL.Image", "report")
     return Thumbnails(folder)
+
+
+_thumbnails.needs = {"PIL": "pillow"}  # type: ignore[attr-defined]
 
 
 @hookimpl

@@ -11,7 +11,7 @@ from tokentrim_hooks.cli.options import STANDARD_OUTPUT, json_option, ready_file
 from tokentrim_hooks.console import show_table
 
 if TYPE_CHECKING:
-    from tokentrim_hooks.loading import AdapterInfo
+    from tokentrim_hooks.loading import AdapterInfo, ObserverInfo
 
 
 @click.command()
@@ -30,8 +30,9 @@ def adapters(file: Path | None) -> None:
         for i in installed()
     ]
     watchers = [
-        {"name": w.name, "state": "name taken" if w.error else "ready", "from": w.distribution, "why": w.error}
+        {"name": w.name, "state": state, "from": w.distribution, "why": why}
         for w in installed_observers()
+        for state, why in (_state_of_observer(w),)
     ]
     if file is not None:
         write_json(out, {"adapters": models, "observers": watchers})
@@ -48,6 +49,15 @@ def _state(info: AdapterInfo) -> str:
     if info.shadowed:
         return "name taken"
     return "failed to load" if info.error else "ready"
+
+
+def _state_of_observer(info: ObserverInfo) -> tuple[str, str]:
+    """One or two words, and what can be done where it cannot be asked for."""
+    if info.error:
+        return "name taken", info.error
+    if info.missing:
+        return "not installed", f"needs {' and '.join(info.missing)}: pip install {' '.join(info.missing)}"
+    return "ready", ""
 
 
 def _models(info: AdapterInfo) -> list[str]:

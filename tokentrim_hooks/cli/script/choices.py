@@ -12,7 +12,7 @@ from tokentrim_hooks.cli.script.options import NUMBERS
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.handle.handle import judge_of
-from tokentrim_hooks.plugins import find_observer, make_policy
+from tokentrim_hooks.plugins import make_policy, ready_observer
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
 from tokentrim_hooks.rollout.shared import Probe
@@ -39,7 +39,7 @@ class Choices:
         config = read_config(flags["config"]) if flags["config"] else {}
         observers = observers_of(flags, config)
         for name in observers:
-            find_observer(name)
+            ready_observer(name)
         return cls(policies_of(flags, config), probe_of(flags, config), observers)
 
 
