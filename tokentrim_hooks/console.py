@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO, TypeVar
 
 Advance = Callable[[], None]
@@ -13,14 +14,14 @@ Advance = Callable[[], None]
 
 Thing = TypeVar("Thing")
 
-WIDTH = 110
-"""Columns of a table in a terminal; its last column is wrapped to fit."""
+WIDTH, LEAST = 110, 30
+"""Columns of a table in a terminal that is no narrower, and of its last column, which is wrapped to fit."""
 
 Rows = Sequence[Sequence[str]]
 
 
 def plain_table(columns: Sequence[str], rows: Rows, title: str = "") -> str:
-    """Rows of text under their headings, aligned with spaces; only the last column wraps, at ``WIDTH``."""
+    """Rows of text under their headings, aligned with spaces; only the last column wraps, at the terminal's width."""
     from tabulate import tabulate  # late: a command's help has no table
 
     columns, *rows = [[printable(cell) for cell in row] for row in (columns, *rows)]
@@ -28,14 +29,26 @@ def plain_table(columns: Sequence[str], rows: Rows, title: str = "") -> str:
     # Cells are words already: a number is not to be read and rounded once more.
     table = tabulate(
         rows, columns, tablefmt="simple", disable_numparse=True,
-        maxcolwidths=[*[None] * (len(columns) - 1), max(WIDTH - before, 30)] if rows else None,
+        maxcolwidths=[*[None] * (len(columns) - 1), max(width() - before, LEAST)] if rows else None,
     )  # fmt: skip
     return f"{title}\n{table}" if title else table
+
+
+def width() -> int:
+    """Columns to fill: those of the terminal, if there is one and it has fewer than ``WIDTH``."""
+    seen = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
+    return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if seen else WIDTH
 
 
 def printable(text: str) -> str:
     """Text for a terminal: of what would steer it, a plugin's or a log's words keep nothing but the ends of lines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(words: str) -> None:
+    """Print words to stderr; a script that has closed it, or a reader that has gone, costs no log and no page."""
+    with suppress(OSError, ValueError, AttributeError):
+        print(printable(words), file=sys.stderr, flush=True)
 
 
 def _width(cell: str) -> int:

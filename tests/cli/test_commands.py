@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tokentrim_hooks import errors
 from tokentrim_hooks.cli.main import COMMANDS, main
+from tokentrim_hooks.console import plain_table
 
 
 def test_bare_tokentrim_shows_the_help(capsys):
@@ -30,6 +32,7 @@ def test_no_help_waits_for_torch():
     code = f"""
 import contextlib, io, sys
 from tokentrim_hooks.cli.main import main
+from tokentrim_hooks.console import plain_table
 with contextlib.redirect_stdout(io.StringIO()):
     for arguments in ([], ["--version"], *([name, "--help"] for name in {list(COMMANDS)!r}), ["completion", "bash"]):
         assert main(arguments) == 0
@@ -87,6 +90,8 @@ WRONG = {
     ("try", "--config", "none.toml", __file__): "cannot read none.toml: ",
     ("try", "--policy", "drif", __file__): "no policy named 'drif'; did you mean 'drift'?",
     ("try", "--pairs", "0", __file__): "'--pairs': must be at least 1, got 0",
+    ("try", "--video", "/", __file__): "--video '/' is no pattern of paths",
+    ("try", "--video", "out/**x", __file__): "--video 'out/**x' is no pattern of paths",
     ("try", "--out", f"{__file__}/x", __file__): f"cannot make the folder {__file__}/x: Not a directory",
     ("compare",): "give either MODULE:FUNCTION or --reference",
     ("compare", "--reference", "melting"): "no kind of drift 'melting'; there are fading, burning,",
@@ -157,6 +162,30 @@ def test_json(name, device, tmp_path, monkeypatch, capsys):
     else:
         names = {item["name"]: item for item in found[name]}
         assert names.keys() >= ({"self-forcing", "framepack"} if name == "adapters" else {"drift", "commit-window"})
+
+
+def test_json_is_whole_or_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link.json").symlink_to("place/old.json")
+    assert main(["policies", "--json", "link.json"]) == 0
+    whole = (tmp_path / "place" / "old.json").read_text()
+    assert json.loads(whole) and (tmp_path / "link.json").is_symlink(), "written through, as the user named it"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert main(["policies", "--json", "link.json"]) == 2
+    assert (tmp_path / "place" / "old.json").read_text() == whole and len(list(tmp_path.rglob("*.*"))) == 2, "no draft"
+
+
+def test_a_table_fits_a_narrow_terminal(monkeypatch):
+    words = [["name", "word " * 40]]
+    wide = plain_table(["a", "b"], words)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, plain_table(["a", "b"], words).splitlines())) <= 60 < max(map(len, wide.splitlines())) <= 110
 
 
 def test_adapters_lists_them(capsys):

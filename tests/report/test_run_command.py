@@ -162,7 +162,10 @@ def test_a_script_that_fails_before_it_has_a_model_is_not_told_of_adapters(proje
     done = tokentrim(project, "--out", "log", "fails.py")
     assert done.returncode == status
     words = f"no model was patched: the script failed with status {status} before it made one.\nSee what it says above"
-    assert words in done.stderr
+    theirs, _, _ = done.stderr.partition("tokentrim run: ")
+    assert words in done.stderr and "tokentrim_hooks" not in theirs, "no frame of ours before it"
+    assert ("needs --prompt" in theirs, "SyntaxError" in theirs) == ("prompt" in script, "broken" in script)
+    assert done.stderr.count("needs --prompt") == ("prompt" in script)
     assert "tokentrim adapters" not in done.stderr and len(list((project / "log").glob("*"))) == 0
 
 

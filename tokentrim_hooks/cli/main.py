@@ -22,7 +22,7 @@ from tokentrim_hooks.cli.metrics import metrics
 from tokentrim_hooks.cli.report import report
 from tokentrim_hooks.cli.script.attempt import attempt
 from tokentrim_hooks.cli.script.run import run
-from tokentrim_hooks.console import printable
+from tokentrim_hooks.console import say
 from tokentrim_hooks.errors import TokenTrimError
 
 ALL = (demo, attempt, run, report, metrics, adapters, policies, detect, compare, bench, completion)
@@ -84,5 +84,5 @@ def _reason(failure: OSError) -> str:
 
 
 def _say(words: str, status: int) -> int:
-    print(printable(words), file=sys.stderr)
+    say(words)
     return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from tokentrim_hooks.extras import require_all
-from tokentrim_hooks.report.files import made, told
+from tokentrim_hooks.report.files import made, told, write
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
@@ -82,7 +83,7 @@ def ready_file(path: Path | None) -> Path:
         absent = not path.exists()
         path.open("ab").close()
         if absent:
-            path.unlink()
+            path.resolve().unlink()  # not a link to it
     return path
 
 
@@ -98,14 +99,19 @@ def need(*modules: str, extra: str = "demo", **others: Sequence[str]) -> None:
 def write_json(path: Path, values: Any) -> Path:
     """Write strict JSON to the file that a user named, or to standard output if that is ``-``; returns the path.
 
+    The file is whole or not written at all, unless it is a pipe or a device, or lies where no second one can be made.
+
     Raises:
         ReportError: it cannot be written.
     """
+    text = as_json(values)
     if path == STANDARD_OUTPUT:
-        click.echo(as_json(values), nl=False)
-        return path
-    with told(f"cannot write {path}"):
-        path.write_text(as_json(values), encoding="utf-8")
+        click.echo(text, nl=False)
+    elif (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
+        with told(f"cannot write {path}"):
+            path.write_text(text, encoding="utf-8")
+    else:
+        write(path.resolve(), text)  # through a link, as the user named it
     return path
 
 

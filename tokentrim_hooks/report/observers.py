@@ -47,7 +47,7 @@ class JsonLines:
     """
 
     def __init__(self, folder: str | Path, append: bool = False, per_rank: bool = True) -> None:
-        self.folder = made(folder)
+        self.folder = made(folder).absolute()  # wherever the process goes
         self._log = LogFile(self.folder, append, per_rank)
 
     @property

@@ -33,7 +33,7 @@ class Thumbnails:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._run = Path(folder)
+        self._run = Path(folder).absolute()  # wherever the process goes
         self._process = os.getpid()
         self._video = -1
         self._basis: tuple[Tensor, Tensor, Tensor, Tensor] | None = None

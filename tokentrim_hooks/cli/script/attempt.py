@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -51,9 +52,10 @@ def attempt(
     Target.of(script, arguments, is_module)
     need("av", "numpy", "cv2", extra="metrics", report=("jinja2", "matplotlib"), demo=("scipy",)[: pairs > 1])
     launcher, environment = without_torchrun(os.environ)
-    folder = claimed(out, _command(sys.argv[1:]), environment)
     behind = [*(["-m"] if is_module else []), script, *arguments]
-    places = Places.of(arguments, video, folder)
+    places = Places.of(arguments, video)
+    folder = claimed(out, _command(sys.argv[1:]), environment)
+    places = dataclasses.replace(places, apart=folder.resolve())
     launch = Launch(_options(flags), behind, places, launcher, environment)
     try:
         _compared(launch, folder, seed, pairs, once)

@@ -14,7 +14,7 @@ import click
 from tokentrim_hooks.cli.options import FOLDER, SEED
 from tokentrim_hooks.cli.script.folders import claimed, ended
 from tokentrim_hooks.cli.script.options import SCRIPT, patching, script
-from tokentrim_hooks.console import printable
+from tokentrim_hooks.console import say
 from tokentrim_hooks.errors import TokenTrimError
 
 if TYPE_CHECKING:
@@ -50,26 +50,29 @@ def run(out: Path, script: str, is_module: bool, arguments: tuple[str, ...], **f
         return target.run()
     thumbnails = not flags["no_thumbnails"] and importlib.util.find_spec("PIL") is not None
     folder = claimed(out, shlex.join(["tokentrim", *sys.argv[1:]]))
-    this = Run(folder, choices.policies, choices.probe, flags["quiet"], choices.observers, thumbnails)
+    # A script may change the folder that it works in: the log stays where it was asked for.
+    this = Run(folder.absolute(), choices.policies, choices.probe, flags["quiet"], choices.observers, thumbnails)
     return _watched(target, this)
 
 
 def _watched(target: Target, this: Run) -> int:
     """Run it, then say what became of it, whatever ended it."""
-    status = 0
+    status, begun_in = 0, Path.cwd()
     try:
         status = this.over(target)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        raise
+        if status and not isinstance(end.code, int):  # what Python prints at its end, but above what we say of it
+            say(str(end.code))
+        raise SystemExit(status) from end
     finally:
-        _say_what_happened(this, status)
+        _say_what_happened(this, status, begun_in)
         if os.getpid() == this.process:
             ended(this.folder)
     return status or (0 if this.handles else 1)
 
 
-def _say_what_happened(this: Run, status: int) -> None:
+def _say_what_happened(this: Run, status: int, begun_in: Path) -> None:
     """Summaries and report pages of all models that were patched, or why none was; a fork leaves that to its parent."""
     from tokentrim_hooks.experiments.what_if.answers import section
     from tokentrim_hooks.report.page import write_page
@@ -77,11 +80,12 @@ def _say_what_happened(this: Run, status: int) -> None:
     if os.getpid() != this.process:
         return
     for handle in this.handles:
-        print(handle.report.summary(), file=sys.stderr)
+        say(handle.report.summary())
     if not this.handles:
-        print(printable(f"tokentrim run: no model was patched: {this.why_none(status)}"), file=sys.stderr)
+        say(f"tokentrim run: no model was patched: {this.why_none(status)}")
     for log in this.logs:
         try:
-            print(f"report: {write_page(log.path, sections=[section(log.path)])}", file=sys.stderr)
+            page = write_page(log.path, sections=[section(log.path)])
+            say(f"report: {page.relative_to(begun_in) if page.is_relative_to(begun_in) else page}")
         except TokenTrimError as failure:
-            print(printable(f"no report page for {log.path}: {failure}"), file=sys.stderr)
+            say(f"no report page for {log.path}: {failure}")

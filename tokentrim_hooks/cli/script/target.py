@@ -67,7 +67,7 @@ def _its_own(trace: TracebackType | None) -> TracebackType | None:
     own = trace
     while own is not None and own.tb_frame.f_globals.get("__name__") in (__name__, "runpy"):
         own = own.tb_next
-    return own or trace
+    return own  # None where it never began: of a script that cannot be compiled Python shows no frame either
 
 
 def _is_found(module: str) -> bool:

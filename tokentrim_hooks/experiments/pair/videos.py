@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.report.files import made, told
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".gif")
@@ -30,8 +31,17 @@ class Places:
     apart: Path
 
     @classmethod
-    def of(cls, arguments: Iterable[str], pattern: str, apart: Path) -> Places:
-        """The current folder, and those that the script's arguments name (``--out x``, ``--out=x/y.mp4``)."""
+    def of(cls, arguments: Iterable[str], pattern: str, apart: Path = Path()) -> Places:
+        """The current folder, and those that the script's arguments name (``--out x``, ``--out=x/y.mp4``).
+
+        Raises:
+            TokenTrimError: ``pattern`` is none.
+        """
+        try:
+            next(_matching(pattern) if pattern else iter(()), None)
+        except (ValueError, NotImplementedError, IndexError) as failure:
+            words = f"--video {pattern!r} is no pattern of paths: {str(failure) or 'it names no file'}"
+            raise TokenTrimError(f"{words}.\nGive the place of the videos, as 'out/*.mp4'.") from failure
         named = [Path(word.rpartition("=")[2]) for word in arguments if not word.startswith("-") or "=" in word]
         folders = [path if path.is_dir() else path.parent for path in named if str(path) and path.parent.is_dir()]
         resolved = dict.fromkeys(path.resolve() for path in (Path(), *folders))
@@ -44,14 +54,18 @@ class Places:
 
     def _paths(self) -> Iterator[Path]:
         if self.pattern:
-            base = Path(self.pattern).anchor or "."
-            inside = self.pattern[len(base) :] if base != "." else self.pattern
-            yield from (path.resolve() for path in Path(base).glob(inside) if path.is_file())
+            yield from (path.resolve() for path in _matching(self.pattern) if path.is_file())
             return
         for root in self.roots:
             for folder, names, files in os.walk(root):
                 names[:] = [n for n in names if n not in SKIPPED and (Path(folder) / n).resolve() != self.apart]
                 yield from (Path(folder) / name for name in files if name.lower().endswith(SUFFIXES))
+
+
+def _matching(pattern: str) -> Iterator[Path]:
+    """Paths of a pattern, from the root on where it begins there."""
+    base = Path(pattern).anchor or "."
+    return Path(base).glob(pattern[len(base) :] if base != "." else pattern)
 
 
 def _stat(path: Path) -> os.stat_result | None:
