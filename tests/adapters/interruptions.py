@@ -6,7 +6,7 @@ import asyncio
 import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.pruning.call_scope import BUSY, current_scope
-from tokentrim_hooks.testing import ForcedPolicy
+from tokentrim_hooks.testing import ForcedPolicy, assert_same, fingerprint
 
 POLICY = ForcedPolicy({2: [0, 3]})
 KERNEL = "scaled_dot_product_attention"
@@ -125,6 +125,15 @@ class Events:
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value)).clone()
+
+
+def _tensors(kept: Any) -> Iterator[Tensor]:
+    """What a pipeline keeps of a video: in attributes, and in lists and dicts of them."""
+    if torch.is_tensor(kept) and kept.is_floating_point():
+        yield kept
+    elif isinstance(kept, dict | list | tuple):
+        for item in kept.values() if isinstance(kept, dict) else kept:
+            yield from _tensors(item)
 
 
 def nothing_is_open() -> None:
@@ -253,12 +262,15 @@ class Subject:
 
     def unpatch_amid(self, event: Event, unpatch: Callable[[Any], None]) -> None:
         """The patch comes off in the middle of a call, which goes on."""
+        before = fingerprint(self.denoiser)
         handle = tokentrim.patch(self.pipeline, self.policy, **self.options)
         try:
             with Events(self.denoiser, event.number, lambda: unpatch(handle)):
                 video = self.run(self.pipeline)
             nothing_is_open()
             assert not tokentrim.is_patched(self.pipeline) and bool(torch.isfinite(video).all())
+            assert_same(before, fingerprint(self.denoiser))
+            assert all(bool(kept.isfinite().all()) for kept in _tensors(vars(self.pipeline))), "a mark is left"
             assert event.number >= self.first.before_prune or torch.equal(video, self.plain), "nothing had been pruned"
         finally:
             handle.unpatch()
