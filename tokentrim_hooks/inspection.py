@@ -169,11 +169,16 @@ def _callers() -> Iterator[object]:
     """``self`` of the methods that are running, innermost first; those of torch and of this package left out."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        is_method = code.co_argcount and code.co_varnames[0] == "self"
-        if is_method and not is_machinery(frame.f_globals.get("__name__", "")):
-            yield _local(frame, "self")
+        caller = None if is_machinery(frame.f_globals.get("__name__", "")) else method_of(frame)
+        if caller is not None:
+            yield caller
         frame = frame.f_back
+
+
+def method_of(frame: types.FrameType) -> object:
+    """The object whose method is running in a frame; None in a function."""
+    code = frame.f_code
+    return _local(frame, "self") if code.co_argcount and code.co_varnames[0] == "self" else None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -185,8 +190,9 @@ def is_machinery(module: object) -> bool:
 def _local(frame: types.FrameType, name: str) -> object:
     found = frame.f_locals
     value = found.get(name)
-    if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+    if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED and sys.getrefcount(found) == 3:
         # Before Python 3.13 this is a copy that the frame keeps, and with it every tensor that the function lets go.
+        # Two references are of these lines; a function that has called locals() has one more, and reads it.
         found.clear()
     return value
 

@@ -82,13 +82,20 @@ class Pace:
         """Whether a commit that only its number told was a denoising call, as a further call of the chunk suggests."""
         return chunk.guessed is not None and call.start == chunk.start and bool(chunk.guessed.any())
 
-    def begins_anew(self, call: Call, chunk: ChunkState) -> bool:
-        """Whether a denoising call at the chunk's frames is no quieter than its first one was. Reads the device."""
+    def begins_anew(self, call: Call, chunk: ChunkState, left: bool = False) -> bool:
+        """Whether a denoising call at the chunk's frames is no quieter than its first one was. Reads the device.
+
+        Some samplers call twice at a step, with the same latents; ``left`` says that it cannot be such a call.
+        """
         if self._rolls or call.timestep is None or not chunk.levels or chunk.committed:
             return False
-        if shares_storage(call.latents, chunk.noisy):
-            return False  # what is new has memory of its own
-        return float(call.timestep.amax()) >= _read(chunk.levels)[0]
+        noisiest = chunk.levels[0]
+        if call.timestep.amax() < (noisiest.amax() if isinstance(noisiest, Tensor) else noisiest):
+            return False
+        if left or not shares_storage(call.latents, chunk.noisy):
+            return True
+        levels = _read(chunk.levels)
+        return min(levels) < levels[0]  # then it is no second call of the first step either
 
     def learn(self, video: VideoState, chunk: ChunkState) -> None:
         """A chunk is over, and its last denoising call is known."""

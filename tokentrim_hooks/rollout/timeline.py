@@ -109,9 +109,13 @@ class Timeline:
     def _was_left(self, call: Call) -> bool:
         """Whether a video's first chunk was broken off between two calls, so that this one begins it anew."""
         video, chunk = self.video, self.chunk
-        if video is None or chunk is None or video.index or self._loop.goes_on:
+        goes_on = self._loop.goes_on if video is not None and not video.index else True
+        if chunk is None or goes_on:
             return False
-        return self.pace.begins_anew(call, chunk)
+        anew = self.pace.begins_anew(call, chunk, left=goes_on is False)
+        if not anew:
+            self._loop.learn()
+        return anew
 
     def _new_video(self, call: Call) -> VideoState:
         batch = int(call.latents.shape[0])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.rollout.repeat.counts import Count, count_of, has_plain, is_container
+from tokentrim_hooks.rollout.repeat.counts import Count, count_of
 from tokentrim_hooks.rollout.repeat.functions import Variables
 from tokentrim_hooks.rollout.repeat.keepers import items_of, keepers_of, reachable, take_out
 from tokentrim_hooks.rollout.repeat.logs import only_adds_to
@@ -42,10 +42,9 @@ class Counters:
                 if name in now and count.differs(now[name]) and not self._is_log(keeper, name, count, now[name]):
                     count.restore(keeper, name)
                     changed.append(f"{label}.{name}" + ("" if count.restorable else ", which cannot be put back"))
-            for name in _new(keeper, now, known):
+            for name, count in _new(keeper, now, known):
                 take_out(keeper, name)
-                # A cache is handed on by an attribute (MemRoPE); it is no count, and the next call sets it again.
-                if not is_container(now[name]) or has_plain(now[name]):
+                if count.counts_if_new:
                     changed.append(f"{label}.{name}")
         return sorted(set(changed))
 
@@ -72,7 +71,7 @@ def _counts_of(items: dict[Any, Any]) -> dict[Any, Count]:
     return {name: count for name, count in counts if count is not None}
 
 
-def _new(keeper: Any, now: dict[Any, Any], known: Any) -> Iterator[Any]:
+def _new(keeper: Any, now: dict[Any, Any], known: Any) -> Iterator[tuple[Any, Count]]:
     """Attributes that have come and may count; of mappings and lists it is the size that is compared."""
     if hasattr(keeper, "__dict__") and not isinstance(keeper, type):
-        yield from [name for name in now if name not in known and count_of(now[name]) is not None]
+        yield from _counts_of({name: value for name, value in now.items() if name not in known}).items()

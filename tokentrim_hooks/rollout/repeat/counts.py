@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokentrim_hooks.pruning.autograd_modes import writing
-from tokentrim_hooks.rollout.repeat.iterators import copied, is_dice, is_iterator, place_of, set_state, state_of
+from tokentrim_hooks.rollout.repeat.dice import is_dice, set_state, state_of
+from tokentrim_hooks.rollout.repeat.iterators import copied, is_iterator, place_of
 from tokentrim_hooks.rollout.repeat.keepers import put
 
 PLAIN = (numbers.Number, str, bytes, type(None))
@@ -41,6 +42,11 @@ class Count:
     @abstractmethod
     def differs(self, now: Any) -> bool:
         """Whether ``now``, which the model keeps by the same name, is something else."""
+
+    @property
+    def counts_if_new(self) -> bool:
+        """Whether it counts something where there was nothing before."""
+        return True
 
     def has_grown(self, now: Any) -> bool:
         """Whether there is more in it, and all that was."""
@@ -110,6 +116,11 @@ class Entries(Count):
         if not is_container(now):
             return False
         return len(now) != self._size or (self._plain is not None and _plain_of(now) != self._plain)
+
+    @property
+    def counts_if_new(self) -> bool:
+        """Where numbers or texts are in it: a cache that is handed on so (MemRoPE) is set anew by the next call."""
+        return any(is_plain(part) for part in (self._value.values() if isinstance(self._value, dict) else self._value))
 
     def has_grown(self, now: Any) -> bool:
         """By its beginning; one that lets go of what is oldest has always grown."""
@@ -190,11 +201,6 @@ def is_plain(value: Any) -> bool:
 def is_container(value: Any) -> bool:
     """Whether it is one of Python's containers, which count by their size."""
     return isinstance(value, list | deque | set | dict | bytearray)
-
-
-def has_plain(value: Any) -> bool:
-    """Whether there are numbers or texts in a container."""
-    return any(is_plain(part) for part in (value.values() if isinstance(value, dict) else value))
 
 
 def is_array(value: Any) -> bool:

@@ -6,13 +6,10 @@ import contextlib
 import copy
 import gc
 import itertools
-import random
 import types
 import warnings
 from collections.abc import Iterator, Sized
 from typing import Any
-
-import torch
 
 DEPTH = 4
 """Iterators within one another, as in ``zip(count(), repeat(0))``."""
@@ -27,13 +24,6 @@ def is_iterator(value: Any) -> bool:
     return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
 
 
-def is_dice(value: Any) -> bool:
-    """Whether it draws random numbers, from a state of its own."""
-    if isinstance(value, random.Random | torch.Generator):
-        return True
-    return type(value).__module__.startswith("numpy.random") and type(value).__name__ in ("Generator", "RandomState")
-
-
 def place_of(iterator: Any, depth: int = DEPTH) -> object:
     """Something that is equal as long as the iterator has not moved."""
     if isinstance(iterator, itertools.count | itertools.repeat):
@@ -46,27 +36,6 @@ def place_of(iterator: Any, depth: int = DEPTH) -> object:
         warnings.simplefilter("ignore")  # itertools lose it in Python 3.14
         return tuple(_parts(iterator.__reduce__(), depth))
     return tuple(_parts(gc.get_referents(iterator), depth))
-
-
-def state_of(dice: Any) -> Any:
-    """The state of what draws random numbers."""
-    if isinstance(dice, random.Random):
-        return dice.getstate()
-    if isinstance(dice, torch.Generator):
-        return dice.get_state().tolist()
-    return dice.get_state() if hasattr(dice, "get_state") else dice.bit_generator.state
-
-
-def set_state(dice: Any, state: Any) -> None:
-    """Make it draw again what it drew from ``state`` on."""
-    if isinstance(dice, random.Random):
-        dice.setstate(state)
-    elif isinstance(dice, torch.Generator):
-        dice.set_state(torch.tensor(state, dtype=torch.uint8))
-    elif hasattr(dice, "set_state"):
-        dice.set_state(state)
-    else:
-        dice.bit_generator.state = state
 
 
 def copied(iterator: Any) -> Any:

@@ -1,17 +1,17 @@
 """Ends a call of a patched model in every way at every place, and looks at what is left: hours, so it can go on later.
 
-``python tools/interrupt_matrix.py sana-wm --log sana.jsonl`` writes a line for each interruption, and leaves out those
-that the log has. The nightly tests of ``test_whatever_ends_a_call.py`` do the same with nothing kept. Targets are those
-of ``tests/adapters/targets.py`` and ``self-forcing-source``, whose checkout $TOKENTRIM_UPSTREAM names. ``--ways
-unpatch`` takes the patch off amid the call, in the same thread and from another one. ``--every`` takes every event
-(each hook of each submodule, each attention kernel), not one of each depth of each call; ``--first`` and ``--last`` bound them.
+``PYTHONPATH=tests/unit:tests/upstream python tests/adapters/interrupt_matrix.py sana-wm --log sana.jsonl`` writes a
+line for each trial, and leaves out those that the log has. The nightly tests of ``test_whatever_ends_a_call.py`` do the
+same with nothing kept. Targets are those of ``targets.py``, and ``self-forcing-source``, whose checkout is in
+$TOKENTRIM_UPSTREAM. ``--ways unpatch`` takes the patch off amid the call, in the same thread and from another one.
+``--every`` takes every event (each hook of each submodule, each attention kernel), not one of each depth of each call;
+``--first`` and ``--last`` bound them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,11 +19,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / part) for part in ("adapters", "unit", "upstream")]
-
 from interruptions import KINDS, Event, Subject, unpatch_here, unpatch_in_a_thread
-from targets import TARGETS
+from targets import TARGETS, Target
 
 SOURCE = "self-forcing-source"
 Trial = tuple[str, Callable[[], None]]
@@ -56,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _target(name: str, stack: ExitStack):  # type: ignore[no-untyped-def]
+def _target(name: str, stack: ExitStack) -> Target:
     if name == SOURCE:
         from test_self_forcing_interrupted import real_source
 
