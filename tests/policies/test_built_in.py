@@ -1,6 +1,9 @@
 """Every built-in policy through the kit that authors of policies use, and found by its name."""
 
 import dataclasses
+import inspect
+import re
+from pathlib import Path
 
 import pytest
 from by_hand import make, run
@@ -68,6 +71,33 @@ globals().update({f"Test{policy.__name__}": on_trial(name) for name, policy in O
 def test_all_public_policies_are_offered():
     public = {value for value in (getattr(tokentrim, name) for name in tokentrim.__all__) if isinstance(value, type)}
     assert set(OFFERED.values()) == {cls for cls in public if issubclass(cls, tokentrim.Policy)} - {tokentrim.Policy}
+
+
+@pytest.mark.parametrize("name", sorted(set(OFFERED) - {"drift", "observe"}))
+def test_a_method_is_one_file_of_less_than_80_lines(name):
+    """The paper's policy and the one that only measures as it does share a file, which is longer."""
+    lines = Path(inspect.getfile(OFFERED[name])).read_text().splitlines()
+    assert len(lines) < 80 and sum(line.startswith("class ") for line in lines) == 1
+
+
+SOURCES = r"arXiv\s+\d{4}\.\d{5}|repository\s+[\w-]+/[\w-]+|[Ss]ource|moment pin of chained clips"
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_a_method_says_where_it_comes_from(name):
+    module = inspect.getmodule(OFFERED[name]).__doc__
+    assert re.search(SOURCES, OFFERED[name].__doc__ + module)
+
+
+@pytest.mark.parametrize("name", sorted(set(OFFERED) - {"observe"}))
+def test_a_method_has_a_section_with_purpose_cost_finding_source_and_picture(name):
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    section = re.split(r"^### ", page, flags=re.MULTILINE)
+    (own,) = [part for part in section if part.startswith(f"`{OFFERED[name].__name__}`\n")]
+    for words in ("**What it is for.**", "**What it costs.**", "**Where it was seen to help.**"):
+        assert words in own
+    if name != "drift":  # explained above, picture and source included
+        assert "**Source.**" in own and "](pictures/policy-" in own
 
 
 @pytest.mark.parametrize("name", OFFERED)

@@ -12,31 +12,26 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import severity_of, unstable_tokens
 from tokentrim_hooks.policy.novelty import colours, displaced, nearest
 from tokentrim_hooks.policy.options import number, whole
+from tokentrim_hooks.policy.statistics import robust
 from tokentrim_hooks.policy.views import Chunk, History, Verdict
 
-SPREAD = 1.4826
-"""Standard deviations in a median absolute deviation, for a normal distribution."""
 LEAST = 0.01
 """Share of a token's size, the mean over the scene's first chunk, below which a deviation is rounding or invisible."""
 
 
 @dataclass(frozen=True)
 class AdaptivePolicy(Policy):
-    """Prune what is new to the scene, not what has moved.
+    """Prune what is new to the scene, not what has moved. Ours, not the paper's; source: ``docs/policies.md``.
 
-    A token's *novelty* is the larger of two distances. One is of its colour, the mean of each of its channels, to the
-    most similar colour of the scene's first chunk, wherever that lies. The other is ``fresh`` times the distance of all
-    of it to what the previous chunk shows up to ``reach`` tokens away. A thing that moves is found again in both;
-    corruption is not, also when it has stood for chunks and its predecessor shows it, too. A chunk is unstable when its
-    mean novelty over the unstable set exceeds the median of the severities before by ``sensitivity`` robust deviations,
-    of at least ``floor`` times that median and a hundredth of a token's size each.
-
-    Not the paper's: found on scenes of the reference model that no table reports (``docs/policies.md``).
+    A token's *novelty* is the larger of two distances: of its colour, the mean of each of its channels, to the most
+    similar colour of the scene's first chunk, wherever that lies; and, ``fresh`` times, of all of it to what the
+    previous chunk shows up to ``reach`` tokens away. A thing that moves is found again in both; corruption is not, also
+    when it has stood for chunks. A chunk is unstable when its mean novelty over the unstable set exceeds the median of
+    the severities before by ``sensitivity`` robust deviations, of at least ``floor`` times that median each.
 
     Args:
-        fraction: share of spatial tokens in the unstable set, 0 < p <= 1.
-        sensitivity: deviations above the median.
-        floor: smallest deviation, as a share of the median.
+        fraction: share of spatial tokens in the unstable set, 0 < p <= 1. sensitivity: deviations above the median.
+        floor: smallest deviation, as a share of the median (of a token's size it is a hundredth at least).
         fresh: weight of the previous chunk. reach: how far a thing may move from one chunk to the next, in tokens.
         warmup: with fewer severities seen than this, nothing is pruned.
         max_regenerations, persist, prune_anchors, coarse: see :class:`Policy`.
@@ -67,13 +62,11 @@ class AdaptivePolicy(Policy):
         score = self.novelty(chunk)
         tokens = unstable_tokens(score, self.fraction)
         severity = severity_of(score, tokens)
-        if history.count < max(self.warmup, 1) or history.recent is None:
-            never = torch.zeros_like(severity, dtype=torch.bool)
-            return Verdict(tokens, severity, torch.full_like(severity, math.inf), never)
-        median = history.recent.median(dim=1, keepdim=True).values
-        deviation = SPREAD * (history.recent - median).abs().median(dim=1, keepdim=True).values
-        least = torch.maximum(self.floor * median, LEAST * chunk.first.norm(dim=-1).mean(dim=1, keepdim=True))
-        threshold = (median + self.sensitivity * torch.maximum(deviation, least)).squeeze(1)
+        threshold = torch.full_like(severity, math.inf)
+        if history.count >= max(self.warmup, 1) and history.recent is not None:
+            median, deviation = robust(history.recent)
+            least = torch.maximum(self.floor * median, LEAST * chunk.first.norm(dim=-1).mean(dim=1))
+            threshold = median + self.sensitivity * torch.maximum(deviation, least)
         return Verdict(tokens, severity, threshold, severity.to(threshold.dtype) > threshold)
 
     def novelty(self, chunk: Chunk) -> Tensor:

@@ -12,6 +12,8 @@ EPSILON = 1e-6
 """Below this a deviation is no scale to divide by."""
 OVER_FRAMES_AND_PIXELS = (1, 3, 4)
 """Dimensions of latents ``[B, F, C, H, W]`` over which a channel has its moments."""
+SPREAD = 1.4826
+"""Standard deviations in a median absolute deviation, for a normal distribution."""
 MOMENTA, SMALLEST = (0.9, 0.999), 1e-8
 """Of Adam, as torch has them."""
 
@@ -43,6 +45,13 @@ def pulled(values: Tensor, dims: Sequence[int], target: Moments, strength: float
     scale = torch.where(own.std > EPSILON, std / own.std.clamp(min=EPSILON), torch.ones_like(std))
     moved: Tensor = (values.to(mean.dtype) - own.mean) * scale + mean
     return moved.to(values.dtype)
+
+
+def robust(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Median of ``[B, n]``, and the median distance from it as that of a standard deviation: ``[B]`` each."""
+    median = values.median(dim=1, keepdim=True).values
+    distance = (values - median).abs().median(dim=1).values
+    return median.squeeze(1), SPREAD * distance
 
 
 def temporal_variance(video: Tensor) -> Tensor:

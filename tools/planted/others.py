@@ -47,9 +47,9 @@ OTHERS = (
     ),
     planted(
         "policy",
-        "adaptive",
-        "history.recent.median(dim=1, keepdim=True).values",
-        "history.recent.mean(dim=1, keepdim=True)",
+        "statistics",
+        "values.median(dim=1, keepdim=True).values",
+        "values.mean(dim=1, keepdim=True)",
         "AdaptivePolicy takes the mean for the median",
         ADAPTIVE + "one_outlier_does_not_set_the_threshold",
     ),
