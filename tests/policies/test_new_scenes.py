@@ -168,6 +168,39 @@ def test_methods_that_remember_nothing_of_a_scene_go_on_as_if_there_were_none(po
 
 
 @HOW
+def test_the_late_mean_goes_on_with_the_chunks_own_predictions(how):
+    by_hand, late = made(how), []
+
+    def answers(x0, step, chunk):
+        late.append(x0)
+        if step < 3:
+            return x0
+        answer = torch.stack(late[-3:]).mean(0)
+        late.clear()
+        return x0 if chunk == 0 else answer
+
+    by_hand.answers = answers
+    got, report = patched(how, tokentrim.LateMean(3))
+    assert torch.allclose(got, run(by_hand, chunks=CHUNKS), atol=1e-5)
+    assert [r.chunk for r in report if r.acts and r.sample == 0] == list(range(1, CHUNKS))
+
+
+@HOW
+def test_a_commit_window_is_of_commits_and_not_of_what_rebuilds_the_context(how):
+    by_hand = made(how)
+
+    def reads(kind, keys):
+        hidden = torch.zeros(1, keys, dtype=torch.bool)
+        if kind == "commit" and not by_hand.recaching:
+            hidden[:, : max(keys - 3 * TOKENS, 0)] = True
+        return hidden
+
+    by_hand.reads = reads
+    got, _ = patched(how, tokentrim.CommitWindow(3))
+    assert torch.allclose(got, run(by_hand, chunks=CHUNKS), atol=1e-5)
+
+
+@HOW
 def test_flowmo_guides_the_videos_first_chunk_and_no_scenes(how):
     pipeline = make(Switching, num_frame_per_block=3)
     pipeline.how = how
