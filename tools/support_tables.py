@@ -24,6 +24,7 @@ from tokentrim_hooks.console import markdown_table
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.policy.commit_window import CommitWindow
 from tokentrim_hooks.policy.flowmo import FlowMo
+from tokentrim_hooks.policy.frame_eviction import FrameEviction
 from tokentrim_hooks.policy.late_mean import LateMean
 from tokentrim_hooks.policy.latent_moments import LatentMoments
 from tokentrim_hooks.policy.row_moments import RowMoments
@@ -46,8 +47,10 @@ HOOKS = {
 """Words of :attr:`Adapter.takes`, and how the table heads them."""
 SHORT = {"judge": "Prune", "hide": "Hide", "correct": "Correct", "settle": "Settle", "guide": "Guide"}
 """The same for the README's table."""
-METHODS = (CommitWindow(), LatentMoments(), LateMean(), RowMoments(), FlowMo(), SoftPrune())
+METHODS = (CommitWindow(), LatentMoments(), LateMean(), RowMoments(), FlowMo(), SoftPrune(), FrameEviction())
 """Methods that need more of a model than that it can be judged."""
+AT_ALL_CALLS = (SoftPrune, FrameEviction)
+"""Those that hide from every call, which some models do not take."""
 
 FORKS = (
     "Public forks that no adapter was written for: their real generator and attention, or FramePack's transformer and "
@@ -165,7 +168,8 @@ def hooks_table() -> str:
         phases = [phase for phase in ("first", "refine", "commit") if phase in kind.hides_from]
         if words[1] and len(phases) < 3:
             words[1] = f"from {' and '.join(phases)} calls"
-        taken = [type(policy).__name__ for policy in METHODS if policy.needs <= kind.takes]
+        able = [policy for policy in METHODS if policy.needs <= kind.takes]
+        taken = [type(p).__name__ for p in able if len(phases) == 3 or not isinstance(p, AT_ALL_CALLS)]
         lines.append([f"`{name}`", *words, ", ".join(taken)])
     note = (
         "A policy is refused with a reason on a model that does not take all that it needs. *Commits*: finished chunks "

@@ -241,6 +241,26 @@ def test_hiding_equals_minus_infinity(name, what):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_frames_that_are_evicted_equal_minus_infinity(name):
+    """All that is not the newest frame to the last bit is evicted, once it is known."""
+    answers = {}
+
+    @dataclass(frozen=True)
+    class Notes(tokentrim.FrameEviction):
+        """Keeps its answers."""
+
+        def hide(self, chunk, context):
+            answers[chunk.index, chunk.phase] = answer = super().hide(chunk, context)
+            return answer
+
+    def noted(chunk, phase, flags):
+        answer = answers.get((chunk, phase))
+        return torch.zeros(1, len(flags), COUNT, dtype=torch.bool) if answer is None else answer
+
+    close(hidden(name, Notes(similarity=1.0, keep=1, prune_anchors=True)), by_hand(name, noted))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("phase", PHASES)
 def test_hiding_in_one_phase_leaves_the_others_alone(name, phase):
     if phase == "commit" and name != "anyflow-far":
