@@ -8,8 +8,8 @@ from pages import ROOT
 RESULTS = "docs/reference-results.md"
 PAGES = ["README.md", "docs/policies.md", "docs/how-to/choose-a-policy.md", RESULTS]
 NUMBER = r"\d+\.\d+"
-TUNING = "- **What was tried for it**"
-"""Begins a paragraph whose figures are of tuning seeds, which no table reports."""
+TUNING = "- **What was tried for it"
+"""Begins paragraphs whose figures are of tuning seeds, which no table reports."""
 
 
 def cells(line):
