@@ -269,7 +269,7 @@ def one_is_nearly_one(patch):
     patch.setattr(Steering, "hidden", hidden)
 
 
-@pytest.mark.parametrize(("break_it", "tests"), [
+BROKEN = [
     (sums_are_not_made_one_again, {WEIGH, WEIGH_ONCE}),
     (weighs_the_sum_alone, {WEIGH, WEIGH_ONCE}),
     (weights_of_other_tokens, {WEIGH, WEIGH_ONCE}),
@@ -301,7 +301,18 @@ def one_is_nearly_one(patch):
     (none_is_a_token, {NEUTRAL}),
     (none_is_rounded, {NEUTRAL}),
     (none_is_nearly_x0, {NEUTRAL}),
-])  # fmt: skip
+]  # fmt: skip
+HOOKS = {"hide": {HIDE, ONCE}, "weigh": {WEIGH, WEIGH_ONCE}, "correct": {CORRECT}, "settle": {SETTLE},
+         "guide": {GUIDE, LOOK}, "no answer": {NEUTRAL}}  # fmt: skip
+"""The tests that are there for each; mistakes in what is judged are planted in ``test_kit_kills_mutants``."""
+
+
+@pytest.mark.parametrize(("break_it", "tests"), BROKEN)
 def test_a_broken_hook_fails(monkeypatch, break_it, tests):
     break_it(monkeypatch)
     assert failures(Rolling, tests).keys() == tests
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_three_mistakes_are_planted_for_each_hook(hook):
+    assert len({break_it for break_it, tests in BROKEN if tests & HOOKS[hook]}) >= 3
