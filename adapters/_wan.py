@@ -13,7 +13,6 @@ are refused, with the reason.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -261,7 +260,7 @@ def _copied(layer: Mapping[str, Any], rows: int) -> dict[str, Any]:
 def rows_per_frame(transformer: Any, latents: Tensor) -> int:
     """Tokens of a latent frame of ``latents`` ``[..., H, W]``; ``patch_size`` is (frames, height, width) of one."""
     _, height, width = transformer.patch_size
-    return math.prod(latents.shape[-2:]) // (int(height) * int(width))
+    return latents.shape[-2] * latents.shape[-1] // (int(height) * int(width))
 
 
 def values_of(cache: Any) -> Any:

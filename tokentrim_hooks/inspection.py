@@ -15,11 +15,14 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MACHINERY = ("torch.", "wrapt.", "tokentrim_hooks.patching", "tokentrim_hooks.rollout", "tokentrim_hooks.pruning")
 """Modules whose methods lie between a sampler and the call that we watch."""
@@ -291,10 +294,9 @@ def _names_what_it_takes(kind: type) -> bool:
     return taken > 1 or not passes_on
 
 
-def profiled(name: str) -> contextlib.AbstractContextManager[Any]:
-    """A named stretch of a profile; nothing, which takes no time, while no profiler is on."""
-    on: bool = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    return record_function(name) if on else _NOTHING
-
-
-_NOTHING = contextlib.nullcontext()
+def profiled(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What ``function`` returns, called as a named stretch of a profile; just called while no profiler is on."""
+    if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        return function(*args, **kwargs)
+    with record_function(name):
+        return function(*args, **kwargs)

@@ -7,6 +7,7 @@ import torch
 from by_hand import make, run
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks.rollout.reading import read
 
 
 class Answers(tokentrim.Policy):
@@ -113,3 +114,21 @@ def test_a_token_named_twice_to_fill_a_row_dies_once(probe):
     twice, told_twice = run_with([[0, 0, 3, 0], [1, 2, 2, 2]])
     assert torch.equal(once, twice) and told_once == told_twice
     assert any(dead for _, dead, _ in told_once)
+
+
+@pytest.mark.parametrize("each", [3, 400])
+def test_tokens_arrive_as_they_were_named_however_many_they_are(each):
+    """Few are made whole numbers by Python, many by torch; the second sample names one of them twice."""
+    rng = torch.Generator().manual_seed(each)
+    tokens = torch.stack([torch.randperm(1000, generator=rng)[:each] for _ in range(2)])
+    tokens[1, 2] = tokens[1, 0]
+    severity, prune, flag = torch.tensor([1.5, 2.5]), torch.tensor([True, False]), torch.tensor(True)
+    verdict = tokentrim.Verdict(tokens, severity, severity + 1, prune)
+    history = tokentrim.History(1, severity - 1, severity)
+    drift = torch.rand(2, 1000, generator=rng)
+    reading = read(verdict, drift, history, noisy=flag, waiting=[~flag, flag])
+    kept = [place for place in range(each) if place != 2]
+    assert reading.tokens == [tokens[0].tolist(), tokens[1, kept].tolist()]
+    assert (reading.severity, reading.prune) == ([1.5, 2.5], [True, False])
+    assert (reading.clean, reading.waiting) == (False, [True, False])
+    assert torch.equal(reading.drift, drift.double()) and all(type(token) is int for token in reading.tokens[1])

@@ -239,7 +239,8 @@ class Pruner:
         """A call is over: its tap may hold masks, and with them the cache."""
         self._dropped = self._dropped or (self._last is not None and self._last.dead_keys > 0)
         self._last = None
-        self._fleeting.take_off()
+        if self._steering is not None:  # else nothing was ever hidden
+            self._fleeting.take_off()
 
     def drop_hidden(self) -> None:
         """A call on copies is over: what was hidden from it is marked in these only."""

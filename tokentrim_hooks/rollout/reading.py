@@ -14,6 +14,9 @@ from tokentrim_hooks.errors import PolicyError
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.views import History, Verdict
 
+MANY = 512
+"""Tokens in an unstable set."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -102,7 +105,10 @@ def read(
     batch, each = drift.shape[0], verdict.tokens.shape[-1]
     severity, threshold, mean, std, prune = (list(itertools.islice(few, batch)) for _ in own)
     clean = [not flag for flag in itertools.islice(few, len(flags))]
-    tokens = list(map(int, few))
+    # Of many tokens torch makes whole numbers in a third of Python's time.
+    many = batch * each > MANY
+    tokens = host[-drift.numel() - batch * each : -drift.numel()].long().tolist() if many else list(map(int, few))
+    rows = [tokens[sample * each : (sample + 1) * each] for sample in range(batch)]
     return Reading(
         severity=severity,
         threshold=threshold,
@@ -111,7 +117,7 @@ def read(
         count=history.count,
         prune=list(map(bool, prune)),
         # One that is named twice, to fill a row, is one.
-        tokens=[list(dict.fromkeys(tokens[sample * each : (sample + 1) * each])) for sample in range(batch)],
+        tokens=[row if len(row) == len({*row}) else list(dict.fromkeys(row)) for row in rows],
         drift=host[-drift.numel() :].view(drift.shape),
         clean=noisy is not None and clean.pop(),
         waiting=clean,

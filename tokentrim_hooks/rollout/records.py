@@ -171,8 +171,18 @@ def _acts(chunk: ChunkState, batch: int) -> tuple[dict[str, Any], ...]:
     return tuple(found.values())
 
 
-_TOKENS: dict[int, int] = {}
+_numbers: list[int] = []
 """Token numbers, each once: a thousand records name the same ones, and an int of Python takes 28 bytes."""
+
+
+def _shared(tokens: list[int]) -> tuple[int, ...]:
+    """The same numbers, those of :data:`_numbers`."""
+    global _numbers
+    while True:
+        try:
+            return tuple(map(_numbers.__getitem__, tokens))
+        except IndexError:
+            _numbers = [*range(max(tokens) + 1)]  # a new list: other threads may be at this, too
 
 
 def _memory(values: Tensor) -> bytearray:
@@ -195,7 +205,7 @@ def _verdict(judgement: Judgement, reading: Reading, sample: int) -> dict[str, A
         "threshold": threshold if math.isfinite(threshold) else None,
         "accepted_severity": severity if judgement.accepted is None else judgement.accepted[sample],
         "pruned": pruned,
-        "tokens": tuple(_TOKENS.setdefault(token, token) for token in reading.tokens[sample]),
+        "tokens": _shared(reading.tokens[sample]),
         "drift": Floats.packed(_memory(reading.drift[sample])),
         "dead": judgement.dead // sum(reading.prune) if pruned else 0,
         "anchors": judgement.anchors if pruned else 0,

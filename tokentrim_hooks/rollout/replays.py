@@ -183,17 +183,21 @@ class Replayer:
             first: answers other latents for the first of them, or None; left out, those that the policy draws.
             some: with which samples, and an output of all that theirs is put into; None: the whole batch.
         """
-        with profiled("tokentrim.replay"):
-            first = first or functools.partial(self._redrawn, steps[0])
-            output, call = self._in_step(module, steps[0], first, some)
-            for earlier, step in itertools.pairwise(steps):
-                carried = functools.partial(self._carried, earlier, step, call, output)
-                output, call = self._in_step(module, step, carried, some)
-            if call is not steps[-1].call:
-                # The sampler goes on from its own latents, not from those of the replay's last call.
-                x0 = prediction_of(self._adapter, call, output)
-                if prediction_of(self._adapter, steps[-1].call, output) is not x0:
-                    output = self._adapter.with_prediction(steps[-1].call, output, x0)
+        first = first or functools.partial(self._redrawn, steps[0])
+        return profiled("tokentrim.replay", self._one_by_one, module, steps, first, some)
+
+    def _one_by_one(
+        self, module: nn.Module, steps: list[Step], first: Callable[[], Tensor | None], some: Some | None
+    ) -> Any:
+        output, call = self._in_step(module, steps[0], first, some)
+        for earlier, step in itertools.pairwise(steps):
+            carried = functools.partial(self._carried, earlier, step, call, output)
+            output, call = self._in_step(module, step, carried, some)
+        if call is not steps[-1].call:
+            # The sampler goes on from its own latents, not from those of the replay's last call.
+            x0 = prediction_of(self._adapter, call, output)
+            if prediction_of(self._adapter, steps[-1].call, output) is not x0:
+                output = self._adapter.with_prediction(steps[-1].call, output, x0)
         return output
 
     def _in_step(

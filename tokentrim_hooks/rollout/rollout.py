@@ -17,7 +17,7 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.inspection import Binder, is_driven_by, profiled, weakly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.autograd_modes import without_gradients
-from tokentrim_hooks.pruning.call_scope import CallScope, current_scope, open_scope, scope_of_call
+from tokentrim_hooks.pruning.call_scope import current_scope, open_scope, scope_of_call
 from tokentrim_hooks.report.record import Report
 from tokentrim_hooks.rollout.records import Recorder
 from tokentrim_hooks.rollout.repeat.shown import Proof
@@ -69,13 +69,14 @@ class Rollout:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Find the call's session, which makes ready for it; return other arguments where a policy moves latents."""
-        ranks = self.shared.failures.ranks
-        if self._replaying:
+        ranks, scope = self.shared.failures.ranks, current_scope()
+        if scope is not None and scope.replayer is self.shared.proof:  # this call is ours, not the sampler's
             ranks.replays += 1
             return None
+        if ranks.alone:
+            return profiled("tokentrim.before", self._begin, module, args, kwargs)
         ranks.enter()
-        with profiled("tokentrim.before"):
-            changed = self._begin(module, args, kwargs)
+        changed = profiled("tokentrim.before", self._begin, module, args, kwargs)
         ranks.begun()
         return changed
 
@@ -97,11 +98,10 @@ class Rollout:
     def after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """Let the session judge what came of the call; return the output that the sampler goes on with."""
         scope = scope_of_call()
-        running = None if scope is None or self._is_replay(scope) else scope.note
+        running = None if scope is None or scope.replayer is self.shared.proof else scope.note
         if not isinstance(running, Running) or running.found.session.shared is not self.shared:
             return output
-        with profiled("tokentrim.after"):
-            return without_gradients(self._come_back, module, running, output)
+        return profiled("tokentrim.after", without_gradients, self._come_back, module, running, output)
 
     def _come_back(self, module: nn.Module, running: Running, output: Any) -> Any:
         output = running.found.session.after(module, running, output)
@@ -111,22 +111,13 @@ class Rollout:
     def leave(self, _module: Any, _args: Any, _kwargs: Any, output: Any) -> None:
         """Runs also when the call raises (then there is no output): neither tap nor arguments outlive the call."""
         scope = scope_of_call()
-        if scope is None or self._is_replay(scope):
+        if scope is None or scope.replayer is self.shared.proof:
             return
         found = found_of(scope)
         if found is not None:
             found.session.fail() if output is None else found.session.release()
         if scope.open:
             scope.close()
-
-    @property
-    def _replaying(self) -> bool:
-        """Whether the code that asks runs in a replay of ours: its calls are not the sampler's."""
-        scope = current_scope()
-        return scope is not None and self._is_replay(scope)
-
-    def _is_replay(self, scope: CallScope) -> bool:
-        return scope.replayer is self.shared.proof
 
     def _is_foreign(self, denoiser: Any) -> bool:
         """Whether an object that was not patched and shares the denoiser makes the call, as ``Pipe(**components)``."""

@@ -72,8 +72,8 @@ OTHERS = (
     planted(
         "rollout",
         "reading",
-        "list(dict.fromkeys(tokens[sample * each : (sample + 1) * each]))",
-        "tokens[sample * each : (sample + 1) * each]",
+        "row if len(row) == len({*row}) else list(dict.fromkeys(row)) for row in rows",
+        "row for row in rows",
         "the rows of a token that is named twice are counted twice",
         "policies/test_verdicts.py::test_a_token_named_twice_to_fill_a_row_dies_once",
     ),
