@@ -35,8 +35,9 @@ def sigma_of(stage: Any, timestep: Tensor) -> Tensor:
 
 
 def x0_of(flow: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
-    """Clean latents, in the type of ``flow``; both ``[B, F, C, H, W]``, ``sigma`` ``[B]``, ``[B, 1]`` or ``[B, F]``."""
-    return (latents.double() - _spread(sigma) * flow.double()).to(flow.dtype)
+    """Clean latents, in the type of ``flow``; both ``[B, F, C, H, W]``; ``sigma`` in float64, ``[B]`` to ``[B, F]``."""
+    # In float64, as sigma is: what is narrower is widened on the way into the kernel.
+    return (latents - _spread(sigma) * flow).to(flow.dtype)
 
 
 def flow_of(x0: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:

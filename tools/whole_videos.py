@@ -103,9 +103,14 @@ class Arm:
             yield time.process_time() - began
 
     @property
+    def records(self) -> list[Any]:
+        """So far, of all videos."""
+        return [] if self.handle is None else [*self.handle.report]
+
+    @property
     def triggers(self) -> int:
-        """So far, in all videos."""
-        return 0 if self.handle is None else self.handle.report.triggers
+        """Prunes so far, in all videos."""
+        return sum(record.pruned for record in self.records)
 
 
 def measure(options: argparse.Namespace, dtype: str, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

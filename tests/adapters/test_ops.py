@@ -6,13 +6,16 @@ They may fall, and then the bound here falls; they may not grow unseen. The real
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+from pathlib import Path
+
 import pytest
 import test_transformers_cache as latent_video
 from counting import added_ops, syncs_of_rollout
 from targets import TARGETS, Target
 
 OPS = {"self-forcing": 33, "skyreels-v2": 57, "framepack": 45, "helios": 42, "ltx-long": 70, "transformers-cache": 26,
-       "anyflow-far": 47}  # fmt: skip
+       "anyflow-far": 47, "sana-wm": 64}  # fmt: skip
 """Operations per chunk at most, observing."""
 ALL = [*TARGETS, Target("transformers-cache", latent_video.LatentVideo, latent_video.generate)]
 COUNTED = [target for target in ALL if target.name in OPS]
@@ -29,3 +32,28 @@ def test_operations_per_chunk_do_not_grow(target):
 def test_one_synchronisation_per_chunk(target):
     syncs, log = syncs_of_rollout(target.make, target.run, **ADAPTERS.get(target.name, {}))
     assert syncs <= 1, str(log)
+
+
+UPSTREAM, FOREIGN = "upstream/test_costs.py", "models/fastvideo_suite/"
+ELSEWHERE = {
+    "causvid": (UPSTREAM, "TestCausVid"), "krea": (UPSTREAM, "TestKrea"), "longlive": (UPSTREAM, "TestLongLive"),
+    "reward_forcing": (UPSTREAM, "TestRewardForcing"), "infinity_rope": (UPSTREAM, "TestInfinityRope"),
+    "memflow": (UPSTREAM, "TestMemFlow"), "memrope": (UPSTREAM, "TestMemRope"),
+    "rolling_forcing": (UPSTREAM, "TestRollingForcing"), "rolling_sink": (UPSTREAM, "TestRollingSink"),
+    "matrix_game2": (UPSTREAM, "TestMatrixGame"), "magi1": (UPSTREAM, "TestOneAfterTheOther"),
+    "framepack_original": ("upstream/framepack_kit.py", "OPS ="),
+    "fastvideo": (FOREIGN + "suite_fastvideo.py", "OPS ="),
+    "lingbot_world": (FOREIGN + "suite_lingbot.py", "OPS ="),
+    "streamdiffusion_v2": ("models/streamdiffusionv2_suite/suite_streamdiffusionv2.py", "OPS ="),
+}  # fmt: skip
+"""Adapters whose model is no dependency of ours: the file that counts theirs, and what it says there."""
+
+
+def test_every_adapter_has_its_bound():
+    values = (point.value for point in entry_points(group="tokentrim_hooks"))
+    modules = {value.partition(".")[2] for value in values if value.startswith("tokentrim_hooks_adapters.")}
+    here = {name.replace("-", "_") for name in OPS} & modules
+    assert modules == here | ELSEWHERE.keys() and not here & ELSEWHERE.keys()
+    for file, text in ELSEWHERE.values():
+        source = (Path(__file__).parents[1] / file).read_text()
+        assert text in source and "<= OPS" in source and "syncs <= 1" in source, (file, text)

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.upstream
 OPS = {
     "TestSelfForcing": 31, "TestSelfForcingWithoutSink": 31, "TestCausalForcing": 31, "TestRewardForcing": 31,
     "TestInfinityRope": 31, "TestKrea": 34, "TestLongLive": 31, "TestCausVid": 33, "TestMemFlow": 31,
-    "TestMemRope": 32, "TestRollingForcing": 40, "TestOneAfterTheOther": 78,
+    "TestMemRope": 32, "TestRollingForcing": 40, "TestRollingSink": 31, "TestMatrixGame": 37,
+    "TestOneAfterTheOther": 78,
 }  # fmt: skip
 """Operations per chunk at most, observing, by kit."""
 

@@ -57,10 +57,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", [f"{kind}::{name}" for kind in KITS for name in names])
 
 
+def test_what_observing_adds(kit: list[ElementTree.Element]) -> None:
+    """In operations and host syncs, as framepack_kit.py counts them."""
+    _passed(next(one for one in kit if one.get("name") == "test_what_observing_adds"))
+
+
 def test_the_kit(kit: list[ElementTree.Element], case: str) -> None:
     """What was not checked is skipped in the kit's words."""
     kind, _, name = case.partition("::")
-    found = next(one for one in kit if one.get("name") == name and one.get("classname", "").endswith(f".{kind}"))
+    _passed(next(one for one in kit if one.get("name") == name and one.get("classname", "").endswith(f".{kind}")))
+
+
+def _passed(found: ElementTree.Element) -> None:
     for skipped in found.iter("skipped"):
         pytest.skip(str(skipped.get("message")))
     trouble = [str(fault.text) for tag in ("failure", "error") for fault in found.iter(tag)]

@@ -266,7 +266,7 @@ def test_a_composed_pipeline_is_recognised_by_its_stage() -> None:
     assert isinstance(answer, tokentrim.NoMatch) and "block_relativistic" in answer.reason
 
 
-OPS = 135
+OPS = 92
 """Operations that observing adds to a chunk, at most; see tests/adapters/test_ops.py."""
 
 

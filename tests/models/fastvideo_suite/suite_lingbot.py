@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_lingbot
 import torch
+from counting import added_ops, syncs_of_rollout
 from tokentrim_hooks_adapters import _flow_stage
 from tokentrim_hooks_adapters.lingbot_world import LingBotWorld
 from torch import Tensor
@@ -116,3 +117,15 @@ def test_pipeline_stage_and_bare_transformer_are_recognised() -> None:
         assert [found.adapter for found in tokentrim.detect(model) if found.matches] == ["lingbot-world"]
     with tokentrim.patch(stage), pytest.raises(tokentrim.UnsupportedContextError, match="as its stage does"):
         stage.transformer(torch.zeros(1, 16, 2, 8, 12), timestep=torch.ones(1), kv_cache=[])
+
+
+OPS = 114
+"""Operations that observing adds to a chunk, at most; see tests/adapters/test_ops.py."""
+
+
+def test_what_observing_adds(record_property: Any) -> None:
+    """In numbers that do not depend on the machine: they may fall, they may not grow unseen."""
+    ops = added_ops(tiny_lingbot.stage, lambda stage: tiny_lingbot.run(stage, 0, 6))
+    syncs, log = syncs_of_rollout(tiny_lingbot.stage, lambda stage: tiny_lingbot.run(stage, 0, 6))
+    record_property("figure", f"lingbot-world: {ops:.1f} operations and {syncs:.2f} host syncs per chunk")
+    assert 0 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))

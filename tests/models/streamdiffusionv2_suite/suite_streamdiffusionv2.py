@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import tiny_stream
 import torch
+from counting import added_ops, syncs_of_rollout
 from tokentrim_hooks_adapters.streamdiffusion_v2 import StreamDiffusionV2
 from torch import Tensor
 
@@ -224,3 +225,15 @@ def test_the_manager_around_the_pipeline_is_recognised() -> None:
     manager = SimpleNamespace(pipeline=pipe)
     assert [found.adapter for found in tokentrim.detect(manager) if found.matches] == ["streamdiffusion-v2"]
     assert not any(found.matches for found in tokentrim.detect(pipe.generator))
+
+
+OPS = 32
+"""Operations that observing adds to a chunk, at most; see tests/adapters/test_ops.py."""
+
+
+def test_what_observing_adds(record_property: Any) -> None:
+    """In numbers that do not depend on the machine: they may fall, they may not grow unseen."""
+    ops = added_ops(tiny_stream.pipeline, lambda pipe: tiny_stream.run(pipe, 0, 8))
+    syncs, log = syncs_of_rollout(tiny_stream.pipeline, lambda pipe: tiny_stream.run(pipe, 0, 8))
+    record_property("figure", f"streamdiffusionv2: {ops:.1f} operations and {syncs:.2f} host syncs per chunk")
+    assert 0 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))

@@ -1,0 +1,71 @@
+"""What our hooks take of a chunk of Self-Forcing's width, both measured in one run: ``python tools/hook_share.py``.
+
+The model computes, and so empties the caches that our Python is run from. The chunks before the one that is measured go
+without products of matrices. Times are CPU time of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from whole_videos import FRAMES, STEPS, WINDOW, Arm, nothing_multiplied
+
+import tokentrim_hooks as tokentrim
+from tokentrim_hooks.reference.pipeline import ReferencePipeline
+
+
+class Stamps:
+    """CPU time around the denoiser's calls and inside of our hooks, which are the first and the last there."""
+
+    def __init__(self, arm: Arm) -> None:
+        self.ours, self._since = 0.0, 0.0
+        generator = arm.generator
+        generator.register_forward_pre_hook(self._stop)
+        generator.register_forward_hook(self._start)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._start()
+            output = generator(*args, **kwargs)
+            self._stop()
+            return output
+
+        arm.generator = call  # no method, for an object that holds the denoiser is taken for another sampler
+
+    def _start(self, *_: Any) -> None:
+        self._since = time.thread_time()
+
+    def _stop(self, *_: Any) -> None:
+        self.ours += time.thread_time() - self._since
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure and print."""
+
+    def make() -> ReferencePipeline:
+        torch.manual_seed(0)
+        size = {"layers": options.layers, "dim": 1536, "heads": 12, "grid": tuple(options.grid)}
+        return ReferencePipeline.random(local_attn_size=WINDOW, **size)
+
+    arm = Arm(make, [tokentrim.ObservePolicy()], options.chunk + 1)
+    stamps, video, before = Stamps(arm), arm.video(), len(arm.records)
+    with nothing_multiplied():
+        for _ in range(options.chunk):
+            next(video)
+    stamps.ours = 0.0
+    whole, hooks, tokens = next(video), stamps.ours, options.grid[0] * options.grid[1]
+    judged = arm.records[before:][-1].severity
+    assert judged is not None, "the chunk was judged"
+    print(f"{options.layers} layers, {FRAMES} frames of {tokens} tokens behind {options.chunk * FRAMES}")
+    print(f"{len(STEPS)} calls: {whole:.2f} s, {1000 * hooks:.2f} ms of it our hooks': x {whole / (whole - hooks):.6f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--grid", type=int, nargs=2, default=(30, 52), help="Tokens of a frame, height and width.")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--chunk", type=int, default=1, help="Ordinal of the chunk that is measured.")
+    torch.set_num_threads(1)
+    main(parser.parse_args())
