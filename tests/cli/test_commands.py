@@ -11,7 +11,9 @@ import pytest
 
 from tokentrim_hooks import errors
 from tokentrim_hooks.cli.main import COMMANDS, main
+from tokentrim_hooks.cli.script.options import NUMBERS
 from tokentrim_hooks.console import plain_table
+from tokentrim_hooks.policy.token_trim import DriftPolicy
 
 
 def test_bare_tokentrim_shows_the_help(capsys):
@@ -42,6 +44,11 @@ print(sorted({{"torch", "numpy", "tabulate", "pluggy", "wrapt", "jinja2"}} & set
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_defaults_in_words_are_the_policy_s():
+    told = {name: re.search(r"; (\d\S*?)[.,](?: |$)", words)[1] for name, (_, words) in NUMBERS.items()}
+    assert told == {name: str(getattr(DriftPolicy(), name)) for name in NUMBERS}
 
 
 def test_version(capsys):

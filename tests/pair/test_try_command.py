@@ -29,6 +29,8 @@ noise = torch.randn(1, 24, 3, 8, 8)  # unseeded, as in many a script
 noise[:, 12:] *= 3
 video = pipeline.inference(noise)[0].permute(0, 2, 3, 1) * 0.25 + 0.5
 os.makedirs(sys.argv[1], exist_ok=True)
+with open(f"{sys.argv[1]}/a-broken.mp4", "w") as file:
+    file.write("no video")
 write_video(f"{sys.argv[1]}/video.mp4", video.clamp(0, 1).repeat_interleave(8, 1).repeat_interleave(8, 2).numpy())
 """
 
@@ -58,6 +60,7 @@ def test_one_command_gives_both_videos_and_a_verdict(project):
     found = json.loads((folder / "try.json").read_text())
     assert found["again"] == 0 and found["apart"] > 0 and len(found["pruned"]) > 0, "the seeds were set"
     assert done.stdout.startswith(found["headline"]) and all(words in done.stdout for words in found["sentences"])
+    assert "left out: " in done.stderr and "broken.mp4 cannot be read as a video" in done.stderr
     assert "tokentrim try --pairs 8 --config run.toml --policy drift inference.py videos" in done.stdout
     page = (folder / "try.html").read_text()
     assert 'src="unpatched/video.mp4"' in page and 'src="patched/video.mp4"' in page
@@ -74,7 +77,8 @@ def test_one_command_gives_both_videos_and_a_verdict(project):
     [
         ("print('no model')", "no model was patched, so there is nothing to compare."),
         (SCRIPT + "\nraise ValueError('mine')", "the patched run of the script failed with status 1."),
-        (SCRIPT.replace("write_video(", "print("), "the script wrote no video; looked at: "),
+        (SCRIPT.replace("write_video(", "print(").replace("a-broken.mp4", "text"), "the script wrote no video; looked at: "),
+        (SCRIPT + "open(f'{sys.argv[1]}/video.mp4', 'w').write('x' * 999)\n", "wrong/patched/video.mp4 cannot be read as"),
     ],
 )
 def test_what_cannot_be_compared_is_told_and_nothing_else_is_run(project, script, words):

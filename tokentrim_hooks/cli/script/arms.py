@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.console import say
+from tokentrim_hooks.errors import TokenTrimError, VideoError
 from tokentrim_hooks.experiments.pair.videos import Places, kept, written
+from tokentrim_hooks.metrics.video import VideoFile
 from tokentrim_hooks.report import names
 
 ELASTIC = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
@@ -53,7 +55,26 @@ class Launch:
         if not found:
             where = self.places.pattern or ", ".join(map(str, self.places.roots))
             raise TokenTrimError(f"the script wrote no video; looked at: {where}.\nName its place: --video 'PATTERN'.")
-        return Arm(found, seconds, logs_of(log))
+        return Arm(_readable(found), seconds, logs_of(log))
+
+
+def _readable(videos: Sequence[Path]) -> list[Path]:
+    """Those that can be opened: a script may leave others, and nobody should wait for two more runs to hear of it.
+
+    Raises:
+        VideoError: none of them can.
+    """
+    failures, good = [], []
+    for path in videos:
+        try:
+            good.append(VideoFile.of(path).path)
+        except VideoError as failure:
+            failures.append(failure)
+    if not good:
+        raise failures[0]
+    for failure in failures:
+        say(f"tokentrim try: left out: {str(failure).splitlines()[0]}")
+    return good
 
 
 def _status_of(command: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -10,13 +10,15 @@ import click
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-NUMBERS: dict[str, Any] = {
-    "fraction": click.FLOAT,
-    "sensitivity": click.FLOAT,
-    "warmup": click.INT,
-    "max_regenerations": click.INT,
+NUMBERS: dict[str, tuple[Any, str]] = {
+    "fraction": (click.FLOAT, "the share of tokens, those that drift most, to judge and prune; 0.1."),
+    "sensitivity": (click.FLOAT, "a chunk is pruned so many deviations above the mean; 2.0, lower prunes more."),
+    "warmup": (click.INT, "severities to see before anything is pruned; 2."),
+    "max_regenerations": (click.INT, "how often a chunk may be made again; 1."),
 }
-"""Options of DriftPolicy that are numbers; the others are switches or come from a TOML file."""
+"""Options of DriftPolicy that are numbers, with their defaults in words: help waits for no torch. The others are switches
+or come from a TOML file.
+"""
 
 SCRIPT = {"allow_interspersed_args": False}
 """Settings of a command whose arguments behind the script's name are the script's."""
@@ -24,9 +26,9 @@ SCRIPT = {"allow_interspersed_args": False}
 
 def patching(command: Decorated) -> Decorated:
     """Declare what says how to patch."""
-    for name, kind in reversed(NUMBERS.items()):
+    for name, (kind, words) in reversed(NUMBERS.items()):
         flag = f"--{name.replace('_', '-')}"
-        command = click.option(flag, type=kind, help=f"DriftPolicy.{name}")(command)
+        command = click.option(flag, type=kind, help=f"Policy drift: {words}")(command)
     for option in (
         click.option("--probe", type=click.Choice(("first-step", "candidate")), help="Which prediction is judged."),
         click.option("--config", type=click.Path(path_type=Path), help="TOML file: probe, observers, [policies.NAME]."),
