@@ -10,7 +10,7 @@ import pytest
 
 from tokentrim_hooks.cli.script.arms import Arm, videos_of_all, without_torchrun
 from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.experiments.pair.charts import curve
+from tokentrim_hooks.experiments.pair.charts import _apart, curve
 from tokentrim_hooks.experiments.pair.curves import UNITS, Curves, apart
 from tokentrim_hooks.experiments.pair.page import playable, spans_of, write_page
 from tokentrim_hooks.experiments.pair.several import table
@@ -115,6 +115,12 @@ def test_a_step_stands_at_the_frame_that_it_leads_to(tmp_path):
         changed = seconds[np.abs(values) > 0.5]
         assert name in ("motion", "sharpness") or changed[0] == 1.5, name
         assert seconds[-1] == 11 / 4 and len(seconds) == len(upper.lines[0].get_xdata())
+
+
+def test_rounding_is_no_difference_that_is_drawn():
+    one = np.array([0.4, 0.5, 0.6])
+    assert (_apart(one + 5e-15, one) == 0).all() and not len(_apart(one[:0], one[:0]))
+    assert _apart(one + np.array([0, 1e-4, 0]), one) == pytest.approx([0, 1e-4, 0])
 
 
 def test_a_copy_for_the_page_is_as_old_as_the_video(tmp_path):

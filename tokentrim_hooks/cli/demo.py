@@ -40,7 +40,8 @@ FILES = {
 def demo(out: Path, untrained: bool, **options: Any) -> None:
     """See and measure it on a small trained model.
 
-    Takes about four minutes of one idle core, with --fast a quarter of that. Says in a few sentences what came of it, then shows a table, then where the films and pages are.
+    Says in a few sentences what came of it, then shows a table, then where the films and pages are. It takes about four
+    minutes of one idle core; with --fast, one.
     """
     need("safetensors", "scipy", "PIL", "jinja2", "matplotlib", "tqdm")
     ready_folder(out)

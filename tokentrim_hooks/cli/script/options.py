@@ -16,8 +16,8 @@ NUMBERS: dict[str, tuple[Any, str]] = {
     "warmup": (click.INT, "severities to see before anything is pruned; 2."),
     "max_regenerations": (click.INT, "how often a chunk may be made again; 1."),
 }
-"""Options of DriftPolicy that are numbers, with their defaults in words: help waits for no torch. The others are switches
-or come from a TOML file.
+"""Options of DriftPolicy that are numbers, with their defaults in words, since help waits for no torch. The others are
+switches, or come from a TOML file.
 """
 
 SCRIPT = {"allow_interspersed_args": False}

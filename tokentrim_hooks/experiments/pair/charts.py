@@ -13,6 +13,8 @@ from tokentrim_hooks.extras import require
 WITHOUT, WITH, CUT = "#20242c", "#1d6fd0", "#d62839"
 POINTS = 1500
 """Points of a curve at most."""
+ROUNDING = 1e-9
+"""Of a curve's largest value: what is drawn as no difference."""
 Span = tuple[float, float]
 
 
@@ -29,7 +31,7 @@ def curve(name: str, unpatched: Curves, patched: Curves, pruned: Sequence[Span],
     for label, video, colour in (("without the patch", unpatched, WITHOUT), ("with it", patched, WITH)):
         above.plot(*_thin(video.series[name], video.fps, first), color=colour, lw=1.3, label=label)
     shared = min(len(unpatched.series[name]), len(patched.series[name]))
-    difference = patched.series[name][:shared] - unpatched.series[name][:shared]
+    difference = _apart(patched.series[name][:shared], unpatched.series[name][:shared])
     below.plot(*_thin(difference, unpatched.fps, first), color=WITH, lw=1.1)
     below.axhline(0, color=WITHOUT, lw=0.6)
     for axes in (above, below):
@@ -41,6 +43,13 @@ def curve(name: str, unpatched: Curves, patched: Curves, pruned: Sequence[Span],
     figure.legend(handles=above.get_legend_handles_labels()[0], loc="outside upper left", ncols=3, fontsize=8,
                   frameon=False)  # fmt: skip
     return figure
+
+
+def _apart(one: Any, other: Any) -> Any:
+    """The difference of two series; what is rounding is none: the same video measures the same only to some digits."""
+    difference = np.asarray(one) - np.asarray(other)
+    largest = np.abs(np.concatenate([one, other])).max(initial=0.0)
+    return np.where(np.abs(difference) > ROUNDING * largest, difference, 0.0)
 
 
 def _thin(series: Any, fps: float, first: int) -> tuple[Any, Any]:

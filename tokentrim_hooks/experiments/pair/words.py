@@ -135,4 +135,5 @@ def _repeats(pair: Pair) -> str:
 def _cost(pair: Pair) -> str:
     unpatched, patched = pair.seconds
     calls = pair.report.summary().splitlines()[-1].strip()
-    return f"{patched:.0f} s with the patch, {unpatched:.0f} s without, start and loading included; {calls}."
+    told = "start and loading included, and with the patch its report page"
+    return f"{patched:.0f} s with the patch, {unpatched:.0f} s without ({told}); {calls}."
