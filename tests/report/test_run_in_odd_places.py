@@ -52,6 +52,19 @@ def test_a_script_that_takes_its_log_away_is_told(project):
     assert done.returncode == 0 and "no report page for " in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_on_a_full_disk_the_status_is_still_the_script_s(project, status):
+    full = "from tokentrim_hooks.report import files\ndef full(*_): raise OSError(28, 'No space left on device')\n"
+    text = f"{full}pipeline.inference(torch.randn(1, 6, 3, 8, 8)); files.Path.replace = full\n"
+    leaves = f"\nraise SystemExit({status})\n"
+    (project / "full.py").write_text(BEGIN + text + END + leaves)
+    command = [sys.executable, "-m", "tokentrim_hooks", "run", "--out", "log", "--quiet", "--no-thumbnails", "full.py"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert "no report page for " in done.stderr and "run.json: No space left on device" in done.stderr
+    assert len(read_report(project / "log")) == 5
+
+
 def test_a_reader_that_goes_costs_no_report(project):
     (project / "odd.py").write_text(BEGIN + END)
     read, write = os.pipe()

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokentrim_hooks.cli.options import STANDARD_OUTPUT, device, json_option, need, ready_file, whole, write_json
+from tokentrim_hooks.cli.options import (
+    STANDARD_OUTPUT,
+    Share,
+    device,
+    json_option,
+    need,
+    ready_file,
+    threads,
+    whole,
+    write_json,
+)
 from tokentrim_hooks.console import progress, show_table
 
 if TYPE_CHECKING:
@@ -30,9 +40,9 @@ GOALS = {"observing / unpatched": 1.002, "forced trigger / unpatched": 1.015}
 @whole("--chunks", least=3, default=20, show_default=True,
               help="Chunks of a rollout, at least 3: one of them is pruned.")  # fmt: skip
 @whole("--rounds", default=8, show_default=True, help="Rounds of all arms.")
-@whole("--threads", help="CPU threads of torch.")
+@threads()
 @click.option("--policy", multiple=True, metavar="NAME", help="An installed policy as one more arm; repeatable.")
-@click.option("--dead", multiple=True, type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
+@click.option("--dead", multiple=True, type=Share(), metavar="SHARE",
               help="Share of tokens to prune in one more arm, to find where it pays; repeatable.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16")),
               help="What the model computes in; by default bfloat16 on a GPU, float32 on a CPU.")  # fmt: skip

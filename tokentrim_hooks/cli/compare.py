@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from tokentrim_hooks.cli.options import FOLDER, SEED, device, need, ready_folder, whole
+from tokentrim_hooks.cli.options import FOLDER, SEED, device, need, ready_folder, threads, whole
 from tokentrim_hooks.console import progress, show_table
 from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.extras import imported
+from tokentrim_hooks.extras import imported, in_short
 from tokentrim_hooks.report.files import write
 
 COLUMNS = ("name", "aspect", "better", "window")
@@ -50,7 +50,7 @@ def _kinds(_context: click.Context, _option: click.Parameter, value: str | None)
               help="Installed policies by name, each with its control, beside what --only names.")  # fmt: skip
 @click.option("--setting", multiple=True, metavar="'NAME: key=value, ...'", help="One more; repeatable.")
 @click.option("--list", "listed", is_flag=True, help="Print the standard settings and stop.")
-@whole("--threads", help="CPU threads of torch.")
+@threads()
 @whole("--chunks", default=24, show_default=True, help="Reference model: chunks to generate.")
 @click.option("--fault", type=click.Choice(FAULTS), help="Reference model: plant a blotch.")
 @click.option("--kind", "kinds", callback=_kinds, metavar="KIND,...",
@@ -143,11 +143,29 @@ def _ready(target: str | None, options: dict[str, Any], kind: str, seeds: Sequen
     folder = options["out"] / kind if len(options["kinds"]) > 1 else options["out"]
     make = make_of(target, options, kind)
     settings = _settings(options, anchors=getattr(make, "sink", 1) > 0)
-    trial = make(seeds)
+    trial = _somebodys(target, make, seeds) if target else make(seeds)
     if any(setting.graded for setting in settings):
         opening_of(trial)
     store = Store(ready_folder(folder), made_with(target, options, trial), settings)
     return _Run(kind, folder, make, settings, trial, store)
+
+
+def _somebodys(target: str, make: Any, seeds: Sequence[int]) -> Any:
+    """The first trial of a user's function.
+
+    Raises:
+        TokenTrimError: it fails, or what it makes is no trial.
+    """
+    try:
+        trial = make(seeds)
+    except (Exception, SystemExit) as failure:
+        words = f"{target} makes no trial of the seeds {list(seeds)}: {in_short(failure)}"
+        raise TokenTrimError(f"{words}.\nGive a function that takes a list of seeds.") from failure
+    lacks = [name for name in ("model", "columns", "run", "measure") if not getattr(trial, name, None)]
+    if lacks:
+        words = f"{target} makes {type(trial).__name__}, which has no {', '.join(lacks)}"
+        raise TokenTrimError(f"{words}.\nA trial has model, columns, run() and measure(video).")
+    return trial
 
 
 def _settings(options: dict[str, Any], anchors: bool) -> list[Any]:

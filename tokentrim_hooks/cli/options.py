@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -24,15 +25,36 @@ SEED = click.IntRange(-(2**63), 2**63 - 1)
 """What torch takes as a seed."""
 
 
-def whole(*names: str, least: int = 1, **more: Any) -> Callable[[Decorated], Decorated]:
-    """An option that is a whole number from ``least`` on."""
+def whole(*names: str, least: int = 1, most: int = 10**6, **more: Any) -> Callable[[Decorated], Decorated]:
+    """An option that is a whole number from ``least`` to ``most``, which nobody can wait for."""
 
     def checked(_context: click.Context, _option: click.Parameter, value: int | None) -> int | None:
         if value is not None and value < least:
             raise click.BadParameter(f"must be at least {least}, got {value}")
+        if value is not None and value > most:
+            raise click.BadParameter(f"must be at most {most}, got {value}")
         return value
 
     return click.option(*names, type=int, callback=checked, **{"metavar": "N", **more})
+
+
+class Share(click.FloatRange):
+    """A number between 0 and 1, both excluded. click's own lets NaN pass, which is beyond no limit."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, min_open=True, max_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number between 0 and 1", param, ctx)
+        return number
+
+
+def threads() -> Callable[[Decorated], Decorated]:
+    """``--threads``, of which torch takes no more than a machine may have."""
+    return whole("--threads", most=1024, help="CPU threads of torch.")
 
 
 def device(help: str, **more: Any) -> Callable[[Decorated], Decorated]:

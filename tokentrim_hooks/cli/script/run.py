@@ -67,9 +67,17 @@ def _watched(target: Target, this: Run) -> int:
         raise SystemExit(status) from end
     finally:
         _say_what_happened(this, status, begun_in)
-        if os.getpid() == this.process:
-            ended(this.folder)
+        _note_the_end(this)
     return status or (0 if this.handles else 1)
+
+
+def _note_the_end(this: Run) -> None:
+    """Where that cannot be written, on a full disk, the script's own status and output are not touched by it."""
+    if os.getpid() == this.process:
+        try:
+            ended(this.folder)
+        except TokenTrimError as failure:
+            say(f"tokentrim run: {failure}")
 
 
 def _say_what_happened(this: Run, status: int, begun_in: Path) -> None:
