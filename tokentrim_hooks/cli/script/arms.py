@@ -64,7 +64,8 @@ def _readable(videos: Sequence[Path]) -> list[Path]:
     Raises:
         VideoError: none of them can.
     """
-    failures, good = [], []
+    failures: list[VideoError] = []
+    good: list[Path] = []
     for path in videos:
         try:
             good.append(VideoFile.of(path).path)
@@ -72,8 +73,8 @@ def _readable(videos: Sequence[Path]) -> list[Path]:
             failures.append(failure)
     if not good:
         raise failures[0]
-    for failure in failures:
-        say(f"tokentrim try: left out: {str(failure).splitlines()[0]}")
+    for bad in failures:
+        say(f"tokentrim try: left out: {str(bad).splitlines()[0]}")
     return good
 
 
