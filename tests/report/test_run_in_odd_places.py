@@ -25,10 +25,10 @@ def tokentrim(project, *arguments, text="", name="odd.py"):
     return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize(("before", "chunks"), [("", 3), ("pipeline.inference(torch.randn(1, 6, 3, 8, 8));", 5)])
+@pytest.mark.parametrize(("before", "chunks"), [("", 3), ("pipeline.inference(torch.randn(1, 6, 3, 8, 8)); ", 5)])
 def test_a_script_that_changes_its_folder_leaves_its_log_where_it_was_asked_for(project, before, chunks):
     (project / "inner").mkdir()
-    done = tokentrim(project, "--out", "log", text=f"{before} os.chdir('inner')\n")
+    done = tokentrim(project, "--out", "log", text=f"{before}os.chdir('inner')\n")
     assert done.returncode == 0, done.stderr
     assert "report: log/report.html\n" in done.stderr, "as seen from where the user is"
     assert len(read_report(project / "log")) == chunks
