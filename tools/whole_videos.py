@@ -1,7 +1,7 @@
 """What whole videos cost at Self-Forcing's width: unpatched, with forced triggers, under CommitWindow.
 
 ``python tools/whole_videos.py`` makes videos of 21 frames, 3 to a chunk, with two of its layers (12 heads of 128),
-random weights and, as all 1,560 tokens a frame take a CPU some twenty minutes per video, as many as ``--grid`` says.
+random weights and, as all 1,560 tokens a frame take a CPU some ten minutes per video, as many as ``--grid`` says.
 Each chunk is timed; arms take turns, chunk by chunk in one process, so that all meet the same machine. Before the clock
 counts each arm makes a video without products of matrices, in which the first prune of a patch is proved, and another
 one of which the peak memory is taken. Times are CPU time of one thread; run it with the two variables that growth.py
