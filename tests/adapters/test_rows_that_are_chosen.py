@@ -10,8 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_memory_made_of_rows import POLICY, WINDOW, fork_of, home, rollout
+from test_memory_made_of_rows import (
+    MADE_OF_ROWS,
+    POLICY,
+    WINDOW,
+    Bank,
+    BankOfTheNewest,
+    CopiedSink,
+    fork_of,
+    home,
+    rollout,
+)
 from test_unknown_forks import DEAD, TOKENS, SelfAttention, cache_of
+from tokentrim_hooks_adapters.self_forcing import SelfForcing
 from torch import Tensor
 
 import tokentrim_hooks as tokentrim
@@ -114,6 +125,32 @@ def test_rows_that_are_chosen_are_refused(kind: type[Choosing], at: int) -> None
     fork = fork_of(kind)
     with tokentrim.patched(fork, ForcedPolicy({at: DEAD})), pytest.raises(UnsupportedContextError, match=WORDS):
         rollout(fork, cache_of())
+
+
+class KeepsMemory(SelfForcing):
+    """An adapter that says that it keeps the model's other memory right: that is no word on where tokens are."""
+
+    keeps_memory = True
+
+
+@pytest.mark.parametrize("at", (2, 4, 5))
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_they_are_refused_beside_other_memory_as_well(kind: type[Choosing], at: int) -> None:
+    fork, words = fork_of(kind), WORDS.replace("no rows of the KV cache", "rows of the KV cache in some heads only")
+    with (
+        tokentrim.patched(fork, ForcedPolicy({at: DEAD}), adapter=KeepsMemory),
+        pytest.raises(UnsupportedContextError, match=words),
+    ):
+        rollout(fork, cache_of())
+
+
+@pytest.mark.parametrize("at", (2, 4, 5))
+@pytest.mark.parametrize("kind", (*MADE_OF_ROWS, Bank, CopiedSink, BankOfTheNewest), ids=lambda kind: kind.__name__)
+def test_other_memory_of_whole_rows_is_left_to_such_an_adapter(kind: type[Choosing], at: int) -> None:
+    fork = fork_of(kind)
+    with tokentrim.patched(fork, ForcedPolicy({at: DEAD}), adapter=KeepsMemory) as handle:
+        rollout(fork, cache_of())
+    assert [record.chunk for record in handle.report if record.pruned] == [at]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

@@ -51,7 +51,7 @@ class KeyAccount:
         self._marked_most: tuple[list[int], tuple[int, int] | None] = ([], None)
         self._start, self._same = -1, False
         self._thorough: Callable[[], Tensor] | None = None
-        self.layers = LayersAlike()
+        self.layers = LayersAlike(any(each.ndim == 5 for each in context.values))
         """Whether all layers have the same dead rows."""
         self.read(context)
 
@@ -133,17 +133,7 @@ class KeyAccount:
                 rows.
         """
         thorough, self._thorough = self._thorough, None  # it holds the keys' V
-        if part is None or not part.before:
-            self._marked_most, self.marked, self._most = (self.marked, self._most), [], None
-        marks, most = self._marked_most
-        marked = sum(marks if part is None else marks[part.first : part.stop])
-        whole = most is not None and alive.shape[1] == most[0] + new
-        # Where no mark is seen at all they never reached attention: the self-check of the prune says that.
-        if whole and 0 < int((~alive).sum()) < marked:
-            raise UnsupportedContextError(
-                f"the next call wrote over some of {marked} pruned rows: the chunk's own are not the last (a ring "
-                "buffer?).\nWrite an adapter for this fork, which says where the rows of finished frames are."
-            )
+        most = self._require_marks(alive, new, part)
         if bool(alive.all()):
             return
         keys = int(alive.shape[1])
@@ -157,6 +147,22 @@ class KeyAccount:
                 f"{beside} of {keys} keys in self attention are no rows of the KV cache: memory that keeps what is "
                 "pruned?\nSwitch it off (a mean, a bank), or write an adapter that spares it, with keeps_memory = True."
             )
+
+    def _require_marks(self, alive: Tensor, new: int, part: Samples | None) -> tuple[int, int] | None:
+        """Raise UnsupportedContextError if the chunk's own rows lie on marked ones; (history, all) rows, if known."""
+        if part is None or not part.before:
+            self._marked_most, self.marked, self._most = (self.marked, self._most), [], None
+        marks, most = self._marked_most
+        self.layers.most = most and max(most[0] + new, int(alive.shape[1]))
+        marked = sum(marks if part is None else marks[part.first : part.stop])
+        whole = most is not None and alive.shape[1] == most[0] + new
+        # Where no mark is seen at all they never reached attention: the self-check of the prune says that.
+        if whole and 0 < int((~alive).sum()) < marked:
+            raise UnsupportedContextError(
+                f"the next call wrote over some of {marked} pruned rows: the chunk's own are not the last (a ring "
+                "buffer?).\nWrite an adapter for this fork, which says where the rows of finished frames are."
+            )
+        return most
 
 
 def _strange(alive: Tensor, known: Tensor, new: int) -> int:

@@ -153,6 +153,28 @@ def require_floating(values: Sequence[Tensor]) -> None:
             )
 
 
+def require_history(context: CacheRows, start: int, samples: int) -> None:
+    """Raise UnsupportedContextError unless history can be the frames before latent frame ``start``, and nothing else.
+
+    Rows of something else among them (text, registers) move the tokens of all that lie behind; and guidance may keep
+    both branches of a sample in one cache.
+    """
+    # Of a ring, whose frames are not all there before it is full, the chunk's own slots are none of history.
+    rows, most = context.stop - context.start, context.end if context.end is not None else start
+    rows -= max(min(context.current[1], context.stop) - max(context.current[0], context.start), 0)
+    if not context.frames and (rows % context.rows_per_frame or rows > most * context.rows_per_frame):
+        raise UnsupportedContextError(
+            f"history takes {rows} rows of the KV cache, which are not whole ones of {most} frames of "
+            f"{context.rows_per_frame}: does it keep more than frames?\nWrite an adapter that says where they begin."
+        )
+    held = int(context.values[0].shape[0]) if context.values else samples
+    if held != samples:
+        raise UnsupportedContextError(
+            f"the KV cache holds {held} samples for a call of {samples}, so which is whose is not known (guidance that "
+            "keeps both branches in one?).\nGive each branch a cache and a call of its own, or write an adapter."
+        )
+
+
 def require_rows(context: CacheRows) -> None:
     """Raise UnsupportedContextError unless a cache has as many rows as history is said to take."""
     values = context.values[0]

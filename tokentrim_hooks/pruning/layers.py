@@ -1,4 +1,8 @@
-"""Whether a row of a KV cache is the same token in every layer: the tap finds the dead ones in the first layer only."""
+"""Whether a row of a KV cache is the same token in every layer: the tap finds the dead ones in the first layer only.
+
+A layer may read fewer rows than the first. If it reads more, it keeps more than the counters say that were read; and if
+it reads some of the heads only, the mark in the first head is not seen with the others.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,52 @@ from tokentrim_hooks.errors import UnsupportedContextError
 class LayersAlike:
     """Compares the marks of the layers of calls; the device is read when somebody reads it anyway, or asks.
 
+    Args:
+        by_site: whether layers attend per site as well, whose batch and heads are others.
+
     Attributes:
         looks: whether the call that comes is looked at: rows move as a chunk begins, and in no later call of it.
+        most: keys that a layer of the call sees at most; None where that is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_site: bool = False) -> None:
         self.looks = False
+        self.most: int | None = None
+        self._by_site, self._shape = by_site, (0, 0)
         self._first: Tensor | None = None
         self._apart: Tensor | None = None
 
     def begin(self, values: Tensor) -> None:
         """The first layer's V, ``[B, keys, heads, head_dim]``."""
+        self._shape = (values.shape[0], values.shape[2])
         self._first = _marks(values) if self.looks else None
 
     def look(self, values: Tensor) -> None:
-        """Another layer's V."""
+        """Another layer's V.
+
+        Raises:
+            UnsupportedContextError: it has other heads than the first layer's, or more keys than there can be.
+        """
+        self._require_like_first(values)
         if self._first is None or self._first.shape != values.shape[:2] or self._first.device != values.device:
             return
         apart = (_marks(values) != self._first).any()
         self._apart = apart if self._apart is None else self._apart | apart
+
+    def _require_like_first(self, values: Tensor) -> None:
+        batch, keys, heads = values.shape[:3]
+        if self._by_site and batch != self._shape[0]:
+            return
+        if (batch, heads) != self._shape:
+            raise UnsupportedContextError(
+                f"a layer attends with {heads} heads of {batch} samples, the first one with {self._shape[1]} of "
+                f"{self._shape[0]}: some heads see other keys?\nA row must be in all heads: write an adapter."
+            )
+        if self.most is not None and keys > self.most:
+            raise UnsupportedContextError(
+                f"a layer sees {keys} keys where {self.most} are known: its KV cache keeps more frames than the first "
+                "layer's.\nUse one window for all layers, or write an adapter for this fork."
+            )
 
     def end(self) -> None:
         """The call is over: keep no tensor of it but the flag."""

@@ -186,11 +186,11 @@ class CallTap:
         # by device, for the layers of one model may lie on several.
         place = k.shape[1], k.device
         groups = self._live.get(place)
+        if self.layers is not None:
+            self.layers.look(v)
         if groups is None:
             weighed = self._weighed[place] = None if self.veil is None else self.veil.locate(self.calls, v)
             groups = self._live[place] = live_keys(self._groups(q, k, v, mask, weighed), k.device)
-        elif self.layers is not None:
-            self.layers.look(v)
         rows = self._weighed[place]
         if rows is not None and self.veil is not None:
             v, attend = self.veil.weighed(self.calls, v, rows), weighing(attend)

@@ -49,9 +49,12 @@ def is_marked(values: Any) -> bool:
 
 @dataclass
 class Tombstones:
-    """Marks in the V rows of one or more KV caches, and what they replaced, for as long as rows have not moved."""
+    """Marks in the V rows of one or more KV caches, and what they replaced, for as long as rows have not moved.
 
-    replaced: list[tuple[Tensor, tuple[Any, ...], Tensor]] = field(default_factory=list)
+    The caches are not kept alive: a sampler may put other memory in their place, and that is known by their end.
+    """
+
+    replaced: list[tuple[Traces, tuple[Any, ...], Tensor]] = field(default_factory=list)
 
     def mark(self, rows: CacheRows, tokens: Sequence[Sequence[int]], prune_anchors: bool = False) -> int:
         """Mark all cached positions of ``tokens`` (one list per sample; empty = spare it); return rows marked."""
@@ -65,14 +68,14 @@ class Tombstones:
         on_device = {device: places.to(device) for device in {values.device for values in rows.values}}
         for values in rows.values:
             index = marked_element(values, on_device[values.device], rows.rows_per_frame)
-            self.replaced.append((values, index, values[index].clone()))
+            self.replaced.append((Traces.of([values]), index, values[index].clone()))
             values[index] = mark_of(values.dtype)
         return len(sample)
 
     def revive(self) -> None:
         """Put back what the marks replaced. Only valid while no row has moved since."""
-        for values, index, old in reversed(self.replaced):
-            writing(values, values.__setitem__, index, old)
+        for traces, index, old in reversed(self.replaced):
+            traces.put(index, old)
         self.replaced.clear()
 
     def settle(self) -> None:
@@ -138,6 +141,11 @@ class Traces:
         """Whether no mark is left: all have rolled out of the cache or were overwritten. Reads the device."""
         alive = [alive_rows(values).all() for values in self._values()]
         return not alive or bool(torch.stack([flag.to(alive[0].device) for flag in alive]).all())
+
+    def put(self, index: tuple[Any, ...], elements: Tensor) -> None:
+        """Write into what is left of the tensors."""
+        for values in self._values():
+            values[index] = elements
 
     def clear(self) -> None:
         """Make what is left finite again."""

@@ -11,22 +11,23 @@ from typing import Any
 import torch
 
 from tokentrim_hooks.adapter import Adapter, Call
-from tokentrim_hooks.errors import TokenTrimWarning, UnsupportedPolicyError
+from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import grid_of
 from tokentrim_hooks.policy.views import Place
 from tokentrim_hooks.pruning.account import KeyAccount, keeps_contents
-from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, anchor_frames, require_grid
+from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, anchor_frames, require_grid, require_history
 from tokentrim_hooks.pruning.fleeting import FleetingMarks
 from tokentrim_hooks.pruning.key_selection import DeadTokens
 from tokentrim_hooks.pruning.samples import Samples
+from tokentrim_hooks.pruning.sparing import SparingAccount
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import FOREIGN_MARKS, Tombstones, Traces, is_marked
 from tokentrim_hooks.rollout.answers import context_of
 from tokentrim_hooks.rollout.repeat.shown import Proof
 from tokentrim_hooks.rollout.scene import Act
-from tokentrim_hooks.rollout.steering import Steering, frames_of
+from tokentrim_hooks.rollout.steering import Steering, frames_of, require_taken
 
 _logger = logging.getLogger(__name__)
 
@@ -114,17 +115,9 @@ class Pruner:
         (masks, self.acts), weights = steering.hidden(call, place, context), steering.weights
         if not masks and weights is None:
             return None, ()
-        if weights is not None and ("weigh" not in self._adapter.takes or not isinstance(context, CacheRows)):
-            raise UnsupportedPolicyError(
-                f"{self.acts[0].policy} weighs keys, and adapter {self._adapter.name!r} takes only policies that hide "
-                "them: let hide() answer True and False"
-            )
-        if place.phase not in self._adapter.hides_from:
-            raise UnsupportedPolicyError(
-                f"{self.acts[0].policy} hides rows from a {place.phase!r} call, which makes new rows of old ones, for "
-                f"good.\nHide from {', '.join(sorted(self._adapter.hides_from))} calls only."
-            )
+        require_taken(self._adapter, self.acts[0].policy, place.phase, context, weights is not None)
         if isinstance(context, CacheRows):
+            require_history(context, call.start, int(call.latents.shape[0]))
             self.proof.expected = context.attentions or len(context.values)
             hidden = [*masks.values(), *([] if weights is None else [weights == 0])]
             self._hid = self._fleeting.hide(context, torch.stack(hidden).any(0), weights) > 0
@@ -152,6 +145,7 @@ class Pruner:
         require_grid(context := context_of(self._adapter, call), grid := grid_of(call.latents, self._patch_size))
         self.anchors = 0 if self._policy.prune_anchors else anchor_frames(context)
         if isinstance(context, CacheRows):
+            require_history(context, call.start, int(call.latents.shape[0]))
             dead = self._mark(context, tokens, call.stream)
         else:
             self.proof.expected = context.attentions or self.proof.expected
@@ -175,10 +169,10 @@ class Pruner:
         return dead
 
     def _watch_rows(self, context: CacheRows, stream: Hashable) -> None:
-        """Account for the keys of later calls, unless the adapter says that it keeps the model's other memory right."""
+        """Account for the keys of later calls; not for memory that the adapter says that it keeps right."""
         self._accounts = {known: account for known, account in self._accounts.items() if known in self._marked}
-        if keeps_contents(context) and not self._adapter.keeps_memory:
-            self._accounts[stream] = KeyAccount(context)
+        kind = SparingAccount if self._adapter.keeps_memory else KeyAccount
+        self._accounts |= {stream: kind(context)} if keeps_contents(context) else {}
 
     def inherit(self, call: Call) -> None:
         """Find the marks in a cache that was copied from another video's, or loaded: they were copied with it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase
-from tokentrim_hooks.errors import PolicyError
+from tokentrim_hooks.errors import PolicyError, UnsupportedPolicyError
 from tokentrim_hooks.policy.base import Policy, labelled
 from tokentrim_hooks.policy.statistics import Moments
 from tokentrim_hooks.policy.views import ContextView, Denoised, Place, Rows
@@ -223,3 +223,17 @@ def place_of(call: Call, phase: Phase | None, video: VideoState, chunk: ChunkSta
     """Where a video is at a call, for a policy; another branch of guidance is where the judged one is."""
     word = chunk.phase if phase is None else phase.value
     return Place(word, video.index, call.start, call.frames, chunk.grid)
+
+
+def require_taken(adapter: Adapter, policy: str, phase: str, context: Context, weighs: bool) -> None:
+    """Raise UnsupportedPolicyError unless the model takes it that ``policy`` hides rows from a call, or weighs them."""
+    if weighs and ("weigh" not in adapter.takes or not isinstance(context, CacheRows)):
+        raise UnsupportedPolicyError(
+            f"{policy} weighs keys, and adapter {adapter.name!r} takes only policies that hide them: let hide() answer "
+            "True and False"
+        )
+    if phase not in adapter.hides_from:
+        raise UnsupportedPolicyError(
+            f"{policy} hides rows from a {phase!r} call, which makes new rows of old ones, for good.\n"
+            f"Hide from {', '.join(sorted(adapter.hides_from))} calls only."
+        )

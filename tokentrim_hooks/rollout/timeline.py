@@ -229,11 +229,22 @@ class Timeline:
     def continues(self, call: Call) -> bool:
         """Whether a call on a context never seen before goes on where this session, whose own is gone, has stopped."""
         chunk = self.chunk
-        if chunk is None or call.start == 0:
+        if chunk is None or (call.start == 0 and not self._goes_on(call, chunk)):
             return False
         if call.start == chunk.start:
             return not self.pace.begins_anew(call, chunk)
         return call.start == chunk.start + chunk.frames
+
+    def _goes_on(self, call: Call, chunk: ChunkState) -> bool:
+        """Whether a call at a video's first frames, where the next video starts too, is of this one. Reads the device.
+
+        A quieter one is; so is a clean one of what the sampler was handed, and not that of another video's prefix.
+        """
+        if chunk.start != 0 or call.timestep is None or not chunk.levels or chunk.committed:
+            return False
+        if self.video is not None and shares_storage(call.latents, self.video.returned):
+            return True
+        return bool(call.timestep.amax() > 0)
 
 
 def _same(latents: Tensor, others: Tensor | None) -> bool:
