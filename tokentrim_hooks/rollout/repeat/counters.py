@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.rollout.repeat.counts import Count, count_of
+from tokentrim_hooks.rollout.repeat.counts import Count, count_of, is_setting
 from tokentrim_hooks.rollout.repeat.functions import Variables
 from tokentrim_hooks.rollout.repeat.keepers import items_of, keepers_of, reachable, take_out
 from tokentrim_hooks.rollout.repeat.logs import only_adds_to
 
 DEPTH = 7
 """Objects, dicts and lists within one another: diffusers keeps a count in the state of a manager of a hook's."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is another thing after a call that was made once more, by name: counts, and settings that it switched."""
+
+    counts: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self.counts or self.settings)
 
 
 class Counters:
@@ -33,20 +46,22 @@ class Counters:
             if (items := items_of(keeper)) or hasattr(keeper, "__dict__")
         ]
 
-    def put_back(self) -> list[str]:
-        """Put back what has changed since; returns the names of it."""
-        changed = []
+    def put_back(self) -> Changes:
+        """Put back what has changed since."""
+        changed: list[str] = []
+        switched: list[str] = []
         for keeper, label, known, before in self._kept:
             now = items_of(keeper)
             for name, count in before.items():
                 if name in now and count.differs(now[name]) and not self._is_log(keeper, name, count, now[name]):
                     count.restore(keeper, name)
-                    changed.append(f"{label}.{name}" + ("" if count.restorable else ", which cannot be put back"))
+                    found = switched if count.switches(now[name]) else changed
+                    found.append(f"{label}.{name}" + ("" if count.restorable else ", which cannot be put back"))
             for name, count in _new(keeper, now, known):
                 take_out(keeper, name)
                 if count.counts_if_new:
-                    changed.append(f"{label}.{name}")
-        return sorted(set(changed))
+                    (switched if is_setting(now[name]) else changed).append(f"{label}.{name}")
+        return Changes(sorted(set(changed)), sorted(set(switched)))
 
     def written(self) -> bool:
         """Whether the latents are other ones by now. Reads the device where somebody has written."""

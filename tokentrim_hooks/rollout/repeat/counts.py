@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import ast
+import copy
 import itertools
 import numbers
 from abc import abstractmethod
@@ -52,6 +54,10 @@ class Count:
         """Whether there is more in it, and all that was."""
         return False
 
+    def switches(self, now: Any) -> bool:
+        """Whether it is no number that is counted on, but a setting that has become ``now``."""
+        return False
+
     def restore(self, keeper: Any, name: Any) -> None:
         """Put it back as it was."""
         put(keeper, name, self._value)
@@ -63,6 +69,10 @@ class Plain(Count):
     def differs(self, now: Any) -> bool:
         """By value."""
         return now is not self._value and is_plain(now) and bool(now != self._value)
+
+    def switches(self, now: Any) -> bool:
+        """Whether it is a setting."""
+        return is_setting(self._value) and is_setting(now)
 
 
 class Few(Count):
@@ -85,11 +95,11 @@ class Few(Count):
 
 
 class Array(Count):
-    """A small array of numpy."""
+    """A small array, of numpy or Python's own."""
 
     def __init__(self, value: Any) -> None:
         super().__init__(value)
-        self._copy = value.copy()
+        self._copy = copy.copy(value)
 
     def differs(self, now: Any) -> bool:
         """By its bytes."""
@@ -97,7 +107,7 @@ class Array(Count):
 
     def restore(self, keeper: Any, name: Any) -> None:
         """In its own memory."""
-        self._value[...] = self._copy
+        self._value[slice(None) if isinstance(self._value, array.array) else ...] = self._copy
         super().restore(keeper, name)
 
 
@@ -198,13 +208,20 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN)
 
 
+def is_setting(value: Any) -> bool:
+    """Whether it is no number: what is on or off, a name, or nothing."""
+    return isinstance(value, bool | str | None)
+
+
 def is_container(value: Any) -> bool:
     """Whether it is one of Python's containers, which count by their size."""
     return isinstance(value, list | deque | set | dict | bytearray)
 
 
 def is_array(value: Any) -> bool:
-    """Whether it is a small array of numpy, which need not be installed."""
+    """Whether it is a small array, of Python's or of numpy, which need not be installed."""
+    if isinstance(value, array.array):
+        return value.itemsize * len(value) <= SMALL
     return type(value).__module__ == "numpy" and hasattr(value, "tobytes") and value.nbytes <= SMALL
 
 

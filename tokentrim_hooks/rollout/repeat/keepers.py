@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 import sys
@@ -11,13 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokentrim_hooks.rollout.repeat.functions import PLAIN_HOMES, outside_of
+from tokentrim_hooks.rollout.repeat.functions import PLAIN_HOMES, is_of_library, methods_named, names_in, outside_of
+from tokentrim_hooks.rollout.repeat.hooks import hooks_of
 
 NO_MEMORY = (frozenset(vars(nn.Module())) - {"_buffers"}) | {"_hf_hook"}
-"""Attributes that every module has (parameters and parts, which are looked at by themselves), hooks, accelerate's too.
-
-A hook may count what it likes: whatever it changes in the output, the replay with nothing pruned shows.
-"""
+"""Attributes that every module has: parameters and parts, which are looked at by themselves, as hooks are."""
 
 
 def items_of(keeper: Any) -> dict[Any, Any]:
@@ -42,10 +41,12 @@ def keepers_of(module: object) -> Iterator[Any]:
     for function in functions_of(module):
         yield from filter(_counts, outside_of(function, seen=seen))
     yield from _classes_of(module)
+    yield ContextVariables()
 
 
 def functions_of(module: object) -> Iterator[Any]:
-    """What runs in a call: forwards that were replaced, those of the parts' classes, and what else is called there."""
+    """What runs in a call: forwards that were replaced, those of the parts' classes, what they call, and hooks."""
+    yield from hooks_of(module)
     kinds: dict[type, None] = {type(module): None}
     for part in module.modules() if isinstance(module, nn.Module) else ():
         if "forward" in vars(part):
@@ -53,8 +54,41 @@ def functions_of(module: object) -> Iterator[Any]:
         kinds[type(part)] = None
         kinds |= {type(value): None for value in items_of(part).values() if callable(value) and keeps(value)}
     for kind in kinds:
-        if not kind.__module__.startswith("torch."):
-            yield from (getattr(kind, name) for name in ("forward", "__call__") if hasattr(kind, name))
+        yield from _methods_of(kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _methods_of(kind: type) -> tuple[FunctionType, ...]:
+    """What a class runs in a call: its forward, and methods that this names, and so on."""
+    found: dict[FunctionType, None] = {}
+    level: Any = () if is_of_library(kind.__module__) else methods_named(kind, ("forward", "__call__"))
+    while level := [method for method in level if method not in found]:
+        found |= dict.fromkeys(level)
+        level = [method for known in level for method in methods_named(kind, names_in(known))]
+    return tuple(found)
+
+
+class ContextVariables(MutableMapping[str, Any]):
+    """The variables of the running task or thread (:mod:`contextvars`), by name; none of them can be unset."""
+
+    def __init__(self) -> None:
+        self.__name__ = "context variable"
+        self._variables = {f"{variable.name}": variable for variable in contextvars.copy_context()}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._variables[name].get()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._variables[name].set(value)
+
+    def __delitem__(self, name: str) -> None:
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._variables)
+
+    def __len__(self) -> int:
+        return len(self._variables)
 
 
 def reachable(roots: Iterable[Any], depth: int) -> list[tuple[Any, str]]:

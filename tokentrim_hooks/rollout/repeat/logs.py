@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from itertools import chain
 from types import CodeType, FunctionType
 
-from tokentrim_hooks.rollout.repeat.functions import outside_of
+from tokentrim_hooks.rollout.repeat.functions import ADDS, nested, outside_of
 from tokentrim_hooks.rollout.repeat.keepers import functions_of, keepers_of
 
-ADDS = frozenset(("append", "appendleft", "add", "extend", "extendleft", "insert", "update"))
 VARIABLES = frozenset(("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF", "LOAD_GLOBAL", "LOAD_NAME"))
 
 
@@ -32,14 +31,7 @@ def _codes(module: object) -> Iterator[CodeType]:
     for function in (*chain.from_iterable(methods), *chain.from_iterable(running)):
         function = getattr(function, "__func__", function)
         if isinstance(function, FunctionType):
-            yield from _nested(function.__code__)
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
+            yield from nested(function.__code__)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokentrim_hooks.errors import UnsupportedContextError
-from tokentrim_hooks.rollout.repeat.counters import Counters
+from tokentrim_hooks.rollout.repeat.counters import Changes, Counters
 from tokentrim_hooks.rollout.repeat.keepers import is_ours
 from tokentrim_hooks.rollout.repeat.snapshot import Snapshot
 
@@ -97,6 +97,7 @@ class NullReplay:
         measured = (self._moved, *spread)
         if self._counted or not is_noise(measured, self._scale, coarsest(self._module, self._first)):
             self._require_own_inputs()
+            require_uncounted(Changes(settings=self._counted.settings))
             raise UnsupportedContextError(_words(measured, self._scale, self._module))
         require_uncounted(self._counters.put_back())
         _logger.info("kernels differ from call to call by %.1e, which counts as rounding", max(measured) / self._scale)
@@ -130,16 +131,21 @@ def require_unwritten(module: object, written: list[str]) -> None:
     )
 
 
-def require_uncounted(changed: list[str]) -> None:
-    """Raise UnsupportedContextError if a replay has ``changed`` what the model counts, which was put back since.
+def require_uncounted(changed: Changes) -> None:
+    """Raise UnsupportedContextError if a replay has ``changed`` what the model counts or is set to, put back since.
 
     A model that counts its calls (TeaCache and its kind) takes the repeated call for the next one.
     """
-    if changed:
+    if changed.counts:
         raise UnsupportedContextError(
-            f"the model counts its calls ({', '.join(changed[:4])}), so that a chunk cannot be regenerated: the "
+            f"the model counts its calls ({', '.join(changed.counts[:4])}), so that a chunk cannot be regenerated: the "
             "repeated call would count as the next one. Switch off what counts (TeaCache, MagCache), or override "
             "Adapter.replay"
+        )
+    if changed.settings:
+        raise UnsupportedContextError(
+            f"a setting ({', '.join(changed.settings[:2])}) is another one after a repeated call, so another model "
+            "made it.\nFuse, or switch a backend or mode, between two calls; leave out what alternates in each."
         )
 
 
