@@ -63,6 +63,13 @@ def is_installed(module: str) -> bool:
         return False
 
 
+def lacking(needs: Any) -> tuple[str, ...]:
+    """What is not installed of ``needs``, which maps modules to the names that pip knows; by these names."""
+    named = needs if isinstance(needs, Mapping) else {}
+    return tuple(str(package) for module, package in named.items() if not is_installed(str(module)))
+
+
+
 def _is_there(module: str) -> bool:
     try:
         importlib.import_module(module)

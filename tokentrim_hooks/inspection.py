@@ -23,7 +23,6 @@ from torch.profiler import record_function
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
 MACHINERY = ("torch.", "wrapt.", "tokentrim_hooks.patching", "tokentrim_hooks.rollout", "tokentrim_hooks.pruning")
 """Modules whose methods lie between a sampler and the call that we watch."""
 GENERAL = (object, abc.ABC, Generic, Protocol, nn.Module)
@@ -173,8 +172,7 @@ def _callers() -> Iterator[object]:
     """``self`` of the methods that are running, innermost first; those of torch and of this package left out."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        caller = None if is_machinery(frame.f_globals.get("__name__", "")) else method_of(frame)
-        if caller is not None:
+        if not is_machinery(frame.f_globals.get("__name__", "")) and (caller := method_of(frame)) is not None:
             yield caller
         frame = frame.f_back
 
@@ -195,8 +193,7 @@ def _local(frame: types.FrameType, name: str) -> object:
     found = frame.f_locals
     value = found.get(name)
     if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED and sys.getrefcount(found) == 3:
-        # Before Python 3.13 this is a copy that the frame keeps, and with it every tensor that the function lets go.
-        # Two references are of these lines; a function that has called locals() has one more, and reads it.
+        # Before Python 3.13 a copy that the frame keeps, and all tensors; who called locals() has one reference more.
         found.clear()
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import nn
 
 from tokentrim_hooks.adapter import Adapter, Match, NoMatch
 from tokentrim_hooks.errors import PluginError
-from tokentrim_hooks.extras import is_installed
+from tokentrim_hooks.extras import lacking
 from tokentrim_hooks.markers import GROUP, hookspec
 from tokentrim_hooks.patching.patches import Method
 from tokentrim_hooks.policy.base import Policy, hooks_of
@@ -34,9 +35,8 @@ def tokentrim_adapters() -> Sequence[type[Adapter[Any]]]:  # type: ignore[empty-
 def tokentrim_observers() -> Mapping[str, ObserverFactory]:  # type: ignore[empty-body]
     """Return the observers that this plugin provides, by name: none observes until a user asks for it.
 
-    A factory is called once per patched model. It imports its library, so that the library is needed only by those who
-    ask for the observer, and leaves the opening of files to ``on_start``. Its attribute ``needs``, where it has one,
-    maps modules to the names that pip knows: what is not installed is told before a run begins.
+    A factory is called once per patched model, imports its library, and opens no file before ``on_start``. Its
+    ``needs``, where it has any, map modules to the names that pip knows: what lacks is told before a run begins.
     """
 
 
@@ -87,9 +87,7 @@ class ObserverInfo:
     @property
     def missing(self) -> tuple[str, ...]:
         """What is not installed of its factory's ``needs``, by the names that pip knows."""
-        needs: Any = getattr(self.factory, "needs", {})
-        named = needs if isinstance(needs, Mapping) else {}
-        return tuple(str(package) for module, package in named.items() if not is_installed(str(module)))
+        return lacking(getattr(self.factory, "needs", {}))
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class Found:
 class Contents:
     """What the hooks of one plugin return, checked: adapters, and observers and policies by name."""
 
-    adapters: list[type[Adapter[Any]]] = field(default_factory=list)
+    adapters: list[type[Adapter[Any]]]
     observers: dict[str, ObserverFactory] = field(default_factory=dict)
     policies: dict[str, type[Policy]] = field(default_factory=dict)
 
@@ -216,7 +214,7 @@ def contents(plugin: object) -> Contents:
         PluginError: they break the hook's contract. Anything else: the plugin's own failure.
     """
     manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(_Spec)
+    manager.add_hookspecs(sys.modules[__name__])
     manager.register(plugin)
     manager.check_pending()
     found = Contents([cls for answer in manager.hook.tokentrim_adapters() for cls in _listed(answer)])
@@ -229,17 +227,9 @@ def contents(plugin: object) -> Contents:
         _check_policies(answer)
         found.policies.update(answer)
     if not (found.adapters or found.observers or found.policies):
-        raise PluginError(
-            "the plugin provides no adapter, no observer and no policy: give it a hookimpl named "
-            "tokentrim_adapters, tokentrim_observers or tokentrim_policies"
-        )
+        words = "the plugin provides no adapter, no observer and no policy: give it a hookimpl named "
+        raise PluginError(f"{words}tokentrim_adapters, tokentrim_observers or tokentrim_policies")
     return found
-
-
-class _Spec:
-    tokentrim_adapters = staticmethod(tokentrim_adapters)
-    tokentrim_observers = staticmethod(tokentrim_observers)
-    tokentrim_policies = staticmethod(tokentrim_policies)
 
 
 def _listed(answer: Any) -> Sequence[Any]:

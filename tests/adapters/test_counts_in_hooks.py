@@ -36,6 +36,9 @@ class Keeper:
         self.n += 1
         return self.n
 
+    def watch(self):
+        self.n += 1
+
 
 def in_an_array():
     numbers = array.array("l", [0])
@@ -272,6 +275,8 @@ def watchers():
         "raise": by_raise,
         "log": lambda *_: log.append(1),
         "print": lambda *_: print(end=""),
+        "helper": lambda *_: by_number(),
+        "method": lambda *_: keeper.watch(),
     }
 
 

@@ -241,8 +241,8 @@ REFUSED = {
     HeadsApart: "a layer attends with 1 heads",
     HeadsApartAlike: "a layer attends with 1 heads",
     HeadsApartInAll: "no rows of the KV cache",
-    TextAmongRows: "which are not whole ones",
-    FrameOfText: "which are not whole ones",
+    TextAmongRows: "at most: does it keep more",
+    FrameOfText: "at most: does it keep more",
     Merged: "no rows of the KV cache",
     ReadsEverySecond: "some rows of finished frames are gone",
     Gated: "no rows of the KV cache",
@@ -373,5 +373,5 @@ def test_a_cache_of_both_branches_of_guidance_is_refused(policy: Policy) -> None
 @pytest.mark.parametrize("kind", (TextAmongRows, FrameOfText), ids=lambda kind: kind.__name__)
 def test_nothing_is_hidden_where_rows_are_more_than_frames(kind: type[SelfAttention]) -> None:
     fork = numbered(kind)
-    with tokentrim.patched(fork, CommitWindow(1)), pytest.raises(UnsupportedContextError, match="not whole ones"):
+    with tokentrim.patched(fork, CommitWindow(1)), pytest.raises(UnsupportedContextError, match="does it keep more"):
         rollout(fork, cache_of())

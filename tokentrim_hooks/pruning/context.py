@@ -164,14 +164,14 @@ def require_history(context: CacheRows, start: int, samples: int) -> None:
     rows -= max(min(context.current[1], context.stop) - max(context.current[0], context.start), 0)
     if not context.frames and (rows % context.rows_per_frame or rows > most * context.rows_per_frame):
         raise UnsupportedContextError(
-            f"history takes {rows} rows of the KV cache, which are not whole ones of {most} frames of "
-            f"{context.rows_per_frame}: does it keep more than frames?\nWrite an adapter that says where they begin."
+            f"history takes {rows} rows of the KV cache, not {most} frames of {context.rows_per_frame} at most: does "
+            "it keep more?\nWrite an adapter that says where frames begin."
         )
     held = int(context.values[0].shape[0]) if context.values else samples
     if held != samples:
         raise UnsupportedContextError(
-            f"the KV cache holds {held} samples for a call of {samples}, so which is whose is not known (guidance that "
-            "keeps both branches in one?).\nGive each branch a cache and a call of its own, or write an adapter."
+            f"the KV cache holds {held} samples for a call of {samples}: whose are they (both branches of guidance?).\n"
+            "Give each branch a cache and a call of its own, or write an adapter."
         )
 
 

@@ -52,8 +52,8 @@ class LayersAlike:
             return
         if (batch, heads) != self._shape:
             raise UnsupportedContextError(
-                f"a layer attends with {heads} heads of {batch} samples, the first one with {self._shape[1]} of "
-                f"{self._shape[0]}: some heads see other keys?\nA row must be in all heads: write an adapter."
+                f"a layer attends with {heads} heads of {batch} samples, the first with {self._shape[1]} of "
+                f"{self._shape[0]}.\nA row must be in all heads, or some see other keys: write an adapter."
             )
         if self.most is not None and keys > self.most:
             raise UnsupportedContextError(

@@ -53,29 +53,28 @@ def _function_of(hook: Any) -> FunctionType | None:
 
 def _acts(function: FunctionType) -> bool:
     """Whether it gives something back, or is seen to write into what it is given."""
-    code = function.__code__
-    if _returns(code):
+    code, helpers = function.__code__, [part for part in outside_of(function) if isinstance(part, FunctionType)]
+    if _returns(code, frozenset(part.__name__ for part in helpers if not _returns(part.__code__))):
         return True
     takes = set(code.co_varnames[1:])
     if not takes.intersection(name for step in dis.get_instructions(code) for name in _locals(step)):
         return False
-    helpers = (part.__code__ for part in outside_of(function) if isinstance(part, FunctionType))
-    return _writes(code, code.co_varnames[0]) or any(_writes(helper, "self") for helper in helpers)
+    return _writes(code, code.co_varnames[0]) or any(_writes(part.__code__, "self") for part in helpers)
 
 
 @functools.lru_cache(maxsize=4096)
-def _returns(code: CodeType) -> bool:
-    """Whether a function's code may give something back that it was not given."""
+def _returns(code: CodeType, quiet: frozenset[str] = frozenset()) -> bool:
+    """Whether a function's code may give something back that it was not given; ``quiet`` functions give nothing."""
     steps = list(dis.get_instructions(code))
     return any(
         # One that is jumped to is the end of a choice: ``x if seen else None``.
-        (step.opname == "RETURN_VALUE" and (step.is_jump_target or not _is_nothing(code, steps, place)))
+        (step.opname == "RETURN_VALUE" and (step.is_jump_target or not _is_nothing(code, steps, place, quiet)))
         or (step.opname == "RETURN_CONST" and step.argval is not None)
         for place, step in enumerate(steps)
     )
 
 
-def _is_nothing(code: CodeType, steps: list[dis.Instruction], end: int) -> bool:
+def _is_nothing(code: CodeType, steps: list[dis.Instruction], end: int, quiet: frozenset[str]) -> bool:
     """Whether what ends before an instruction is None, what was given, or a call of what gives None, as ``append``."""
     if steps[end - 1].opname.endswith("_CONST"):
         return steps[end - 1].argval is None
@@ -87,7 +86,7 @@ def _is_nothing(code: CodeType, steps: list[dis.Instruction], end: int) -> bool:
         return False
     first, *others = (step for step in steps[_begin(steps, end) : end] if step.opname != "PUSH_NULL")
     called = [first, *itertools.takewhile(lambda step: step.opname in ("LOAD_ATTR", "LOAD_METHOD"), others)][-1]
-    return called.argval in GIVE_NOTHING
+    return called.argval in GIVE_NOTHING or called.argval in quiet
 
 
 @functools.lru_cache(maxsize=4096)
