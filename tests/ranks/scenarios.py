@@ -242,8 +242,13 @@ def answering(pipeline, answer):
 
 def rounding():
     """The kernels of rank 1 round otherwise in each call."""
-    numbers = torch.Generator().manual_seed(1)
-    return answering(shared_model.divided(), lambda _module: 1e-6 * torch.randn((), generator=numbers))
+
+    def noise(_module):
+        numbers = torch.Generator()  # kept by nobody, so that it is not put back
+        numbers.seed()
+        return 1e-6 * torch.randn((), generator=numbers)
+
+    return answering(shared_model.divided(), noise)
 
 
 def remembering():
