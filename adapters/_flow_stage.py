@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tokentrim_hooks import Call, Patches, Phase, Seen, default_phase, nearest_sigma, shares_storage
+from tokentrim_hooks import Call, Patches, Phase, Seen, default_phase, nearest_sigma, shares_storage, x0_of_flow
 
 from ._wan import CausalWan, rows_per_frame
 
@@ -32,12 +32,6 @@ def sigma_of(stage: Any, timestep: Tensor) -> Tensor:
     """Noise level of each timestep, float64: by the stage's scheduler now (users change it); else timestep / 1000."""
     scheduler: Any = getattr(stage, "scheduler", None)
     return timestep.double() / 1000 if scheduler is None else nearest_sigma(scheduler, timestep).double()
-
-
-def x0_of(flow: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
-    """Clean latents, in the type of ``flow``; both ``[B, F, C, H, W]``; ``sigma`` in float64, ``[B]`` to ``[B, F]``."""
-    # In float64, as sigma is: what is narrower is widened on the way into the kernel.
-    return (latents - _spread(sigma) * flow).to(flow.dtype)
 
 
 def flow_of(x0: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
@@ -114,7 +108,7 @@ class ListedLatents(CausalWan):
     def prediction(self, call: Call, output: Any) -> Tensor:
         """x0 from flow, in float64 as the stage computes it."""
         flow = torch.stack([one.transpose(0, 1) for one in output])
-        return x0_of(flow, call.latents, sigma_of(self.stage, call.arguments["t"]))
+        return x0_of_flow(flow, call.latents, sigma_of(self.stage, call.arguments["t"]))
 
     def with_prediction(self, call: Call, output: Any, x0: Tensor) -> Any:
         """The flow of which the stage makes ``x0``."""

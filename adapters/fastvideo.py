@@ -33,9 +33,10 @@ from tokentrim_hooks import (
     lacks,
     layers_of,
     parameters_of,
+    x0_of_flow,
 )
 
-from ._flow_stage import flow_of, sigma_of, stage_of, x0_of
+from ._flow_stage import flow_of, sigma_of, stage_of
 from ._wan import history_rows, rows_per_frame, values_of
 
 PARAMETERS = ("hidden_states", "timestep", "kv_cache", "crossattn_cache", "current_start", "start_frame")
@@ -112,7 +113,7 @@ class FastVideo(Adapter):
     def prediction(self, call: Call, output: Any) -> Tensor:
         """x0 from flow, in float64 as the stage computes it."""
         assert call.timestep is not None
-        return x0_of(output.transpose(1, 2), call.latents, sigma_of(self.stage, call.timestep))
+        return x0_of_flow(output.transpose(1, 2), call.latents, sigma_of(self.stage, call.timestep))
 
     def with_prediction(self, call: Call, output: Any, x0: Tensor) -> Any:
         """The flow of which the few-step stage makes ``x0``; a stage that follows the flow itself is refused."""

@@ -32,8 +32,7 @@ def require(module: str, extra: str = "") -> Any:
     except ImportError as failure:
         package = module.partition(".")[0]
         wanted = OF_ITSELF.get(package) or (with_extra(extra) if extra else package)
-        words = f"this needs {package}, which is not installed.\nInstall it: pip install {wanted}"
-        raise MissingExtraError(words) from failure
+        raise missing("this", [package], [wanted]) from failure
 
 
 def require_all(wanted: Mapping[str, Sequence[str]]) -> None:
@@ -48,10 +47,15 @@ def require_all(wanted: Mapping[str, Sequence[str]]) -> None:
         return
     extras = [extra for extra, modules in absent.items() if any(name not in OF_ITSELF for name in modules)]
     words = [*([with_extra(",".join(extras))] if extras else []), *(OF_ITSELF[n] for n in every if n in OF_ITSELF)]
-    named = " and ".join(filter(None, [", ".join(every[:-1]), every[-1]]))
-    are, them = ("is", "it") if len(every) == 1 else ("are", "them")
-    raise MissingExtraError(
-        f"this needs {named}, which {are} not installed.\nInstall {them}: pip install {' '.join(words)}"
+    raise missing("this", every, words)
+
+
+def missing(who: str, names: Sequence[str], packages: Sequence[str]) -> MissingExtraError:
+    """What to raise where ``who`` needs what is not installed; ``packages`` is what pip takes."""
+    named = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    are, them = ("is", "it") if len(names) == 1 else ("are", "them")
+    return MissingExtraError(
+        f"{who} needs {named}, which {are} not installed.\nInstall {them}: pip install {' '.join(packages)}"
     )
 
 
@@ -67,7 +71,6 @@ def lacking(needs: Any) -> tuple[str, ...]:
     """What is not installed of ``needs``, which maps modules to the names that pip knows; by these names."""
     named = needs if isinstance(needs, Mapping) else {}
     return tuple(str(package) for module, package in named.items() if not is_installed(str(module)))
-
 
 
 def _is_there(module: str) -> bool:

@@ -13,13 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokentrim_hooks.errors import (
-    MissingExtraError,
-    PluginError,
-    TokenTrimError,
-    UnknownObserverError,
-    UnknownPolicyError,
-)
+from tokentrim_hooks.errors import PluginError, TokenTrimError, UnknownObserverError, UnknownPolicyError
+from tokentrim_hooks.extras import missing
 from tokentrim_hooks.loading import (
     FAILURES,
     AdapterInfo,
@@ -167,9 +162,7 @@ def ready_observer(name: str) -> ObserverInfo:
     """
     info = find_observer(name)
     if info.missing:
-        are, them = ("is", "it") if len(info.missing) == 1 else ("are", "them")
-        words = f"the observer {name!r} needs {' and '.join(info.missing)}, which {are} not installed"
-        raise MissingExtraError(f"{words}.\nInstall {them}: pip install {' '.join(info.missing)}")
+        raise missing(f"the observer {name!r}", info.missing, info.missing)
     return info
 
 

@@ -59,3 +59,13 @@ def syncs_of_rollout(make: Callable[[], Any], run: Callable[[Any], Any], **optio
         run(pipeline)
     found = sum(event.ours and "rollout/" in event.place for event in log.events)
     return found / len({record.chunk for record in handle.report}), log
+
+
+def what_observing_adds(
+    make: Callable[[], Any], run: Callable[[Any], Any], record_property: Callable[[str, object], None], name: str = ""
+) -> tuple[float, float, SyncLog]:
+    """:func:`added_ops` and :func:`syncs_of_rollout`, recorded as the test's figure."""
+    ops, (syncs, log) = added_ops(make, run), syncs_of_rollout(make, run)
+    label = f"{name}: " if name else ""
+    record_property("figure", f"{label}{ops:.1f} operations and {syncs:.2f} host syncs per chunk")
+    return ops, syncs, log

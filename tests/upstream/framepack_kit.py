@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from counting import added_ops, syncs_of_rollout
+from counting import what_observing_adds
 from dispatch_tools import dead_keys, watched
 from framepack_script import TEXT, Loop, W, build, import_repository
 from framepack_waits import FramePackWaits
@@ -89,7 +89,5 @@ OPS = 86
 def test_what_observing_adds(record_property: Any) -> None:
     """In numbers that do not depend on the machine: they may fall, they may not grow unseen."""
     own = TestForward()
-    ops = added_ops(own.make_model, lambda model: own.run(model, 0))
-    syncs, log = syncs_of_rollout(own.make_model, lambda model: own.run(model, 0))
-    record_property("figure", f"{ops:.1f} operations and {syncs:.2f} host syncs per chunk")
+    ops, syncs, log = what_observing_adds(own.make_model, lambda model: own.run(model, 0), record_property)
     assert 0 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))

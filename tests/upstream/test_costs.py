@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import test_kits
 import test_magi1_kit
-from counting import added_ops, syncs_of_rollout
+from counting import what_observing_adds
 from magi1_tiny import magi1
 
 pytestmark = pytest.mark.upstream
@@ -34,7 +34,5 @@ def test_what_observing_adds(name, record_property):
     kit, checkout = opened(name)
     with checkout as kit.repository:
         own = kit()
-        ops = added_ops(own.make_model, lambda model: own.run(model, 0))
-        syncs, log = syncs_of_rollout(own.make_model, lambda model: own.run(model, 0))
-    record_property("figure", f"{ops:.1f} operations and {syncs:.2f} host syncs per chunk")
+        ops, syncs, log = what_observing_adds(own.make_model, lambda model: own.run(model, 0), record_property)
     assert 0 < ops <= OPS[name] and syncs <= 1, (ops, syncs, str(log))

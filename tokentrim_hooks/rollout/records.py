@@ -178,11 +178,10 @@ _numbers: list[int] = []
 def _shared(tokens: list[int]) -> tuple[int, ...]:
     """The same numbers, those of :data:`_numbers`."""
     global _numbers
-    while True:
-        try:
-            return tuple(map(_numbers.__getitem__, tokens))
-        except IndexError:
-            _numbers = [*range(max(tokens) + 1)]  # a new list: other threads may be at this, too
+    numbers = _numbers
+    if max(tokens, default=-1) >= len(numbers):
+        _numbers = numbers = [*range(max(tokens) + 1)]  # a new list: other threads may be at this, too
+    return tuple(map(numbers.__getitem__, tokens))
 
 
 def _memory(values: Tensor) -> bytearray:

@@ -73,8 +73,6 @@ class Rollout:
         if scope is not None and scope.replayer is self.shared.proof:  # this call is ours, not the sampler's
             ranks.replays += 1
             return None
-        if ranks.alone:
-            return profiled("tokentrim.before", self._begin, module, args, kwargs)
         ranks.enter()
         changed = profiled("tokentrim.before", self._begin, module, args, kwargs)
         ranks.begun()

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import tiny
 import torch
-from counting import added_ops, syncs_of_rollout
+from counting import what_observing_adds
 from tokentrim_hooks_adapters.fastvideo import FastVideo, FastVideoPair
 from torch import Tensor, nn
 
@@ -272,7 +272,5 @@ OPS = 92
 
 def test_what_observing_adds(record_property: Any) -> None:
     """In numbers that do not depend on the machine: they may fall, they may not grow unseen."""
-    ops = added_ops(tiny.Float32Stage, lambda stage: stage(0, 6))
-    syncs, log = syncs_of_rollout(tiny.Float32Stage, lambda stage: stage(0, 6))
-    record_property("figure", f"fastvideo: {ops:.1f} operations and {syncs:.2f} host syncs per chunk")
+    ops, syncs, log = what_observing_adds(tiny.Float32Stage, lambda stage: stage(0, 6), record_property, "fastvideo")
     assert 0 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_lingbot
 import torch
-from counting import added_ops, syncs_of_rollout
+from counting import what_observing_adds
 from tokentrim_hooks_adapters import _flow_stage
 from tokentrim_hooks_adapters.lingbot_world import LingBotWorld
 from torch import Tensor
@@ -125,7 +125,7 @@ OPS = 114
 
 def test_what_observing_adds(record_property: Any) -> None:
     """In numbers that do not depend on the machine: they may fall, they may not grow unseen."""
-    ops = added_ops(tiny_lingbot.stage, lambda stage: tiny_lingbot.run(stage, 0, 6))
-    syncs, log = syncs_of_rollout(tiny_lingbot.stage, lambda stage: tiny_lingbot.run(stage, 0, 6))
-    record_property("figure", f"lingbot-world: {ops:.1f} operations and {syncs:.2f} host syncs per chunk")
+    ops, syncs, log = what_observing_adds(
+        tiny_lingbot.stage, lambda stage: tiny_lingbot.run(stage, 0, 6), record_property, "lingbot-world"
+    )
     assert 0 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))

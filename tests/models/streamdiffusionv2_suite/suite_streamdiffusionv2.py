@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import tiny_stream
 import torch
-from counting import added_ops, syncs_of_rollout
+from counting import what_observing_adds
 from tokentrim_hooks_adapters.streamdiffusion_v2 import StreamDiffusionV2
 from torch import Tensor
 
@@ -233,7 +233,7 @@ OPS = 32
 
 def test_what_observing_adds(record_property: Any) -> None:
     """In numbers that do not depend on the machine: they may fall, they may not grow unseen."""
-    ops = added_ops(tiny_stream.pipeline, lambda pipe: tiny_stream.run(pipe, 0, 8))
-    syncs, log = syncs_of_rollout(tiny_stream.pipeline, lambda pipe: tiny_stream.run(pipe, 0, 8))
-    record_property("figure", f"streamdiffusionv2: {ops:.1f} operations and {syncs:.2f} host syncs per chunk")
+    ops, syncs, log = what_observing_adds(
+        tiny_stream.pipeline, lambda pipe: tiny_stream.run(pipe, 0, 8), record_property, "streamdiffusionv2"
+    )
     assert 0 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))

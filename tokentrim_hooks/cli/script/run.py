@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import sys
@@ -16,6 +15,7 @@ from tokentrim_hooks.cli.script.folders import claimed, ended
 from tokentrim_hooks.cli.script.options import SCRIPT, patching, script
 from tokentrim_hooks.console import say
 from tokentrim_hooks.errors import TokenTrimError
+from tokentrim_hooks.extras import is_installed
 
 if TYPE_CHECKING:
     from tokentrim_hooks.cli.script.runner import Run
@@ -48,7 +48,7 @@ def run(out: Path, script: str, is_module: bool, arguments: tuple[str, ...], **f
         seed_all(flags["seed"])
     if flags["unpatched"]:
         return target.run()
-    thumbnails = not flags["no_thumbnails"] and importlib.util.find_spec("PIL") is not None
+    thumbnails = not flags["no_thumbnails"] and is_installed("PIL")
     folder = claimed(out, shlex.join(["tokentrim", *sys.argv[1:]]))
     # A script may change the folder that it works in: the log stays where it was asked for.
     this = Run(folder.absolute(), choices.policies, choices.probe, flags["quiet"], choices.observers, thumbnails)

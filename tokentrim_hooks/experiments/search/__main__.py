@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokentrim_hooks.console import show_table
-from tokentrim_hooks.experiments.search.watched import TUNING, Watched, kept
+from tokentrim_hooks.experiments.search.watched import Watched, asked, kept
 from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.reference.fault import FAULTS, Where
 
@@ -54,14 +52,9 @@ def shares(policy: AdaptivePolicy, rollouts: Sequence[Watched]) -> dict[str, flo
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path("runs/search"), help="rollouts are kept here (180 MB)")
-    options = parser.parse_args()
-    torch.set_flush_denormal(True)
-    seeds = TUNING[: options.seeds]
-    rollouts = [kept(options.out, kind, None, seeds, CHUNKS) for kind in ("fading", "burning")]
-    rollouts += [kept(options.out, "fading", fault, seeds, FAULTS[fault].last + 1) for fault in SOUGHT]
+    out, seeds = asked(__doc__, seeds=64)
+    rollouts = [kept(out, kind, None, seeds, CHUNKS) for kind in ("fading", "burning")]
+    rollouts += [kept(out, "fading", fault, seeds, FAULTS[fault].last + 1) for fault in SOUGHT]
     found = {str(policy): shares(policy, rollouts) for policy in settings()}
     heads = ["setting", *next(iter(found.values()))]
     show_table(heads, [[name, *(f"{share:.3f}" for share in each.values())] for name, each in found.items()])

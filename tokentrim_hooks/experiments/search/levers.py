@@ -5,11 +5,9 @@ Both probes together, each in the place of the other or confirming it, and an un
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from tokentrim_hooks.console import show_table
 from tokentrim_hooks.experiments.compare.rollouts import roll_out
 from tokentrim_hooks.experiments.compare.settings import BASE, Setting
 from tokentrim_hooks.experiments.compare.trials import ReferenceMaker
-from tokentrim_hooks.experiments.search.watched import TUNING, Watched, held_in, kept
+from tokentrim_hooks.experiments.search.watched import Watched, asked, held_in, kept
 from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.drift import unstable_tokens
 from tokentrim_hooks.policy.views import Chunk, History, Verdict
@@ -124,16 +122,10 @@ def repaired(seeds: Sequence[int], fault: Where) -> Iterator[list[str]]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=Path("runs/search"), help="rollouts are kept here")
-    options = parser.parse_args()
-    torch.set_flush_denormal(True)
-    seeds = TUNING[: options.seeds]
-
+    out, seeds = asked(__doc__, seeds=32)
     pairs = []
     for fault in SOUGHT:
-        both = [kept(options.out, "fading", fault, seeds, FAULTS[fault].last + 1, probe) for probe in PROBES]
+        both = [kept(out, "fading", fault, seeds, FAULTS[fault].last + 1, probe) for probe in PROBES]
         pairs.append(Pair(*both))
     show_table(["lever", "true scenes", *SOUGHT], list(noticed(pairs)))
     show_table(["unstable set", "error, +1", "sprites alive, +1", "+2"], list(repaired(seeds[:BATCH], "settled")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,16 @@ class Watched:
             statistics = statistics.updated(verdict.severity)
             flags.append(verdict.prune)
         return torch.stack(flags)
+
+
+def asked(description: str | None, seeds: int) -> tuple[Path, Sequence[int]]:
+    """What a command line says: where rollouts are kept, and the tuning seeds to take, by default ``seeds`` of them."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--out", type=Path, default=Path("runs/search"), help="rollouts are kept here (180 MB)")
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)
+    return options.out, TUNING[: options.seeds]
 
 
 def held_in(seeds: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from random import Random
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -31,13 +31,17 @@ class Variables(MutableMapping[str, Any]):
     """What a function finds outside of itself, by name.
 
     Variables that enclose it, and globals that it counts in: of its own module, and of others that it names.
+
+    Attributes:
+        modules: these others, by how it names them.
     """
 
     def __init__(self, function: FunctionType) -> None:
         self.__name__, code, own = function.__name__, function.__code__, function.__globals__
         self._cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         self._globals = {name: (own, name) for name in _counted(own, code, "STORE_GLOBAL") if name not in self._cells}
-        for label, module in _modules_in(function).items():
+        self.modules = _modules_in(function)
+        for label, module in self.modules.items():
             names = _counted(vars(module), code, "STORE_ATTR")
             self._globals |= {f"{label}.{name}": (vars(module), name) for name in names if name in vars(module)}
         self._names = (*self._cells, *self._globals)
@@ -98,7 +102,7 @@ def _around(function: Any) -> list[Any]:
     variables = Variables(function)
     defaults = _defaults_of(function)
     values = [kept() if isinstance(kept, weakref.ref) else kept for kept in (*variables.values(), *defaults.values())]
-    named = list(_named(function))
+    named = list(_named(function, variables.modules.values()))
     methods = _methods_of([*values, *named], names_in(function))
     # The function itself has attributes.
     found = [function, *values, *named, *methods]
@@ -182,9 +186,9 @@ def _defaults_of(function: FunctionType) -> Given:
     return Given({**dict(zip(unnamed, defaults, strict=True)), **named}, put)
 
 
-def _named(function: FunctionType) -> Iterator[Any]:
-    """Globals that the function names, and what it names of other modules; not what is a library's."""
-    for place in (function.__globals__, *map(vars, _modules_in(function).values())):
+def _named(function: FunctionType, modules: Iterable[ModuleType]) -> Iterator[Any]:
+    """Globals that the function names, and what it names of other ``modules``; not what is a library's."""
+    for place in (function.__globals__, *map(vars, modules)):
         for name in names_in(function):
             content = place.get(name)
             content = content() if isinstance(content, weakref.ref) else content
