@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3Blocks
+from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareConditionLatentsStep
 
 import tokentrim_hooks as tokentrim
 
@@ -184,6 +185,30 @@ def test_a_clip_of_minimax_h3_is_told_of_its_own_rows_only():
     rows = {"hidden_states", "audio_hidden_states", "encoder_hidden_states", "timestep", "timestep_indices"}
     layout = {"token_tags", "position_ids", "video_indices", "audio_indices", "text_indices"}
     assert told == {*rows, *layout, "attention_kwargs", "return_dict"}
+
+
+def test_a_request_of_minimax_h3_is_given_pixels_of_the_clip_before_at_most():
+    """If a number, or latents of the clip before, are given to a request one day, clips can be told to be a chain."""
+    blocks = MiniMaxH3Blocks()
+    given = {each.name for each in blocks.inputs} - {None}
+    pixels = {"image", "last_image", "keyframes", "keyframe_anchors", "references", "normalized_references"}
+    made = {"condition_latents", "audio_condition_latents", "latents", "audio_latents"}  # of the pixels, and noise
+    setting = {"prompt", "height", "width", "num_frames", "generator", "num_inference_steps", "attention_kwargs"}
+    assert given == {*pixels, *made, *setting, "output_type"}
+    owners = {kind: blocks.get_workflow(kind).expected_components for kind in ("t2va", "fl2va", "ref2va")}
+    transformers = {kind: [c.name for c in all_ if "transformer" in c.name] for kind, all_ in owners.items()}
+    assert transformers == {"t2va": ["transformer"], "fl2va": ["transformer"], "ref2va": ["transformer_ref"]}
+
+
+def test_a_keyframe_of_minimax_h3_shares_no_bit_with_what_it_was_made_of():
+    """Noised anew for each request: its rows cannot be found among those of the clip before."""
+    noising = MiniMaxH3PrepareConditionLatentsStep().init_pipeline()
+    noising.update_components(scheduler=diffusers.MiniMaxH3Scheduler())
+    keyframe = torch.randn(1, 4, 1, 4, 4)
+    given = {"condition_latents": [keyframe], "num_condition_video_rows": 4, "output": "condition_rows"}
+    rows = [noising(**given) for _ in range(2)]
+    assert 0 < float((rows[0] - rows[1]).abs().max()) < 0.1
+    assert not (rows[0] == rows[1]).any()
 
 
 def test_the_real_minimax_h3_pipeline_is_refused_in_words():
