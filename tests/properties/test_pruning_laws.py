@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from tokentrim_hooks import CacheRows, KeyLayout, Role, Segment, UnsupportedContextError
 from tokentrim_hooks.pruning.key_selection import DeadTokens, QueryGroup
-from tokentrim_hooks.pruning.tap import CallTap, attend_live, live_keys
+from tokentrim_hooks.pruning.live_keys import attend_live, live_keys
+from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import Tombstones, alive_rows, clear_marks
 from tokentrim_hooks.testing import strategies as some
 

@@ -13,7 +13,7 @@ import tokentrim_hooks as tokentrim
 from tokentrim_hooks import CacheRows, KeyLayout, Patches
 from tokentrim_hooks.pruning.fleeting import FleetingMarks
 from tokentrim_hooks.pruning.key_selection import QueryGroup
-from tokentrim_hooks.pruning.tap import attend_live, live_keys
+from tokentrim_hooks.pruning.live_keys import attend_live, live_keys
 from tokentrim_hooks.pruning.tombstones import Tombstones, alive_rows
 from tokentrim_hooks.testing import ForcedPolicy
 
@@ -190,6 +190,27 @@ def test_samples_with_equal_masks_share_a_launch():
     )
     assert sorted(launches) == [1, 2, 3]
     torch.testing.assert_close(actual, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "copied"), [((0,), [True, False]), ((2,), [True, True]), ((0, 1, 2), [True, False])]
+)
+def test_neighbours_that_keep_every_key_are_not_copied(spoilt, copied):
+    """One flagged sample must not cost a copy of the K and V of all others; those that lie apart are gathered."""
+    q, k, v = (torch.randn(5, 4, 2, 8) for _ in range(3))
+    alive = torch.ones(5, 4, dtype=torch.bool)
+    alive[list(spoilt), 2] = False
+    found = {}
+
+    def noted(q, some_k, some_v, mask):
+        found[some_k.shape[1]] = some_k.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()
+        return attend(q, some_k, some_v)
+
+    actual = attend_live(noted, q, k, v, None, live_keys([QueryGroup(0, None, alive)], torch.device("cpu")))
+    assert [found[3], found[4]] == copied
+    for sample, keys in enumerate(alive):
+        own = [x[sample : sample + 1] for x in (q, k[:, keys], v[:, keys])]
+        torch.testing.assert_close(actual[sample : sample + 1], attend(*own))
 
 
 def test_a_view_by_frames_marks_the_sites_of_the_folded_batch():

@@ -7,8 +7,7 @@ the tap computes once per denoiser call which rows of K and V are live, and hand
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,49 +21,10 @@ from tokentrim_hooks.pruning.context import KeyLayout
 from tokentrim_hooks.pruning.fleeting import FleetingMarks, Weighed
 from tokentrim_hooks.pruning.key_selection import NEWEST, DeadTokens, QueryGroup
 from tokentrim_hooks.pruning.layers import LayersAlike
+from tokentrim_hooks.pruning.live_keys import Attend, LiveKeys, attend_live, live_keys, of_each
 from tokentrim_hooks.pruning.samples import Samples
 from tokentrim_hooks.pruning.sharding import require_all_queries
 from tokentrim_hooks.pruning.tombstones import alive_rows, hidden_rows
-
-
-@dataclass(frozen=True)
-class LiveKeys:
-    """What a group of queries may see: an index of keys for every set of samples that keep the same ones.
-
-    ``samples[i]`` are those of ``index[i]``; empty where one index holds for all. ``order`` puts the samples of all
-    sets, one set behind the other, back into their places; None where they are in them.
-    """
-
-    start: int
-    stop: int | None
-    index: tuple[Tensor, ...]
-    samples: tuple[Tensor, ...] = ()
-    order: Tensor | None = None
-
-
-def live_keys(groups: Sequence[QueryGroup], device: torch.device) -> tuple[LiveKeys, ...]:
-    """Turn masks into key indices on the device, one for all samples that keep the same keys."""
-    return tuple(_live_in(group, device) for group in groups)
-
-
-def _live_in(group: QueryGroup, device: torch.device) -> LiveKeys:
-    rows, kind = (group.alive, None) if len(group.alive) == 1 else torch.unique(group.alive, dim=0, return_inverse=True)
-    if not bool(rows.any(dim=1).all()):
-        raise UnsupportedContextError("pruning would leave a sample with no key at all; choose fewer tokens")
-    index = tuple(_moved(row.nonzero().squeeze(1), device) for row in rows)
-    if kind is None or len(rows) == 1:
-        return LiveKeys(group.start, group.stop, index)
-    order = kind.argsort(stable=True)
-    samples = tuple(_moved(part, device) for part in order.split(kind.bincount().tolist()))
-    back = None if bool((order.diff() > 0).all()) else _moved(order.argsort(), device)
-    return LiveKeys(group.start, group.stop, index, samples, back)
-
-
-def _moved(index: Tensor, device: torch.device) -> Tensor:
-    return index.to(device, non_blocking=True)
-
-
-Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def weighing(attend: Attend) -> Attend:
@@ -80,54 +40,6 @@ def weighing(attend: Attend) -> Attend:
         return (above.to(wide) / below.to(wide)).to(above.dtype)
 
     return attend_twice
-
-
-def attend_live(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: Sequence[LiveKeys]
-) -> Tensor:
-    """Run ``attend`` on live keys only.
-
-    q, k, v are ``[B, length, heads, head_dim]``; ``mask`` broadcasts over ``[B, heads, queries, keys]``. Queries of
-    different groups, and sets of samples that keep different keys, run one after the other.
-    """
-    outputs = []
-    for group in groups:
-        some_q, some_mask = q, mask
-        if len(groups) > 1:
-            some_q = q[:, group.start : group.stop]
-            some_mask = _rows(mask, group.start, group.stop)
-        outputs.append(_attend_group(attend, some_q, k, v, some_mask, group))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
-def _attend_group(attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: LiveKeys) -> Tensor:
-    if not group.samples:
-        keys = group.index[0]
-        return attend(q, k.index_select(1, keys), v.index_select(1, keys), _columns(mask, keys))
-    parts = []
-    for some, keys in zip(group.samples, group.index, strict=True):
-        own = mask.index_select(0, some) if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask
-        place = some[:, None], keys[None]
-        parts.append(attend(q.index_select(0, some), k[place], v[place], _columns(own, keys)))
-    output = torch.cat(parts, dim=0)
-    return output if group.order is None else output.index_select(0, group.order)
-
-
-def _of_each(group: LiveKeys, batch: int) -> Sequence[Tensor]:
-    """The live keys of every sample, or one index where it holds for all."""
-    each = list(group.index[:1]) * batch
-    for some, keys in zip(group.samples, group.index, strict=False):
-        for sample in some.tolist():
-            each[sample] = keys
-    return each if group.samples else group.index
-
-
-def _columns(mask: Tensor | None, keys: Tensor) -> Tensor | None:
-    return mask if mask is None or mask.shape[-1] == 1 else mask.index_select(-1, keys)
-
-
-def _rows(mask: Tensor | None, start: int, stop: int | None) -> Tensor | None:
-    return mask if mask is None or mask.shape[-2] == 1 else mask[..., start:stop, :]
 
 
 class CallTap:
@@ -219,7 +131,7 @@ class CallTap:
         if len(groups) > 1:
             raise UnsupportedContextError("chunks in flight cannot be pruned apart in flex attention; use sdpa")
         if id(mask) not in self._masks:
-            self._masks[id(mask)] = (mask, without_dead(mask, _of_each(groups[0], k.shape[0]), k.shape[0], k.shape[1]))
+            self._masks[id(mask)] = (mask, without_dead(mask, of_each(groups[0], k.shape[0]), k.shape[0], k.shape[1]))
         return self._masks[id(mask)][1]
 
     def live_range(self, start: int, first: int, stop: int, keys: Tensor) -> Tensor | None:
