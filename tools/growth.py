@@ -145,6 +145,7 @@ def table(found: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
 def draw(found: dict[str, dict[str, list[tuple[float, float]]]]) -> Path:
     """Six panels, each from 0: a straight line is linear growth, a level one none."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     for axes, (name, arms) in zip(figure.subplots(2, 3).flat, found.items(), strict=True):
@@ -156,6 +157,9 @@ def draw(found: dict[str, dict[str, list[tuple[float, float]]]]) -> Path:
         axes.set_ylim(0, 1.15 * max(y for points in arms.values() for _, y in points))
         axes.set_title(PANELS[name][0] if name in PANELS else "chunks of the video", fontsize=9)
         axes.tick_params(labelsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        # Five digits at each tick run into one another.
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"))
         axes.legend(fontsize=7, frameon=False)
     figure.supylabel("added per chunk, ms", fontsize=9)
     buffer = io.BytesIO()
