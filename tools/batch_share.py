@@ -1,7 +1,7 @@
 """What a prune in each chunk costs a batch of 8, of one sample or of all: ``python tools/batch_share.py``.
 
-A small reference model; videos of all arms take turns, CPU time of one thread, medians of five rounds. The first prune
-of each patch is proved before the clock counts.
+A small reference model; videos of all arms take turns, CPU time of one thread, medians and ranges of seven rounds. The
+first prune of each patch is proved before the clock counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tokentrim_hooks as tokentrim
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.testing.policies import ForcedPolicy
 
-BATCH, CHUNKS, ROUNDS = 8, 6, 5
+BATCH, CHUNKS, ROUNDS = 8, 6, 7
 AT = dict.fromkeys(range(1, CHUNKS), 0.1)
 ARMS: dict[str, tokentrim.Policy | None] = {
     "unpatched": None,
@@ -50,8 +50,9 @@ def main() -> None:
         for name in [*ARMS][:: -1 if turn % 2 else 1]:
             times[name] += [seconds(made[name])][: turn + 1]
     for name, found in times.items():
-        ratio = statistics.median(a / b for a, b in zip(found, times["unpatched"], strict=True))
-        print(f"{name}: {statistics.median(found):.3f} s, x {ratio:.3f}")
+        ratios = [a / b for a, b in zip(found, times["unpatched"], strict=True)]
+        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        print(f"{name}: {statistics.median(found):.3f} s, x {middle:.3f} ({low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":
