@@ -5,7 +5,8 @@ line for each trial, and leaves out those that the log has. The nightly tests of
 same with nothing kept. Targets are those of ``targets.py``, and ``self-forcing-source``, whose checkout is in
 $TOKENTRIM_UPSTREAM. ``--ways unpatch`` takes the patch off amid the call, in the same thread and from another one.
 ``--every`` takes every event (each hook of each submodule, each attention kernel), not one of each depth of each call;
-``--first`` and ``--last`` bound them.
+``--first`` and ``--last`` bound them. Each turn ends all places once, neighbours in other ways, so that a run that is
+stopped has seen all of a video; ``--turns`` stops after so many.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from interruptions import KINDS, Event, Subject, unpatch_here, unpatch_in_a_thre
 from targets import TARGETS, Target
 
 SOURCE = "self-forcing-source"
-Trial = tuple[str, Callable[[], None]]
+Trial = tuple[Event, str, Callable[[], None]]
 
 
 def main() -> None:
@@ -35,10 +36,10 @@ def main() -> None:
         subject = Subject(_target(options.target, stack))
         events = (subject.first.events if options.every else subject.places())[options.first : options.last]
         print(f"{options.target}: {len(events)} of {len(subject.first.events)} places")
-        for event in events:
-            for way, trial in _trials(subject, event, options.ways):
-                if (event.number, way) not in done:
-                    _write(options.log, event, way, _outcome(trial), len(events))
+        trials = [[*_trials(subject, event, options.ways)] for event in events]
+        for event, way, trial in _in_turns(trials, options.turns):
+            if (event.number, way) not in done:
+                _write(options.log, event, way, _outcome(trial), len(events))
     _sum_up(options.log)
 
 
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--every", action="store_true")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--last", type=int)
+    parser.add_argument("--turns", type=int)
     return parser
 
 
@@ -65,11 +67,18 @@ def _trials(subject: Subject, event: Event, ways: str) -> Iterator[Trial]:
     """What is done at one place: each kind of ending and all after one another, or the patch comes off."""
     if ways == "unpatch":
         for how in (unpatch_here, unpatch_in_a_thread):
-            yield how.__name__, lambda how=how: subject.unpatch_amid(event, how)
+            yield event, how.__name__, lambda how=how: subject.unpatch_amid(event, how)
         return
     for kind in KINDS:
-        yield kind.__name__, lambda kind=kind: subject.interrupt(event, kind)
-    yield "all", lambda: subject.interrupt(event, *KINDS)
+        yield event, kind.__name__, lambda kind=kind: subject.interrupt(event, kind)
+    yield event, "all", lambda: subject.interrupt(event, *KINDS)
+
+
+def _in_turns(places: list[list[Trial]], turns: int | None) -> Iterator[Trial]:
+    """One trial of each place, then the next of each; every place begins with another one than that before it."""
+    for turn in range(max(map(len, places), default=0))[:turns]:
+        for number, trials in enumerate(places):
+            yield trials[(turn + number) % len(trials)]
 
 
 def _outcome(trial: Callable[[], None]) -> str:
