@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.policy.controls import ChooseTokens, FreshNoise
+from tokentrim_hooks.pruning.call_scope import current_scope
 from tokentrim_hooks.rollout.repeat.proof import is_noise
 from tokentrim_hooks.testing import ForcedPolicy, count_syncs
 
@@ -39,13 +41,13 @@ def direction(part):
     return torch.linspace(-1, 1, part.shape[-1], dtype=part.dtype)
 
 
-def skip_steps(block):
+def skip_steps(block, count=None):
     """MagCache's kind: every other call is answered with what an earlier one added, kept in an object."""
     block.magcache = SimpleNamespace(step=0, residual=None)
 
     def answer(module, entered, output):
         cache = module.magcache
-        cache.step += 1
+        cache.step = cache.step + 1 if count is None else count()
         if cache.step % 2 and cache.residual is not None and cache.residual.shape == entered.shape:
             return changed(output, lambda part: entered + cache.residual if part.shape == entered.shape else part)
         first = output if torch.is_tensor(output) else output[0]
@@ -75,7 +77,7 @@ def remember_in_place(block):
     block.register_buffer("memory", torch.zeros(1), persistent=False)
 
     def answer(module, entered, output):
-        module.memory.mul_(0.5).add_(entered.abs().mean())
+        module.memory.mul_(0.5).add_((output if torch.is_tensor(output) else output[0]).abs().mean())
         return changed(output, lambda part: part + module.memory * direction(part))
 
     watch(block, answer)
@@ -98,7 +100,7 @@ def draw_from_its_own(block):
     watch(block, answer)
 
 
-KEEPERS = (skip_steps, retrieve, remember_in_place, drop_out, draw_from_its_own)
+KEEPERS = (retrieve, remember_in_place, drop_out, draw_from_its_own)
 each_keeper = pytest.mark.parametrize("keeper", KEEPERS, ids=lambda keeper: keeper.__name__)
 
 
@@ -120,7 +122,7 @@ def test_what_keeps_something_is_refused_and_the_video_stays(target, keeper):
     plain = run(target, made(target, keeper))
     state, drawn = torch.get_rng_state(), random.getstate()
     pipeline = made(target, keeper)
-    said = pytest.warns(tokentrim.TokenTrimWarning, match="with nothing pruned|counts its calls .SimpleNamespace")
+    said = pytest.warns(tokentrim.TokenTrimWarning, match="with nothing pruned|keeps a memory .*(residual|memory)")
     with tokentrim.patched(pipeline, POLICY, on_error="warn") as handle, said:
         video = run(target, pipeline)
     assert torch.equal(video, plain)
@@ -128,10 +130,35 @@ def test_what_keeps_something_is_refused_and_the_video_stays(target, keeper):
     assert handle.report.triggers == 0
 
 
+@each_target
+def test_steps_that_are_skipped_by_their_number_are_skipped_again(target):
+    """The same as by a number that no repeated call moves on: each is computed, or skipped, as it was."""
+    videos, skipped = [], target.make()
+    plain = target.make()
+    for kind in ("counted", "told"):
+        pipeline, number = target.make(), [0]
+        told = partial(number.__getitem__, 0) if kind == "told" else None
+        target.denoiser(pipeline).register_forward_pre_hook(partial(up_unless_repeated, number))
+        skip_steps(target.depths(pipeline)["block"], told)
+        with tokentrim.patched(pipeline, POLICY) as handle:
+            videos.append(target.run(pipeline))
+        assert handle.report.triggers == 1
+    skip_steps(target.depths(skipped)["block"])
+    assert torch.equal(*videos)
+    assert not torch.equal(videos[0], target.run(skipped)), "nothing was pruned"
+    assert not torch.equal(target.run(skipped), target.run(plain)), "nothing was skipped"
+
+
+def up_unless_repeated(number, *_):
+    """A hook: one more call of the sampler's, as our own scope of the running call says."""
+    scope = current_scope()
+    number[0] += scope is None or scope.replayer is None
+
+
 @each_keeper
 def test_the_error_says_by_how_much_and_what_to_do(keeper):
     pipeline = made(TARGETS[0], keeper)
-    words = r"output moved by [0-9.e-]+ of [0-9.]+, .* alike\.\nSwitch .*override Adapter.replay"
+    words = r"(output moved by [0-9.e-]+ of [0-9.]+, .* alike|keeps a memory .*)\.\nSwitch .*override Adapter.replay"
     with tokentrim.patched(pipeline, POLICY), pytest.raises(tokentrim.UnsupportedContextError, match=words):
         run(TARGETS[0], pipeline)
     assert all(torch.isfinite(layer["v"]).all() for layer in pipeline.kv_cache1)

@@ -17,10 +17,10 @@ from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, Role, Segment
 from tokentrim_hooks.pruning.key_selection import ALIVE, DeadTokens
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import Tombstones, Traces
+from tokentrim_hooks.rollout.answers import select
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import read
 from tokentrim_hooks.rollout.repeat.shown import Proof
-from tokentrim_hooks.rollout.replays import select
 from tokentrim_hooks.rollout.state import VideoState, noisy_flag
 from tokentrim_hooks.testing import ForcedPolicy
 

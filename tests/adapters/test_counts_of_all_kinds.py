@@ -1,4 +1,4 @@
-"""Whatever a model counts its calls in: its second call in a step is refused in words, and what had moved is put back.
+"""Whatever a model counts its calls in: put back before a call is made again, or refused in words where it cannot be.
 
 Each of these counts acts late, so that a call made twice gives the same bits when that is first tried.
 """
@@ -14,6 +14,7 @@ import numpy
 import pytest
 import tiny_reference as tiny
 import torch
+from counts_put_back import TWICE, Looked, same_as_looked_up
 from targets import TARGETS
 
 import tokentrim_hooks as tokentrim
@@ -90,9 +91,12 @@ def ways():
     }
 
 
-def count_behind(pipeline, count, act=7):
+LASTING = ("generator", "zip", "cycle", "map")
+"""Iterators that nobody can wind back."""
+
+
+def count_behind(denoiser, count, act=7):
     """Have every ``act``-th call answered otherwise, by a count behind a forward that was replaced."""
-    denoiser = pipeline.generator
     original = denoiser.forward
 
     def forward(*args, **kwargs):
@@ -100,6 +104,11 @@ def count_behind(pipeline, count, act=7):
         return output if count() % act != act - 1 else tuple(part * 1.05 for part in output)
 
     denoiser.forward = forward
+
+
+def acting(act):
+    """:func:`count_behind` with another number."""
+    return lambda denoiser, count: count_behind(denoiser, count, act)
 
 
 def stepped_aside(make):
@@ -110,42 +119,71 @@ def stepped_aside(make):
         return tiny.run(pipeline)
 
 
-@pytest.mark.parametrize("kind", ways())
-def test_a_count_of_any_kind_is_refused(kind):
-    def make():
-        pipeline = tiny.make()
-        count_behind(pipeline, ways()[kind])
-        return pipeline
-
+def refused(make):
+    """In words, and with ``on_error="warn"`` the video is that of a model without a patch."""
     pipeline = make()
     with tokentrim.patched(pipeline, POLICY), pytest.raises(tokentrim.UnsupportedContextError, match=REFUSED):
         tiny.run(pipeline)
     assert torch.equal(stepped_aside(make), tiny.run(make()))
+
+
+@pytest.mark.parametrize("act", (7, 12))
+@pytest.mark.parametrize("kind", [kind for kind in ways() if kind not in LASTING])
+def test_a_count_of_any_kind_is_put_back(kind, act):
+    """The second is the number of the call that is made again."""
+    count = ways()[kind]
+    same_as_looked_up(acting(act), count)
+    assert count() == 1 + 5 * tiny.CHUNKS
+
+
+@pytest.mark.parametrize("kind", LASTING)
+def test_what_cannot_be_wound_back_is_refused(kind):
+    def make():
+        pipeline = tiny.make()
+        count_behind(pipeline.generator, ways()[kind])
+        return pipeline
+
+    refused(make)
+
+
+@pytest.mark.parametrize("probe", ("first-step", "candidate"))
+@pytest.mark.parametrize("act", (2, 3, 13))
+def test_all_calls_of_a_chunk_that_is_made_again_see_what_they_saw(probe, act):
+    same_as_looked_up(acting(act), ways()["number in a list"], probe=probe)
 
 
 ATTRIBUTES = {
     "list": (list, lambda kept: (kept.append(0), len(kept))[1]),
     "array": (lambda: numpy.zeros(2), lambda kept: (one_more(kept), int(kept[-1]))[1]),
-    "generator": (numbers, next),
     "dict of dicts": (lambda: {"a": {"n": [0]}}, lambda kept: (one_more(kept["a"]["n"]), kept["a"]["n"][0])[1]),
     "memory": (lambda: torch.zeros(3), lambda kept: (one_more(kept), int(kept[-1]))[1]),
+    "generator": (numbers, next),
 }
+REFUSED_ATTRIBUTES = ("memory", "generator")
+"""Several floats are a memory, whatever is kept in them."""
 
 
-@pytest.mark.parametrize("kind", ATTRIBUTES)
-def test_an_attribute_of_any_kind_is_refused(kind):
+@pytest.mark.parametrize("kind", [kind for kind in ATTRIBUTES if kind not in REFUSED_ATTRIBUTES])
+def test_an_attribute_of_any_kind_is_put_back(kind):
     start, step = ATTRIBUTES[kind]
 
+    def counting(denoiser, count):
+        denoiser.kept = start()
+        count_behind(denoiser, count or (lambda: step(denoiser.kept)))
+
+    same_as_looked_up(counting, None)
+
+
+@pytest.mark.parametrize("kind", REFUSED_ATTRIBUTES)
+def test_an_attribute_that_is_no_count_is_refused(kind):
     def make():
+        start, step = ATTRIBUTES[kind]
         pipeline = tiny.make()
         pipeline.generator.kept = start()
-        count_behind(pipeline, lambda: step(pipeline.generator.kept))
+        count_behind(pipeline.generator, lambda: step(pipeline.generator.kept))
         return pipeline
 
-    pipeline = make()
-    with tokentrim.patched(pipeline, POLICY), pytest.raises(tokentrim.UnsupportedContextError, match=REFUSED):
-        tiny.run(pipeline)
-    assert torch.equal(stepped_aside(make), tiny.run(make()))
+    refused(make)
 
 
 LATER = [0]
@@ -156,11 +194,85 @@ def count_of_this_file():
     return LATER[0]
 
 
-def test_a_list_that_is_a_global_is_refused():
+def test_a_list_that_is_a_global_is_put_back():
+    LATER[0] = 0
+    same_as_looked_up(acting(7), count_of_this_file)
+
+
+# ------------------------------------------------------------------------------------------ beside a count
+
+
+def mixing(late):
+    """By a count that is put back, every ``late``-th call takes in what the call before has left in a large tensor."""
+
+    def behind(denoiser, count):
+        denoiser.latest = None
+
+        def hook(module, args, output):
+            mixed = count() % late == 0
+            flow, x0 = output
+            x0 = x0 + 0.05 * module.latest if mixed else x0
+            module.latest = x0.detach().clone()
+            return flow, x0
+
+        denoiser.register_forward_hook(hook)
+
+    return behind
+
+
+@pytest.mark.parametrize("late", (11, 16))
+def test_a_memory_that_only_some_calls_read_is_refused_when_one_of_them_is_made_again(late):
+    """The 11th is made again first, and then the 16th: the first proof has not seen what this reads."""
     pipeline = tiny.make()
-    count_behind(pipeline, count_of_this_file)
-    with tokentrim.patched(pipeline, POLICY), pytest.raises(tokentrim.UnsupportedContextError, match="LATER"):
+    mixing(late)(pipeline.generator, ways()["number in a list"])
+    words = "with nothing pruned|keeps a memory"
+    with tokentrim.patched(pipeline, TWICE), pytest.raises(tokentrim.UnsupportedContextError, match=words):
         tiny.run(pipeline)
+
+
+def test_a_memory_that_is_read_by_no_call_that_is_made_again_may_stay():
+    same_as_looked_up(mixing(13), ways()["number in a list"])
+
+
+def test_what_is_counted_of_the_data_is_a_memory():
+    """A sum over calls of what they have made is no number of calls: that of rows which died is in it."""
+    pipeline, total = tiny.make(), [0.0]
+
+    def hook(module, args, output):
+        total[0] += float(output[1].abs().mean())
+        return tuple(part * 1.05 for part in output) if total[0] > 1e9 else output
+
+    pipeline.generator.register_forward_hook(hook)
+    with tokentrim.patched(pipeline, POLICY), pytest.raises(tokentrim.UnsupportedContextError, match="keeps a memory"):
+        tiny.run(pipeline)
+
+
+def test_hooks_of_each_video_are_known_anew():
+    """A script that registers its hooks for each video, with counts of their own."""
+    looked, counting = tiny.make(), tiny.make()
+    videos = []
+    for pipeline in (looked, counting):
+        with tokentrim.patched(pipeline, TWICE) as handle:
+            for seed in range(3):
+                numbers = [0]
+
+                def count(kept=numbers):
+                    kept[0] += 1
+                    return kept[0]
+
+                number = Looked(pipeline.generator) if pipeline is looked else count
+                hook = pipeline.generator.register_forward_hook(
+                    lambda module, args, output, number=number: output if number() % 11 else changed(output)
+                )
+                videos.append(tiny.run(pipeline, seed))
+                hook.remove()
+        assert handle.report.triggers == 6
+    for right, video in zip(videos[:3], videos[3:], strict=True):
+        assert torch.equal(video, right)
+
+
+def changed(output):
+    return tuple(part * 1.05 for part in output)
 
 
 @pytest.mark.parametrize("target", TARGETS[:3], ids=lambda target: target.name)

@@ -155,6 +155,11 @@ class Policy:
         """Whether the policy overrides :meth:`judge`."""
         return self.overrides("judge")
 
+    @property
+    def regenerates(self) -> bool:
+        """Whether a verdict of it may have a chunk made again."""
+        return self.judges and self.max_regenerations > 0
+
     def overrides(self, hook: str) -> bool:
         """Whether the policy has a ``hook`` of its own."""
         return hook in hooks_of(type(self))

@@ -64,6 +64,11 @@ class ObservePolicy(Policy):
         """Measure severity and threshold; ``prune`` is False for every sample."""
         return measured(chunk.drift, history, self.fraction, self.sensitivity)
 
+    @property
+    def regenerates(self) -> bool:
+        """Never."""
+        return False
+
 
 def check_trigger(fraction: float, sensitivity: float) -> None:
     """Check the two options of the paper's trigger; ValueError names the range."""

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from tokentrim_hooks.adapter import Adapter, Call, Phase, Seen
 from tokentrim_hooks.errors import LatentsError, PluginError, PolicyError
@@ -216,3 +218,17 @@ def _shape(answer: Any) -> Any:
 def _wrong(adapter: Adapter, method: str, answer: Any, expected: str) -> PluginError:
     shown = textwrap.shorten(answer if isinstance(answer, str) else repr(answer), 80, placeholder=" ...")
     return PluginError(f"adapter {adapter.name!r}: {method}() returned {shown}.\nIt must return {expected}.")
+
+
+def select(prune: list[bool], again: Any, output: Any) -> Any:
+    """Take flagged samples from ``again``, the others from ``output``; both have B first in every tensor."""
+    if all(prune):
+        return again
+
+    def choose(new: Any, old: Any) -> Any:
+        if not isinstance(new, Tensor) or new.ndim == 0 or new.shape[0] != len(prune):
+            return new
+        chosen = torch.tensor(prune, device=new.device).view(-1, *[1] * (new.ndim - 1))
+        return torch.where(chosen, new, old)
+
+    return tree_map(choose, again, output)

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from tokentrim_hooks.adapter import Adapter, Call
 from tokentrim_hooks.errors import TokenTrimWarning, UnsupportedContextError
@@ -21,12 +19,12 @@ from tokentrim_hooks.inspection import bind, profiled, weakly
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.pruning.samples import Samples
-from tokentrim_hooks.rollout.answers import carried, context_of, moved_arguments, prediction_of, replayed
+from tokentrim_hooks.rollout.answers import carried, context_of, moved_arguments, prediction_of, replayed, select
 from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.repeat.cut import CutCall, NotSeparableError
 from tokentrim_hooks.rollout.repeat.parts import Key, Trial, separated
-from tokentrim_hooks.rollout.repeat.proof import NullReplay, RandomStreamKept
+from tokentrim_hooks.rollout.repeat.proof import NullReplay, RandomStreamKept, require_still
 from tokentrim_hooks.rollout.repeat.snapshot import Snapshot
 from tokentrim_hooks.rollout.state import Step
 
@@ -67,15 +65,21 @@ class Replayer:
         Raises:
             UnsupportedContextError: it gave something else.
         """
-        if self._pruner.proof.repeats(module):
+        proof, recall = self._pruner.proof, self._pruner.proof.recall
+        if proof.repeats(module):
             return 0
-        times = 1
-        null = NullReplay(module, functools.partial(self._replayed_prediction, module, steps))
+        courses, again = [step.course for step in steps], functools.partial(self._replayed_prediction, module, steps)
+        null, known, times = NullReplay(module, again, recall, courses), recall.counts(module), 1
         with null.undone_if_refused():
-            if not settle("proof of repeatability", lambda: self._null_replay(null, steps, output)).holds:
-                settle("second call for the proof", lambda: _second_opinion(null))
-                times = 2
-        self._pruner.proof.repeated.append(weakly(module))
+            holds = settle("proof of repeatability", lambda: self._null_replay(null, steps, output)).holds
+            while not holds:
+                holds = settle(f"call {times + 1} for the proof", lambda: Opinion(holds=null.same())).holds
+                times += 1
+            # A rank may count what others do not, as its progress; all are to make the same number of calls.
+            counts = known or (times > 1 and not settle("counts", lambda: Opinion(holds=not null.counts)).holds)
+        recall.proved(module, counts)
+        if not counts:
+            proof.repeated.append(weakly(module))
         return times * len(steps)
 
     def _null_replay(self, null: NullReplay, steps: list[Step], output: Any) -> Opinion:
@@ -189,10 +193,17 @@ class Replayer:
     def _one_by_one(
         self, module: nn.Module, steps: list[Step], first: Callable[[], Tensor | None], some: Some | None
     ) -> Any:
+        recall = self._pruner.proof.recall
+        recall.rewind(module, steps[0].course)
         output, call = self._in_step(module, steps[0], first, some)
+        lost = recall.left_otherwise(module, steps[0].course)
         for earlier, step in itertools.pairwise(steps):
+            recall.rewind(module, step.course)
             carried = functools.partial(self._carried, earlier, step, call, output)
             output, call = self._in_step(module, step, carried, some)
+            lost += recall.left_otherwise(module, step.course)
+        # Not earlier: ranks that share the model make all of these calls.
+        require_still(lost)
         if call is not steps[-1].call:
             # The sampler goes on from its own latents, not from those of the replay's last call.
             x0 = prediction_of(self._adapter, call, output)
@@ -242,8 +253,9 @@ class Replayer:
             args, kwargs = moved_arguments(self._adapter, step.call, args, kwargs, latents)
         if some is None:
             return self._tapped(module, step, args, kwargs)
-        output = some.output
+        output, counted = some.output, self._pruner.proof.recall.taken(module)
         for run in some.runs:
+            counted.put_back()
             cut = CutCall(run, args, kwargs)
             made = self._tapped(module, step, cut.args, cut.kwargs, run)
             cut.carry_over()
@@ -270,6 +282,8 @@ class Replayer:
         another, or with attention processors that were exchanged since.
         """
         self._pruner.give_up()
+        if step.course is not None:
+            step.course.before.put_back()
         warnings.warn(
             "pruned rows reached attention that is not tapped, in a path that the first prune did not show; they are "
             "back, the call was repeated, and this model is only observed from now on",
@@ -277,22 +291,3 @@ class Replayer:
             stacklevel=2,
         )
         return self._call_again(module, step, None)
-
-
-def _second_opinion(null: NullReplay) -> Opinion:
-    null.require_noise()
-    return Opinion()
-
-
-def select(prune: list[bool], again: Any, output: Any) -> Any:
-    """Take flagged samples from ``again``, the others from ``output``; both have B first in every tensor."""
-    if all(prune):
-        return again
-
-    def choose(new: Any, old: Any) -> Any:
-        if not isinstance(new, Tensor) or new.ndim == 0 or new.shape[0] != len(prune):
-            return new
-        chosen = torch.tensor(prune, device=new.device).view(-1, *[1] * (new.ndim - 1))
-        return torch.where(chosen, new, old)
-
-    return tree_map(choose, again, output)

@@ -25,6 +25,7 @@ from tokentrim_hooks.rollout.judgement import Judgement
 from tokentrim_hooks.rollout.names import Key
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.regeneration import Case, Regenerator
+from tokentrim_hooks.rollout.repeat.recall import Course
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, Step, VideoState
 from tokentrim_hooks.rollout.steering import Steering, place_of
@@ -48,10 +49,7 @@ class Found:
 
 @dataclass(slots=True)
 class Running:
-    """A call between its hooks, with its arguments as the sampler gave them.
-
-    Those before other people's hooks changed them, for a replay runs these hooks again.
-    """
+    """A call between its hooks; with its arguments before other people's hooks, which a replay runs again."""
 
     module: Any
     found: Found
@@ -59,6 +57,7 @@ class Running:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     place: Place | None = None
+    course: Course | None = None
 
 
 class Session:
@@ -121,6 +120,7 @@ class Session:
         note = Running(module, found, phase, args, kwargs, self._place(call, phase))
         if self.steering.guides:
             note = self._guide(note, chunk)
+        note.course = self.shared.course(module, self.timeline.video)
         if (scope := self._scope) is not None:  # else the patch has come off meanwhile
             scope.begin(self.pruner.tap(note.found.call, note.place), note)
         if chunk is not None:
@@ -130,6 +130,7 @@ class Session:
     def after(self, module: nn.Module, running: Running, output: Any) -> Any:
         """Judge the chunk where the probe says so; return the output that the sampler goes on with."""
         call, phase = running.found.call, running.phase
+        self.shared.proof.recall.end(module, running.course)
         video, chunk = self.timeline.video, self.timeline.chunk
         if chunk is None or video is None:
             return output
@@ -140,7 +141,8 @@ class Session:
         if phase is None and not late and not missed:
             self._settle(running, video, chunk)
             return output
-        step = Step(call, running.args, running.kwargs, prediction_of(self.adapter, call, output), running.place)
+        x0 = prediction_of(self.adapter, call, output)
+        step = Step(call, running.args, running.kwargs, x0, running.place, running.course)
         if missed and not self._regenerator.all_finite(step, video):
             output = self._regenerator.without_marks(module, step)
             chunk.notes.append("marks reached attention that is not tapped: pruning is off")

@@ -10,7 +10,9 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.rollout.names import Names
 from tokentrim_hooks.rollout.pace import Habits
 from tokentrim_hooks.rollout.records import Recorder
+from tokentrim_hooks.rollout.repeat.recall import Course
 from tokentrim_hooks.rollout.repeat.shown import Proof
+from tokentrim_hooks.rollout.state import VideoState
 
 Probe = Literal["first-step", "candidate"]
 
@@ -38,3 +40,9 @@ class Shared:
     names: Names = field(default_factory=Names)
     habits: Habits = field(default_factory=Habits)
     policies: tuple[Policy, ...] = ()
+
+    def course(self, module: object, video: VideoState | None) -> Course | None:
+        """What counts in a call, to be put back before it is made again; None where nothing does, or nothing prunes."""
+        if video is None or not (self.policy.regenerates and self.proof.enabled) or self.proof.repeats(module):
+            return None
+        return self.proof.recall.begin(module, video.number)

@@ -15,18 +15,20 @@ from tokentrim_hooks.policy.drift import RunningStatistics, Summary
 from tokentrim_hooks.policy.views import History, Place
 from tokentrim_hooks.report.record import BROKEN_OFF
 from tokentrim_hooks.rollout.judgement import Judgement
+from tokentrim_hooks.rollout.repeat.recall import Course
 from tokentrim_hooks.rollout.scene import Act, Scene
 
 
 @dataclass
 class Step:
-    """A denoising call kept for a replay: with the arguments that it was given before other people's hooks."""
+    """A denoising call kept for a replay: its arguments before other people's hooks; what counted in its course."""
 
     call: Call
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     prediction: Tensor
     place: Place | None = None
+    course: Course | None = None
 
 
 @dataclass

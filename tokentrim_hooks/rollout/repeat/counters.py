@@ -13,6 +13,7 @@ from tokentrim_hooks.rollout.repeat.counts import Count, count_of, is_setting
 from tokentrim_hooks.rollout.repeat.functions import Variables
 from tokentrim_hooks.rollout.repeat.keepers import items_of, keepers_of, reachable, take_out
 from tokentrim_hooks.rollout.repeat.logs import only_adds_to
+from tokentrim_hooks.rollout.repeat.spots import Spot
 
 DEPTH = 7
 """Objects, dicts and lists within one another: diffusers keeps a count in the state of a manager of a hook's."""
@@ -20,10 +21,15 @@ DEPTH = 7
 
 @dataclass(frozen=True)
 class Changes:
-    """What is another thing after a call that was made once more, by name: counts, and settings that it switched."""
+    """What is another thing after a call that was made once more, by name: counts, and settings that it switched.
+
+    Attributes:
+        spots: where they are.
+    """
 
     counts: list[str] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
+    spots: list[Spot] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Whether there is any."""
@@ -50,18 +56,31 @@ class Counters:
         """Put back what has changed since."""
         changed: list[str] = []
         switched: list[str] = []
+        spots: list[Spot] = []
         for keeper, label, known, before in self._kept:
             now = items_of(keeper)
             for name, count in before.items():
                 if name in now and count.differs(now[name]) and not self._is_log(keeper, name, count, now[name]):
                     count.restore(keeper, name)
+                    spots.append(Spot(keeper, name, f"{label}.{name}"))
                     found = switched if count.switches(now[name]) else changed
-                    found.append(f"{label}.{name}" + ("" if count.restorable else ", which cannot be put back"))
+                    found.append(spots[-1].label + ("" if count.restorable else ", which cannot be put back"))
             for name, count in _new(keeper, now, known):
                 take_out(keeper, name)
                 if count.counts_if_new:
-                    (switched if is_setting(now[name]) else changed).append(f"{label}.{name}")
-        return Changes(sorted(set(changed)), sorted(set(switched)))
+                    spots.append(Spot(keeper, name, f"{label}.{name}"))
+                    (switched if is_setting(now[name]) else changed).append(spots[-1].label)
+        return Changes(sorted(set(changed)), sorted(set(switched)), spots)
+
+    def moved_on(self) -> list[Spot]:
+        """Where something else is by now, logs too; it is left there."""
+        found = []
+        for keeper, label, known, before in self._kept:
+            now = items_of(keeper)
+            names = [name for name, count in before.items() if name in now and count.differs(now[name])]
+            names += [name for name, _ in _new(keeper, now, known)]
+            found += [Spot(keeper, name, f"{label}.{name}") for name in names]
+        return found
 
     def written(self) -> bool:
         """Whether the latents are other ones by now. Reads the device where somebody has written."""

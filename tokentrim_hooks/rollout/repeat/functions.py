@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
 from random import Random
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -74,6 +74,13 @@ class Variables(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def key(self, name: str) -> Hashable:
+        """The same for every function that shares the variable."""
+        if name in self._cells:
+            return id(self._cells[name])
+        place, key = self._globals[name]
+        return id(place), key
 
 
 def outside_of(function: Any, depth: int = DEPTH, seen: set[int] | None = None) -> Iterator[Any]:
@@ -152,9 +159,13 @@ def is_of_library(module: object) -> bool:
 class Given(dict[str, Any]):
     """What somebody has given a function beforehand, by name; ``put`` hands it back where something of it is set."""
 
-    def __init__(self, given: dict[str, Any], put: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, owner: object, given: dict[str, Any], put: Callable[[dict[str, Any]], None]) -> None:
         super().__init__(given)
-        self._put = put
+        self._owner, self._put = owner, put
+
+    def key(self, name: str) -> Hashable:
+        """The same each time that it is looked at."""
+        return id(self._owner), name
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
@@ -170,7 +181,7 @@ def _given_to(partial: functools.partial[Any]) -> Given:
         state: Any = (partial.func, tuple(given[name] for name in unnamed), named, vars(partial))
         partial.__setstate__(state)  # type: ignore[attr-defined]
 
-    return Given({**unnamed, **partial.keywords}, put)
+    return Given(partial, {**unnamed, **partial.keywords}, put)
 
 
 def _defaults_of(function: FunctionType) -> Given:
@@ -183,7 +194,7 @@ def _defaults_of(function: FunctionType) -> Given:
         function.__defaults__ = tuple(given[name] for name in unnamed) or None
         function.__kwdefaults__ = {name: given[name] for name in named} or None
 
-    return Given({**dict(zip(unnamed, defaults, strict=True)), **named}, put)
+    return Given(function, {**dict(zip(unnamed, defaults, strict=True)), **named}, put)
 
 
 def _named(function: FunctionType, modules: Iterable[ModuleType]) -> Iterator[Any]:

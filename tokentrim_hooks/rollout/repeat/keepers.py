@@ -6,7 +6,7 @@ import contextvars
 import functools
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Hashable, Iterable, Iterator, MutableMapping
 from types import FunctionType
 from typing import Any
 
@@ -89,6 +89,10 @@ class ContextVariables(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._variables)
+
+    def key(self, name: str) -> Hashable:
+        """The same each time that they are looked at."""
+        return id(self._variables[name])
 
 
 def reachable(roots: Iterable[Any], depth: int) -> list[tuple[Any, str]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tokentrim_hooks.errors import UnsupportedContextError
 from tokentrim_hooks.rollout.repeat.counters import Changes, Counters
 from tokentrim_hooks.rollout.repeat.keepers import is_ours
+from tokentrim_hooks.rollout.repeat.recall import Course, Recall
 from tokentrim_hooks.rollout.repeat.snapshot import Snapshot
 
 _logger = logging.getLogger(__name__)
@@ -33,16 +34,26 @@ SPREAD = 4
 
 
 class NullReplay:
-    """A call made again with nothing pruned, once, and once more where the bits differ: what that shows.
+    """A call made again with nothing pruned, and once more where the bits differ: what that shows.
+
+    Where the first replay has moved counts on, they are put back before each of the further ones.
 
     Args:
         module: the denoiser.
         again: makes the call and returns its x0.
+        recall, courses: what is known of its counts, and what they were before each call that ``again`` makes.
+
+    Attributes:
+        counts: whether it has shown that the model counts its calls.
     """
 
-    def __init__(self, module: object, again: Callable[[], Tensor]) -> None:
-        self._module, self._again = module, again
+    def __init__(
+        self, module: object, again: Callable[[], Tensor], recall: Recall, courses: list[Course | None]
+    ) -> None:
+        self._module, self._again, self._recall, self._courses = module, again, recall, courses
         self._before: Snapshot | None = None
+        self._one: Tensor | None = None
+        self.counts = False
 
     def remember(self, prediction: Tensor, *kept: Any) -> None:
         """Before the first call: what the sampler was given, and what the model keeps.
@@ -69,31 +80,36 @@ class NullReplay:
             raise
 
     def same(self) -> bool:
-        """Make the call; whether it gave the same bits. The host is read once.
+        """Make the call; whether that has shown all, else it is to be made once more. The host is read once.
 
         Raises:
-            UnsupportedContextError: it did, but the model counts its calls.
+            UnsupportedContextError: it gave something else, or the model counts its calls where nobody can put it back.
         """
-        self._one = self._again().detach().clone()
+        made = self._again().detach().clone()
+        if self._one is not None:
+            self._require_noise(self._one, made)
+            return True
         first = self._first
         memory = self._before.moved() if self._before is not None else {}
-        measured = torch.stack([_apart(first, self._one), first.abs().amax().float(), *memory.values()]).tolist()
+        measured = torch.stack([_apart(first, made), first.abs().amax().float(), *memory.values()]).tolist()
         (self._moved, self._scale), moved = measured[:2], dict(zip(memory, measured[2:], strict=True))
         self._counted = self._counters.put_back()
+        if self._counted and not self.counts and self._recall.adopts(self._module, self._counted, self._courses):
+            self.counts = True
+            if self._before is not None:
+                self._before.put_back()  # what it keeps beside its counts, which another call may have read and written
+            return False
         if self._moved == 0:
             require_uncounted(self._counted)
         if not self._counted:
-            require_still(moved, NOISE[coarsest(self._module, first)])
+            noise = NOISE[coarsest(self._module, first)]
+            require_still(sorted(name for name, distance in moved.items() if not distance <= noise))
+        self._one = made
         return bool(self._moved == 0)
 
-    def require_noise(self) -> None:
-        """Make the call once more, for the bits differ, here or on another rank. The host is read once.
-
-        Raises:
-            UnsupportedContextError: they differ by more than rounding does.
-        """
-        two = self._again().detach()
-        spread = torch.stack([_apart(self._first, two), _apart(self._one, two)]).tolist()
+    def _require_noise(self, one: Tensor, two: Tensor) -> None:
+        """The bits differ, here or on another rank: raise UnsupportedContextError if by more than rounding."""
+        spread = torch.stack([_apart(self._first, two), _apart(one, two)]).tolist()
         measured = (self._moved, *spread)
         if self._counted or not is_noise(measured, self._scale, coarsest(self._module, self._first)):
             self._require_own_inputs()
@@ -149,9 +165,12 @@ def require_uncounted(changed: Changes) -> None:
         )
 
 
-def require_still(moved: dict[str, float], noise: float) -> None:
-    """Raise UnsupportedContextError if a replay has changed a memory of the model's, of which a later call may read."""
-    changed = sorted(name for name, distance in moved.items() if not distance <= noise)
+def require_still(changed: list[str]) -> None:
+    """Raise UnsupportedContextError if a replay has changed a memory of the model's, of which a later call may read.
+
+    Args:
+        changed: its names.
+    """
     if changed:
         raise UnsupportedContextError(
             f"the model keeps a memory ({', '.join(changed[:2])}) that a repeated call changes once more.\n"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from tokentrim_hooks.errors import TokenTrimWarning
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.rollout.repeat.parts import Parts
+from tokentrim_hooks.rollout.repeat.recall import Recall
 
 OVERLOOKED = "not all attention of this call was tapped: what is dead in the sequence may have been read"
 
@@ -23,7 +24,7 @@ class Proof:
         enabled: False once the self-check of a prune failed. proven: True once it passed. finding: what it found.
         repeated: denoisers (referred to weakly) whose calls were shown to give the same when they are made twice.
         in_sequence: whether the context lies in the sequence, as far as is known: copies of it carry no mark.
-        parts: which denoisers can be called with some samples of a batch.
+        parts: which denoisers can be called with some samples of a batch. recall: what is put back for repeated calls.
         overlooked: whether a call read, as it seems, what is dead, which is said once.
     """
 
@@ -35,6 +36,7 @@ class Proof:
     repeated: list[Callable[[], object]] = field(default_factory=list)
     in_sequence: bool = False
     parts: Parts = field(default_factory=Parts)
+    recall: Recall = field(default_factory=Recall)
     overlooked: bool = False
 
     def repeats(self, denoiser: object) -> bool:
