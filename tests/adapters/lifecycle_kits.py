@@ -1,14 +1,15 @@
-"""What the lifecycle's state machines drive: two models, the ways to patch them, and what a fresh patch gives."""
+"""What the lifecycle's state machines drive: seven models, the ways to patch them, and what a fresh patch gives."""
 
 from __future__ import annotations
 
 import functools
 import io
+from typing import Any
 
-import helios_tiny
 import torch
 from interruptions import Events
 from own_loop import calls, last
+from targets import TARGETS
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
@@ -28,7 +29,8 @@ MODES = {
 class Reference:
     """The reference model: a KV cache."""
 
-    part, modes = "generator", tuple(MODES)
+    part, modes, own_generators = "generator", tuple(MODES), False
+    chunks, beside = 4, 0  # the latter: calls of a video that are of no chunk
 
     def make(self):
         tiny = {"layers": 1, "dim": 16, "grid": (2, 2), "num_frame_per_block": 2}
@@ -42,16 +44,27 @@ class Reference:
         return ReferencePipeline(pipeline.generator)
 
 
-class Helios:
-    """Packed history in the attention sequence."""
+class Diffusers:
+    """A model of diffusers, as ``targets.py`` has it; a video draws from a generator of its own."""
 
-    part, modes = "transformer", tuple(mode for mode in MODES if mode != "candidate")
-    make, run = staticmethod(helios_tiny.pipeline), staticmethod(helios_tiny.run)
+    modes, own_generators = tuple(mode for mode in MODES if mode != "candidate"), True
 
     def sharing(self, pipeline):
         other = type(pipeline)(**pipeline.components)
         other.set_progress_bar_config(disable=True)
         return other
+
+
+CHUNKS = {"skyreels-v2": 3, "framepack": 4, "helios": 4, "anyflow-far": 5, "ltx-long": 4, "sana-wm": 7}
+
+
+def _kit(target) -> type[Any]:
+    functions = {"make": staticmethod(target.make), "run": staticmethod(target.run)}
+    sizes = {"part": target.part, "chunks": CHUNKS[target.name], "beside": target.beside}
+    return type(target.name, (Diffusers,), {**functions, **sizes})
+
+
+DIFFUSERS = tuple(_kit(target) for target in TARGETS if target.name in CHUNKS)
 
 
 def patch(pipeline, mode, **options):

@@ -1,6 +1,7 @@
 """Any order of patch, run, interruption, failure, thread, copy, replacement and unpatch leaves all videos right.
 
-The machine is in ``tests/adapters/lifecycle_machine.py``. Here it also drives loops of the user's own, and two models.
+The machine is in ``tests/adapters/lifecycle_machine.py``. Here it drives loops of the user's own as well, and each
+model of diffusers.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule
-from lifecycle_kits import Helios, alone
+from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
+from lifecycle_kits import DIFFUSERS, alone
 from lifecycle_machine import Lifecycle, joined_amid_a_chunk
 from own_loop import calls, last
 
@@ -89,13 +91,16 @@ class OwnLoops(Lifecycle):
                 assert all(bool(alive_rows(layer["v"]).all()) for layer in video.cache)
 
 
-class HeliosLifecycle(Lifecycle):
-    kit = Helios
-
-
+MODELS = {kit.__name__: type(f"Lifecycle of {kit.__name__}", (Lifecycle,), {"kit": kit}) for kit in DIFFUSERS}
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-SIZE = {"max_examples": 150, "stateful_step_count": 30} if NIGHTLY else {"max_examples": 8, "stateful_step_count": 12}
-for machine in (OwnLoops, HeliosLifecycle):
-    machine.TestCase.settings = settings(deadline=None, **SIZE)
+for machine in (OwnLoops, *MODELS.values()):
+    few = {"max_examples": 8 if machine is OwnLoops else 4, "stateful_step_count": 12}
+    size = {"max_examples": 150, "stateful_step_count": 30} if NIGHTLY else few
+    machine.TestCase.settings = settings(deadline=None, **size)
 TestLifecycle = OwnLoops.TestCase
-TestLifecycleOfAKeyLayout = HeliosLifecycle.TestCase
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_lifecycle_of_a_model(model):
+    """Those of diffusers; each has keys of another layout."""
+    run_state_machine_as_test(MODELS[model], settings=MODELS[model].TestCase.settings)
