@@ -1,5 +1,6 @@
 """Nothing that we do to a chunk grows faster than what it is done to: counted in operations, never in seconds."""
 
+import collections
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from counting import Counter
 from PIL import Image
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks.experiments.bench.memory import Alive
 from tokentrim_hooks.testing import ForcedPolicy
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +78,51 @@ def test_the_picture_is_shown_small_and_described():
     assert len(alt.split()) >= 12, "what it shows, in words"
     assert 1000 < growth.PICTURE.stat().st_size < 60_000
     assert Image.open(growth.PICTURE).size[0] <= 900
+
+
+class Named(Counter):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[str(func.overloadpacket)] += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def pruned(size):
+    """A blank model and a policy that prunes it, its first prune proved."""
+    generator = growth.blank(size)
+    handle = tokentrim.patch(generator, growth.policy_of(size))
+    growth.seconds(generator, size)
+    return generator, handle
+
+
+def test_which_rows_are_live_is_found_once_per_call_whatever_the_layers():
+    found = []
+    for layers in (2, 9):
+        size = replace(BASE, dead=0.1, tokens=64, layers=layers)
+        generator, _ = pruned(size)
+        with Named() as counter:
+            growth.seconds(generator, size)
+        found.append((counter.names["aten.nonzero"], counter.names["aten.index_select"]))
+    (few, gathers), (many, more) = found
+    assert few == many > 0 and more - gathers == gathers // 2 * 7 > 0, "two gathers a layer, one index for all"
+
+
+def test_what_is_gathered_is_of_one_layer_at_a_time():
+    """At its peak a pruned video holds live K and V of one layer beside the cache, however many layers there are."""
+    peaks = []
+    for layers in (2, 9):
+        size = replace(BASE, dead=0.1, tokens=256, heads=8, width=64, layers=layers)
+        generator, handle = pruned(size)
+        with Alive() as alive:
+            growth.seconds(generator, size)
+        handle.unpatch()
+        with Alive() as plain:
+            growth.seconds(generator, size)
+        peaks.append(alive.peak - plain.peak)
+    layer = 2 * size.window * size.tokens * size.heads * size.width * 4
+    assert 0 < peaks[1] < 1.1 * layer and abs(peaks[1] - peaks[0]) < 0.1 * layer

@@ -86,6 +86,7 @@ def settings(place: str, options: dict[str, Any]) -> dict[str, Any]:
     """What the figures were measured on and with."""
     import torch
 
+    from tokentrim_hooks.experiments.bench.timing import clocks_of
     from tokentrim_hooks.report.provenance import versions
 
     gpu = torch.device(place).type == "cuda"
@@ -93,6 +94,7 @@ def settings(place: str, options: dict[str, Any]) -> dict[str, Any]:
         "command": shlex.join(["tokentrim", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(place) if gpu else processor(),
         "kind": "cuda" if gpu else "cpu",
+        "clocks": clocks_of(place) if gpu else None,
         "threads": torch.get_num_threads(),
         "target": options["target"],
         "full": options["full"],
@@ -118,7 +120,7 @@ def show(results: Results, made_with: dict[str, Any]) -> None:
     from tokentrim_hooks.experiments.bench.memory import WORDS
 
     base = results.seconds["unpatched"]
-    clock = "wall clock" if made_with["kind"] == "cuda" else "CPU time"
+    clock = "CUDA events" if made_with["kind"] == "cuda" else "CPU time"
     print(json.dumps(made_with, indent=1))
     print(f"One rollout, unpatched: {base:.3f} s, {base / made_with['chunks']:.4f} s per chunk ({clock})")
     added = {arm: 1000 * (seconds - base) / made_with["chunks"] for arm, seconds in results.seconds.items()}

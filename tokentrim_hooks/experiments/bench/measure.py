@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tokentrim_hooks.experiments.bench.ideal import ideal
 from tokentrim_hooks.experiments.bench.memory import peak_bytes
 from tokentrim_hooks.experiments.bench.profile import profile
 from tokentrim_hooks.experiments.bench.target import Target
+from tokentrim_hooks.experiments.bench.timing import seconds_of
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import ObservePolicy
 from tokentrim_hooks.testing.policies import ForcedPolicy
@@ -33,7 +33,7 @@ RESAMPLES, SEED = 9999, 20260
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median over rounds of one arm's time (see :func:`clock_of`) over another's, with a 95 % bootstrap interval."""
+    """Median over rounds of one arm's time (see :func:`seconds_of`) over another's, with a 95 % bootstrap interval."""
 
     name: str
     median: float
@@ -47,7 +47,7 @@ class Results:
     """All that one run measured.
 
     Attributes:
-        seconds: median time of a rollout by arm, see :func:`clock_of`.
+        seconds: median time of a rollout by arm, see :func:`seconds_of`.
         ratios: of arms within rounds. ``unpatched again`` over ``unpatched`` shows the noise of the machine.
         triggers: chunks that were pruned in the forced arm, and ``chunks`` of how many.
         dead: context rows that died in the forced arm.
@@ -147,11 +147,6 @@ def measure(
     )
 
 
-def clock_of(device: str) -> Callable[[], float]:
-    """Wall clock on a GPU; on a CPU this process's own time: there a wall clock measures the neighbours too."""
-    return time.perf_counter if torch.device(device).type == "cuda" else time.process_time
-
-
 def rollouts(rounds: int, arms: int, patched: int) -> int:
     """Rollouts that :func:`measure` makes of so many arms, so many of them patched."""
     return arms * (1 + rounds) + 2 * patched + arms - 1
@@ -174,12 +169,7 @@ def _once(
     with _attached(target, policy) as handle:
         if settled and isinstance(policy, ForcedPolicy):
             target.run()
-        clock = clock_of(device)
-        _wait(device)
-        began = clock()
-        target.run()
-        _wait(device)
-        seconds = clock() - began
+        seconds = seconds_of(target.run, device)
         report = handle.report if isinstance(policy, Policy) else None
     advance()
     return seconds, report
@@ -207,11 +197,6 @@ def _peak(target: Target, policy: Arm, device: str, advance: Callable[[], None])
         peak = peak_bytes(target.run, device)
     advance()
     return peak
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _ratio(name: str, over: Sequence[float], under: Sequence[float]) -> Ratio:
