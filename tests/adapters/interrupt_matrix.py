@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from interruptions import KINDS, Event, Subject, unpatch_here, unpatch_in_a_thread
-from targets import TARGETS, Target
+from targets import COUNTING, TARGETS, Target
 
 SOURCE = "self-forcing-source"
 Trial = tuple[Event, str, Callable[[], None]]
@@ -45,7 +45,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=[SOURCE, *(target.name for target in TARGETS)])
+    parser.add_argument("target", choices=[SOURCE, *(target.name for target in TARGETS + COUNTING)])
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--ways", choices=("end", "unpatch"), default="end")
     parser.add_argument("--every", action="store_true")
@@ -60,7 +60,7 @@ def _target(name: str, stack: ExitStack) -> Target:
         from test_self_forcing_interrupted import real_source
 
         return stack.enter_context(real_source())
-    return next(target for target in TARGETS if target.name == name)
+    return next(target for target in TARGETS + COUNTING if target.name == name)
 
 
 def _trials(subject: Subject, event: Event, ways: str) -> Iterator[Trial]:

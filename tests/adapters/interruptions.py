@@ -147,14 +147,19 @@ class Course:
     """A patched run that nothing interrupts: its events, what the denoiser was given, its calls by what they are.
 
     Attributes:
-        proof: number of the call that proves that a call can be made twice; 0 where that was proved before.
-        replay: number of the call on the pruned context.
+        proofs: how many calls prove that a call can be made twice; none where that was proved before.
+        replay: number of the call on the pruned context, behind these.
     """
 
     events: list[Event]
     given: list[Tensor]
-    proof: int
+    proofs: int
     replay: int
+
+    @property
+    def proof(self) -> int:
+        """Number of the first call that proves."""
+        return self.replay - self.proofs
 
     @property
     def before_prune(self) -> int:
@@ -170,7 +175,7 @@ class Subject:
     """A model, its videos as they should be, and the events of runs in which a chunk is pruned.
 
     A patched model's first run has one call more than later ones: before the first prune it is proved that a call can
-    be made twice.
+    be made twice. One that counts its calls has one more in each, for each prune of it is proved.
     """
 
     def __init__(self, target: Target, policy: Any = POLICY, **options: Any) -> None:
@@ -181,20 +186,23 @@ class Subject:
             assert torch.equal(self.run(self.pipeline), self.plain)
         self._unpatched = unpatched.given
         with tokentrim.patched(self.pipeline, policy, **options) as handle:
-            self.pruned, self.first = self._course(proves=True)
-            again, self.later = self._course(proves=False)
+            self.pruned, self.first = self._course(handle)
+            again, self.later = self._course(handle)
         assert handle.report.triggers == 2 and torch.equal(again, self.pruned)
+        assert self.first.proofs == self.later.proofs + 1
         assert not torch.equal(self.plain, self.pruned)
 
-    def _course(self, proves: bool) -> tuple[Tensor, Course]:
+    def _course(self, handle: Any) -> tuple[Tensor, Course]:
         """One video of the patched pipeline, and how it was made."""
+        proofs = -sum(record.proof_calls for record in handle.report)
         with Events(self.denoiser) as run:
             video = self.run(self.pipeline)
+        proofs += sum(record.proof_calls for record in handle.report)
         # The first call that is not as in the unpatched run repeats the one before it.
         same = [torch.equal(a, b) for a, b in zip(run.given, self._unpatched, strict=False)]
         repeated = 1 + (same.index(False) if False in same else len(same))
-        assert len(run.given) == len(self._unpatched) + 1 + proves
-        return video, Course(run.seen, run.given, repeated if proves else 0, repeated + proves)
+        assert len(run.given) == len(self._unpatched) + 1 + proofs
+        return video, Course(run.seen, run.given, proofs, repeated + proofs)
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -218,7 +226,7 @@ class Subject:
     def interrupt(self, event: Event, *kinds: type[BaseException]) -> None:
         """Interrupt a run after another one at the same place, then look at everything that is left."""
         # A replay that fails, or a kernel on what we left of its keys, is our failure: with "warn" we step aside.
-        ours = not event.depth or event.call in (self.first.proof, self.first.replay)
+        ours = not event.depth or self.first.proof <= event.call <= self.first.replay
         on_error = "warn" if event.number % 2 and not ours else "raise"
         handle = tokentrim.patch(self.pipeline, self.policy, on_error=on_error, **self.options)
         try:
@@ -255,9 +263,10 @@ class Subject:
         assert torch.equal(self.run(self.pipeline), self.pruned), "the same pipeline, again"
         records = [record for record in handle.report if record.video not in before]
         assert [r.chunk for r in records if r.pruned] == [2] and len({r.video for r in records}) == 1
-        assert sum(r.proof_calls for r in records) == (not proven)
+        course = self.later if proven else self.first
+        assert sum(r.proof_calls for r in records) == course.proofs
         made = sum(sum(r.phases.values()) + r.extra_calls + r.proof_calls for r in records)
-        assert made + self.target.beside == len((self.later if proven else self.first).given)
+        assert made + self.target.beside == len(course.given)
         nothing_is_open()
 
     def unpatch_amid(self, event: Event, unpatch: Callable[[Any], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anyflow_tiny
@@ -39,7 +39,7 @@ class Target:
     def depths(self, pipeline: Any) -> dict[str, nn.Module]:
         """Modules in which a call may be interrupted: around it, in its last block, inside self attention."""
         denoiser = self.denoiser(pipeline)
-        blocks: Any = denoiser.model if self.name == "self-forcing" else denoiser
+        blocks: Any = denoiser.model if self.part == "generator" else denoiser
         block = (getattr(blocks, "blocks", None) or blocks.transformer_blocks)[-1]
         attention = next(getattr(block, n) for n in ("self_attn", "attn1", "attn") if hasattr(block, n))
         return {"denoiser": denoiser, "block": block, "attention": next(attention.children())}
@@ -58,4 +58,34 @@ TARGETS = (
     Target("ltx-long", ltx_tiny.pipeline, ltx_tiny.run),
     Target("sana-wm", sana_wm_tiny.pipeline, sana_wm_tiny.run, beside=1),  # the sink is captured first
 )
+
+
+class Counter:
+    """A hook of somebody else that counts its calls since its video began, and acts by the number."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        self.calls += 1
+        return output * (1 + 0.1 * (self.calls % 5))
+
+
+def counting(target: Target) -> Target:
+    """The same model with such a hook in an attention, as step caches have that are set to 0 before each video."""
+
+    def make() -> Any:
+        pipeline, counter = target.make(), Counter()
+        target.depths(pipeline)["attention"].register_forward_hook(counter)
+        pipeline.counter = counter
+        return pipeline
+
+    def run(pipeline: Any) -> Tensor:
+        pipeline.counter.calls = 0
+        return target.run(pipeline)
+
+    return replace(target, name=target.name + "-counting", make=make, run=run)
+
+
+COUNTING = tuple(counting(target) for target in TARGETS)
 each_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)

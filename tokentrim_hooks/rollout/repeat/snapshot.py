@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokentrim_hooks.pruning.autograd_modes import writing
 from tokentrim_hooks.pruning.tombstones import clear_marks
 from tokentrim_hooks.rollout.repeat.counts import NO_VERSION, version_of
-from tokentrim_hooks.rollout.repeat.keepers import containers, items_of, keepers_of, put, reachable, take_out
+from tokentrim_hooks.rollout.repeat.keepers import containers, is_ours, items_of, keepers_of, put, reachable, take_out
 
 DEPTH = 4
 """Objects, dicts and lists within one another."""
@@ -135,8 +135,10 @@ def _restore(keeper: Any, before: dict[Any, Any]) -> None:
     if isinstance(keeper, list) and len(now) != len(before):
         keeper[:] = before.values()
         return
+    # What is ours comes and goes with a patch, which may have come off in the call.
+    ours = {name for items in (before, now) for name, value in items.items() if is_ours(value)}
     for name, value in before.items():
-        if name not in now or now[name] is not value:
+        if name not in ours and (name not in now or now[name] is not value):
             put(keeper, name, value)
-    for name in [name for name in now if name not in before]:
+    for name in [name for name in now if name not in before and name not in ours]:
         take_out(keeper, name)
