@@ -5,8 +5,9 @@ line for each trial, and leaves out those that the log has. The nightly tests of
 same with nothing kept. Targets are those of ``targets.py``, and ``self-forcing-source``, whose checkout is in
 $TOKENTRIM_UPSTREAM. ``--ways unpatch`` takes the patch off amid the call, in the same thread and from another one.
 ``--every`` takes every event (each hook of each submodule, each attention kernel), not one of each depth of each call;
-``--first`` and ``--last`` bound them. Each turn ends all places once, neighbours in other ways, so that a run that is
-stopped has seen all of a video; ``--turns`` stops after so many.
+``--first`` and ``--last`` bound them, of which ``--step`` takes one in so many. Each turn ends all places once,
+neighbours in other ways, so that a run that is stopped has seen all of a video; ``--turns`` stops after so many.
+Targets have twins in which a hook counts the calls and acts by their number (``skyreels-v2-counting``).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
     done = set() if not options.log.exists() else {_key(json.loads(x)) for x in options.log.read_text().splitlines()}
     with ExitStack() as stack:
         subject = Subject(_target(options.target, stack))
-        events = (subject.first.events if options.every else subject.places())[options.first : options.last]
+        events = (subject.first.events if options.every else subject.places())[options.first : options.last : options.step]
         print(f"{options.target}: {len(events)} of {len(subject.first.events)} places")
         trials = [[*_trials(subject, event, options.ways)] for event in events]
         for event, way, trial in _in_turns(trials, options.turns):
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--every", action="store_true")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--last", type=int)
+    parser.add_argument("--step", type=int)
     parser.add_argument("--turns", type=int)
     return parser
 
