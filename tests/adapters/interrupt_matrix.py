@@ -35,7 +35,8 @@ def main() -> None:
     done = set() if not options.log.exists() else {_key(json.loads(x)) for x in options.log.read_text().splitlines()}
     with ExitStack() as stack:
         subject = Subject(_target(options.target, stack))
-        events = (subject.first.events if options.every else subject.places())[options.first : options.last : options.step]
+        bounds = slice(options.first, options.last, options.step)
+        events = (subject.first.events if options.every else subject.places())[bounds]
         print(f"{options.target}: {len(events)} of {len(subject.first.events)} places")
         trials = [[*_trials(subject, event, options.ways)] for event in events]
         for event, way, trial in _in_turns(trials, options.turns):
