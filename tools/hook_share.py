@@ -55,7 +55,7 @@ def main(options: argparse.Namespace) -> None:
         for _ in range(options.chunk):
             next(video)
     stamps.ours = 0.0
-    whole, hooks, tokens = next(video), stamps.ours, options.grid[0] * options.grid[1]
+    whole, hooks, tokens = sum(next(video)), stamps.ours, options.grid[0] * options.grid[1]
     judged = arm.records[before:][-1].severity
     assert judged is not None, "the chunk was judged"
     print(f"{options.layers} layers, {FRAMES} frames of {tokens} tokens behind {options.chunk * FRAMES}")

@@ -1,11 +1,12 @@
-"""What whole videos cost at Self-Forcing's width: unpatched, with forced triggers, under CommitWindow.
+"""What whole videos cost at Self-Forcing's width: unpatched, observing, with forced triggers, under CommitWindow.
 
-``python tools/whole_videos.py`` makes videos of 21 frames, 3 to a chunk, with two of its layers (12 heads of 128),
-random weights and, as all 1,560 tokens a frame take a CPU some ten minutes per video, as many as ``--grid`` says.
-Each chunk is timed; arms take turns, chunk by chunk in one process, so that all meet the same machine. Before the clock
-counts each arm makes a video without products of matrices, in which the first prune of a patch is proved, and another
-one of which the peak memory is taken. Times are CPU time of one thread; run it with the two variables that growth.py
-names.
+``python tools/whole_videos.py`` makes videos of 21 frames, 3 to a chunk, with two of its layers (12 heads of 128) and
+random weights. All 1,560 tokens a frame take a CPU ten minutes per video, so that ``--grid``, ``--layers``, ``--calls``
+and ``--timed`` make it less. Each call is timed; arms take turns, chunk by chunk in one process, so that all meet the
+same machine. Before the clock counts each arm makes a video without products of matrices, in which the first prune of a
+patch is proved, and another one of which the peak memory is taken. With ``--log`` each chunk of an arm is a line of a
+file, and a run that was broken off goes on where it stopped: what was timed before goes without products. Times are CPU
+time of one thread; run it with the two variables that growth.py names.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.testing.policies import ForcedPolicy
 
 WINDOW, FRAMES, STEPS = 21, 3, (1000, 750, 500, 250, 0)
-GRID = (15, 26)
+GRID = (30, 52)
+UNPATCHED, AGAIN, EACH = "unpatched", "unpatched again", "10 % in each chunk"
 SHARES = (0.1, 0.3)
 """Of the tokens, pruned by a forced trigger."""
 
@@ -39,11 +41,12 @@ def arms(chunks: int, at: int) -> dict[str, list[tokentrim.Policy]]:
     """Policies by arm; the trigger that is forced once is that of chunk ``at``."""
     once: dict[str, list[tokentrim.Policy]] = {_once(share): [ForcedPolicy({at: share})] for share in SHARES}
     return {
-        "unpatched": [],
+        UNPATCHED: [],
+        "observing": [tokentrim.ObservePolicy()],
         **once,
-        "10 % in each chunk": [ForcedPolicy(dict.fromkeys(range(1, chunks), SHARES[0]))],
+        EACH: [ForcedPolicy(dict.fromkeys(range(1, chunks), SHARES[0]))],
         "CommitWindow(6)": [tokentrim.CommitWindow(6)],
-        "unpatched again": [],
+        AGAIN: [],
     }
 
 
@@ -68,9 +71,15 @@ def nothing_multiplied() -> Iterator[None]:
 class Arm:
     """A model of its own under some policies; one video after the other in one cache."""
 
-    def __init__(self, make: Callable[[], ReferencePipeline], policies: list[tokentrim.Policy], chunks: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[], ReferencePipeline],
+        policies: list[tokentrim.Policy],
+        chunks: int,
+        steps: Sequence[int] = STEPS,
+    ) -> None:
         pipeline = make()
-        self.pipeline, self.generator, self.chunks = pipeline, pipeline.generator, chunks
+        self.pipeline, self.generator, self.chunks, self.steps = pipeline, pipeline.generator, chunks, steps
         model = pipeline.generator.model
         self.grid, self.dtype = model.grid, next(model.parameters()).dtype
         shape = (1, WINDOW * self.grid[0] * self.grid[1], model.num_heads, model.head_dim)
@@ -78,29 +87,37 @@ class Arm:
             {name: torch.zeros(shape, dtype=self.dtype) for name in "kv"} for _ in range(model.num_layers)
         ]
         self.handle = tokentrim.patch(pipeline, policies) if policies else None
-        with nothing_multiplied():
-            for _ in self.video():  # Proves the first prune, which a patch does once.
-                pass
-            with Alive() as alive:
-                for _ in self.video():
-                    pass
-        own = sum(int(rows.nbytes) for layer in self.cache for rows in (layer["k"], layer["v"]))
-        self.peak = alive.peak + own
+        if policies:
+            self._play()  # Proves the first prune, which a patch does once.
 
-    def video(self) -> Iterator[float]:
-        """CPU seconds of each chunk, one after the other."""
+    def _play(self) -> None:
+        with nothing_multiplied():
+            for _ in self.video():
+                pass
+
+    def peak(self) -> int:
+        """Bytes of tensors alive at once in a video, the cache included."""
+        with Alive() as alive:
+            self._play()
+        own = sum(int(rows.nbytes) for layer in self.cache for rows in (layer["k"], layer["v"]))
+        found: int = alive.peak
+        return found + own
+
+    def video(self) -> Iterator[list[float]]:
+        """CPU seconds of each call of a chunk, one chunk after the other."""
         rng, (height, width) = torch.Generator().manual_seed(1), self.grid
         for layer in self.cache:
             layer |= {name: torch.zeros(1, dtype=torch.long) for name in ("global_end_index", "local_end_index")}
         for chunk in range(self.chunks):
             noise = torch.randn(1, FRAMES, 3, 4 * height, 4 * width, generator=rng).to(self.dtype)
-            began, latents = time.process_time(), noise
-            for number, step in enumerate(STEPS):
-                timestep, start = torch.full((1, FRAMES), step), chunk * FRAMES * height * width
+            start, latents, seconds = chunk * FRAMES * height * width, noise, []
+            for number, step in enumerate(self.steps):
+                timestep, began = torch.full((1, FRAMES), step), time.process_time()
                 with torch.no_grad():
                     x0 = self.generator(latents, None, timestep, kv_cache=self.cache, current_start=start)[1]
-                latents = x0 if number == len(STEPS) - 2 else noise
-            yield time.process_time() - began
+                seconds.append(time.process_time() - began)
+                latents = x0 if number == len(self.steps) - 2 else noise
+            yield seconds
 
     @property
     def records(self) -> list[Any]:
@@ -113,28 +130,59 @@ class Arm:
         return sum(record.pruned for record in self.records)
 
 
-def measure(options: argparse.Namespace, dtype: str, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Seconds by arm and chunk, and the peaks; ``note`` is told after each chunk."""
+class Log:
+    """Rows of what was measured, in a file if there is one; those of a run that was broken off are there already."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path and path.is_file() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def add(self, **row: Any) -> None:
+        """Keep and print a row."""
+        self.rows.append(row)
+        print(row, flush=True)
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def find(self, **like: Any) -> dict[str, Any] | None:
+        """The latest row with these values."""
+        found = [row for row in self.rows if all(row.get(key) == value for key, value in like.items())]
+        return found[-1] if found else None
+
+
+def measure(options: argparse.Namespace, dtype: str, log: Log) -> None:
+    """Into the log: the peak of each arm, the seconds of each call, the triggers of the video that was timed."""
 
     def make() -> ReferencePipeline:
         torch.manual_seed(0)
         size = {"layers": options.layers, "dim": 1536, "heads": 12, "grid": tuple(options.grid)}
         return ReferencePipeline.random(local_attn_size=WINDOW, dtype=getattr(torch, dtype), **size)
 
-    made = {name: Arm(make, policies, options.chunks) for name, policies in arms(options.chunks, options.at).items()}
-    before = {name: arm.triggers for name, arm in made.items()}
-    found: dict[str, Any] = {
-        "seconds": {name: [] for name in made}, "peaks": {name: arm.peak for name, arm in made.items()}
-    }  # fmt: skip
-    for _ in range(options.videos):
-        videos = {name: arm.video() for name, arm in made.items()}
-        for chunk in range(options.chunks):
-            for name in [*made][:: -1 if chunk % 2 else 1]:
-                found["seconds"][name].append(next(videos[name]))
-                print(dtype, chunk, name, f"{found['seconds'][name][-1]:.3f} s", flush=True)
-            note(found)
-    found["triggers"] = {name: arm.triggers - before[name] for name, arm in made.items()}
-    return found
+    policies = arms(options.chunks, options.at)
+    names, steps = chosen(options), (*STEPS[: options.calls - 1], STEPS[-1])
+    made = {name: Arm(make, policies[name], options.chunks, steps) for name in names}
+    for name, arm in made.items():
+        if not any("peak" in row and (row["dtype"], row["arm"]) == (dtype, name) for row in log.rows):
+            log.add(dtype=dtype, arm=name, peak=arm.peak())
+    before, videos = {name: arm.triggers for name, arm in made.items()}, {n: a.video() for n, a in made.items()}
+    for chunk in range(options.chunks):
+        for name in names[:: -1 if chunk % 2 else 1]:
+            known = log.find(dtype=dtype, arm=name, chunk=chunk)
+            if chunk in options.timed and known is None:
+                log.add(dtype=dtype, arm=name, chunk=chunk, seconds=next(videos[name]))
+            else:
+                with nothing_multiplied():
+                    next(videos[name])
+    for name, arm in made.items():
+        log.add(dtype=dtype, arm=name, triggers=arm.triggers - before[name])
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """Names of the arms, both unpatched ones at the ends."""
+    names = [*arms(options.chunks, options.at)]
+    return [name for name in names if not options.arms or name in options.arms or name in (UNPATCHED, AGAIN)]
 
 
 def breaks_even(ratios: dict[float, float]) -> float | None:
@@ -145,33 +193,60 @@ def breaks_even(ratios: dict[float, float]) -> float | None:
     return share if 0 < share < 1 else None
 
 
-def show(dtype: str, found: dict[str, Any]) -> None:
+def chunk_seconds(options: argparse.Namespace, dtype: str, log: Log, of: int) -> dict[str, list[float]]:
+    """By arm, of each chunk that was timed; had it ``of`` calls, the further ones noisy and not judged.
+
+    Such a call is the first of a chunk that has three or more. Where there are two, the first one is judged, which
+    takes milliseconds, and in the chunk of the trigger replayed: there the further ones are as unpatched, for nothing
+    was dead before; of an arm that is replayed in each chunk nothing can be said.
+    """
+    names = [name for name in chosen(options) if of == options.calls or options.calls > 2 or name != EACH]
+    found = {(arm, chunk): log.find(dtype=dtype, arm=arm, chunk=chunk) for arm in names for chunk in options.timed}
+    calls = {place: row["seconds"] for place, row in found.items() if row is not None}
+
+    def noisy(arm: str, chunk: int) -> float:
+        replayed = options.calls == 2 and chunk == options.at
+        return statistics.fmean(calls[name, chunk][0] for name in ((UNPATCHED, AGAIN) if replayed else (arm,)))
+
+    more = of - options.calls
+    return {arm: [sum(calls[arm, n]) + more * noisy(arm, n) for n in options.timed] for arm in names}
+
+
+def uncertainty(by: dict[str, list[float]]) -> float:
+    """Half of a 95 % interval of an arm's ratio, from how far both unpatched arms differ, chunk by chunk."""
+    from scipy.stats import t
+
+    pairs = [*zip(by[UNPATCHED], by[AGAIN], strict=True)]
+    base = [(a + b) / 2 for a, b in pairs]
+    spread = statistics.fmean(((a - b) / c) ** 2 / 2 for (a, b), c in zip(pairs, base, strict=True)) ** 0.5
+    weights = [c / sum(base) for c in base]
+    # Of the arm's own chunks, and half as much (in squares) of the mean of two that it is compared with.
+    return float(t.ppf(0.975, len(base))) * spread * (1.5 * sum(weight**2 for weight in weights)) ** 0.5
+
+
+def show(options: argparse.Namespace, dtype: str, log: Log, of: int) -> None:
     """One line for each arm: over the mean of both unpatched arms, in all and by chunk, and the peak."""
-    seconds, peaks = found["seconds"], found["peaks"]
-    base = [statistics.fmean(pair) for pair in zip(seconds["unpatched"], seconds["unpatched again"], strict=True)]
-    ratios = {arm: sum(times) / sum(base) for arm, times in seconds.items()}
-    for arm, times in seconds.items():
-        chunks = " ".join(f"{a / b:.2f}" for a, b in zip(times, base, strict=True))
-        more = (peaks[arm] - peaks["unpatched"]) / 2**20
-        print(f"{dtype} {arm}: {sum(times):.1f} s, x {ratios[arm]:.3f} (by chunk {chunks}); {found['triggers'][arm]} "
-              f"triggers; peak with the cache {peaks[arm] / 2**20:.0f} MiB ({more:+.0f})")  # fmt: skip
-    share = breaks_even({share: ratios[_once(share)] for share in SHARES})
-    print(f"{dtype}: one prune breaks even {'at no share' if share is None else f'at {share:.1%} of the tokens'}")
+    by = chunk_seconds(options, dtype, log, of)
+    base = [statistics.fmean(pair) for pair in zip(by[UNPATCHED], by[AGAIN], strict=True)]
+    ratios = {arm: sum(times) / sum(base) for arm, times in by.items()}
+    peaks = {row["arm"]: row["peak"] / 2**20 for row in log.rows if row["dtype"] == dtype and "peak" in row}
+    print(f"{dtype}, {of} calls a chunk, {options.calls} timed, chunks {options.timed}; +- {uncertainty(by):.3f}")
+    for arm, times in by.items():
+        chunks = " ".join(f"{a / b:.3f}" for a, b in zip(times, base, strict=True))
+        more = f"{peaks[arm]:.0f} MiB ({peaks[arm] - peaks[UNPATCHED]:+.0f})"
+        print(f"  {arm}: {sum(times):.1f} s, x {ratios[arm]:.3f} (by chunk {chunks}); peak with the cache {more}")
+    if all(_once(share) in ratios for share in SHARES):
+        share = breaks_even({share: ratios[_once(share)] for share in SHARES})
+        print(f"  one prune breaks even {'at no share' if share is None else f'at {share:.1%} of the tokens'}")
 
 
 def main(options: argparse.Namespace) -> None:
     """Measure and print."""
-    everything: dict[str, Any] = {}
-
-    def note(found: dict[str, Any]) -> None:
-        if options.json:
-            options.json.write_text(json.dumps(everything | {name: found}))
-
-    for name in options.dtype:
-        everything[name] = measure(options, name, note)
-        show(name, everything[name])
-    if options.json:
-        options.json.write_text(json.dumps(everything))
+    log = Log(options.log)
+    for dtype in options.dtype:
+        measure(options, dtype, log)
+        for of in sorted({options.calls, len(STEPS)}):
+            show(options, dtype, log, of)
 
 
 if __name__ == "__main__":
@@ -180,9 +255,12 @@ if __name__ == "__main__":
     parser.add_argument("--grid", type=int, nargs=2, default=GRID, help="Tokens of a frame, height and width.")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=7, help="Of a video; with 7 the window is full.")
-    parser.add_argument("--videos", type=int, default=1, help="That each arm makes.")
+    parser.add_argument("--calls", type=int, default=len(STEPS), help="Of a chunk, that of the clean frames included.")
+    parser.add_argument("--timed", type=int, nargs="+", help="Chunks that are timed; all, if not given.")
     parser.add_argument("--at", type=int, default=3, help="The chunk of the one trigger.")
-    parser.add_argument("--json", type=Path, help="Written after each chunk.")
+    parser.add_argument("--arms", nargs="+", help="All, if not given; both unpatched ones always.")
+    parser.add_argument("--log", type=Path, help="A line for each chunk of an arm; a run goes on from it.")
     options = parser.parse_args()
+    options.timed = options.timed or [*range(options.chunks)]
     torch.set_num_threads(1)
     main(options)
