@@ -13,15 +13,8 @@ from torch.distributed import ProcessGroup
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.errors import PolicyError, TokenTrimWarning
 from tokentrim_hooks.failures import FailurePolicy, OnError
-from tokentrim_hooks.handle.checkup import (
-    ATTRIBUTE,
-    FEW,
-    Checkup,
-    chunks_of,
-    never_called,
-    never_judged,
-    owners_of,
-)
+from tokentrim_hooks.handle.checkup import ATTRIBUTE, FEW, Checkup, chunks_of, never_called, never_judged, owners_of
+from tokentrim_hooks.patching.bypass import Bypass, bypassed
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.policy.base import Policy, labelled
 from tokentrim_hooks.ranks.agreement import ranks_of
@@ -161,6 +154,8 @@ class PatchHandle:
         if len(report):
             return never_judged(report) if self.policy.judges else ""
         # A call that is in no count was refused, and whoever made it has been told.
+        if self._bypass.heard:
+            return bypassed("its denoiser")
         signs = "" if self._called else self._checkup.signs_of_run()
         return never_called(self._rollout.foreign_calls, self._rollout.unread_calls, signs)
 
@@ -183,6 +178,9 @@ class PatchHandle:
         except PolicyError as failure:
             if not self._failures.forgives(failure):
                 raise
+
+    def _tell_of_forward(self, name: str) -> None:
+        self._warn(bypassed(name), stacklevel=6)
 
     def _warn(self, words: str, stacklevel: int = 3) -> None:
         if words:
@@ -217,6 +215,8 @@ class PatchHandle:
 
     def _watch(self, match: Match) -> None:
         """Hook the rollout onto the denoiser's calls, and onto those of further denoisers."""
+        bypass = self._bypass = Bypass(self._patches, (match.denoiser, *match.also), self._tell_of_forward)
+        self._patches.on_undo(bypass.off)
         before, after, leave = self._guard(self._rollout.before), self._guard(self._rollout.after), self._rollout.leave
         if isinstance(match.denoiser, Method):
             self._patches.watch(match.denoiser, before, after, leave)
@@ -229,7 +229,9 @@ class PatchHandle:
         """Run our part of a call so that its failure follows ``on_error``: raise, or warn and step aside."""
 
         def guarded(module: Any, args: Any, kwargs: Any, *output: Any) -> Any:
-            self._called = True
+            if not self._called:
+                self._called = True
+                self._bypass.off()
             if self._failures.stepped_aside:
                 self._failures.stand_by(ended=bool(output))
                 return None

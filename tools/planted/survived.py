@@ -128,7 +128,7 @@ SURVIVED = (
     ),
     planted(
         "rollout",
-        "replays",
+        "answers",
         "    if all(prune):\n        return again\n",
         "    if any(prune):\n        return again\n",
         "samples that were not flagged take the regenerated output",
