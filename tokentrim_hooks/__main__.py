@@ -2,7 +2,7 @@
 
 import sys
 
-from tokentrim_hooks.cli.main import main
+from tokentrim_hooks.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())
