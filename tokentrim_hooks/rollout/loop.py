@@ -9,8 +9,9 @@ cache too), and its ``id`` is another one's afterwards. ``f_trace`` may be set, 
 it is looked at only while a tracer is at work in the thread, and then nothing is marked. One that comes later takes
 the mark off (pdb) or calls it, which does nothing; profilers and ``sys.monitoring`` never look. It is no cycle: a frame
 holds its mark, the mark holds nothing, and we hold it weakly. A mark that is lost, and a sampler that has no frames
-(compiled code) or is no method (a loop of the user's own, which may make several videos in one frame), cost a look at
-the timesteps of a video's first chunk and nothing else.
+(compiled code), is no method (a loop of the user's own, which may make several videos in one frame) or was seen to make
+several videos in one frame, cost a look at the timesteps of a video's first chunk and nothing else. So does what looks
+like another video's first call (renewal.py).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Loop:
     def __init__(self) -> None:
         self._mark: weakref.ref[_Mark] | None = None
         self._loops: set[CodeType] = set()
+        self._several: set[CodeType] = set()
         self._asked: CodeType | None = None
 
     def begin(self) -> None:
@@ -46,6 +48,8 @@ class Loop:
         mark = _Mark()
         self._mark = weakref.ref(mark) if sys.gettrace() is None else None
         for frame in _callers() if self._mark is not None else ():
+            if isinstance(frame.f_trace, _Mark):
+                self._several.add(frame.f_code)
             if frame.f_trace is None or isinstance(frame.f_trace, _Mark):
                 frame.f_trace = mark
 
@@ -69,6 +73,8 @@ class Loop:
 
     def _is_trusted(self, frame: FrameType, new: list[FrameType]) -> bool | None:
         """Whether a frame that made the first call makes this one too, by way of ``new`` ones, and no other video's."""
+        if frame.f_code in self._several:
+            return None
         if frame.f_code in self._loops:
             return True
         owner = method_of(frame)

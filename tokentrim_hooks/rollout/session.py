@@ -178,7 +178,7 @@ class Session:
         self, running: Running, step: Step, phase: Phase, chunk: ChunkState, video: VideoState, output: Any
     ) -> Any:
         """A call of the judged stream has come back."""
-        chunk.count(phase, step.call)
+        self.timeline.came_back(phase, step.call)
         prediction, summary = step.prediction, None
         if steps := self._steps_to_judge(step, phase, chunk, video):
             judgement = self._regenerator.judge(Case(running.module, steps, phase, video, chunk), output)

@@ -17,6 +17,7 @@ from tokentrim_hooks.rollout.answers import accepted_of, context_of, phase_of, r
 from tokentrim_hooks.rollout.loop import Loop
 from tokentrim_hooks.rollout.pace import Pace
 from tokentrim_hooks.rollout.pruner import Pruner
+from tokentrim_hooks.rollout.renewal import Renewal
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
 
@@ -39,7 +40,7 @@ class Timeline:
         self.chunk: ChunkState | None = None
         rolls = type(adapter).in_flight is not Adapter.in_flight
         self.pace = Pace(shared.habits, shared.probe == "candidate" and shared.policy.judges, rolls)
-        self._loop = Loop()
+        self._loop, self._renewal = Loop(), Renewal()
         self._left: list[Traces] = []
         self._midway = False
         self.compares = any(policy.compares for policy in shared.policies)
@@ -105,17 +106,27 @@ class Timeline:
         self.chunk = ChunkState(call.start, call.frames, grid, self.adapter.steps(call) or 0)
         if not video.index:
             self._loop.begin()
+            self._renewal.begin(call)
 
     def _was_left(self, call: Call) -> bool:
         """Whether a video's first chunk was broken off between two calls, so that this one begins it anew."""
         video, chunk = self.video, self.chunk
-        goes_on = self._loop.goes_on if video is not None and not video.index else True
-        if chunk is None or goes_on:
+        if video is None or chunk is None or video.index:
             return False
-        anew = self.pace.begins_anew(call, chunk, left=goes_on is False)
+        goes_on, renewed = self._loop.goes_on, self._renewal.renewed(call)
+        if goes_on and not renewed and not self._renewal.repeats(call):
+            return False
+        anew = self.pace.begins_anew(call, chunk, left=renewed or goes_on is False)
         if not anew:
             self._loop.learn()
         return anew
+
+    def came_back(self, phase: Phase, call: Call) -> None:
+        """A call of the judged stream has come back."""
+        if self.chunk is not None:
+            self.chunk.count(phase, call)
+        if self.video is not None and not self.video.index:
+            self._renewal.came_back(call)
 
     def _new_video(self, call: Call) -> VideoState:
         batch = int(call.latents.shape[0])
