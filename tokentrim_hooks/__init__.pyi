@@ -70,6 +70,7 @@ from .policy.soft_prune import SoftPrune
 from .policy.statistics import Moments
 from .policy.token_trim import DriftPolicy, ObservePolicy
 from .policy.views import Chunk, ContextView, Denoised, History, Noisy, Place, Rows, Verdict
+from .policy.watched import Watched
 from .pruning.context import CacheRows, Context, KeyLayout, Role, Segment
 from .pruning.tap import CallTap
 from .pruning.tombstones import unmark
@@ -145,6 +146,7 @@ __all__ = [
     "UnsupportedProbeError",
     "Verdict",
     "VideoError",
+    "Watched",
     "adapters",
     "bind",
     "control_chart",

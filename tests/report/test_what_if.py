@@ -98,6 +98,45 @@ def test_a_run_that_watched_with_adaptive_policy_says_what_it_would_have_pruned(
     assert not ask(watched, watched.settings, [tokentrim.DriftPolicy()])[-1].lacks
 
 
+WATCHED = [tokentrim.ObservePolicy(), tokentrim.DriftPolicy(sensitivity=0.5), tokentrim.DriftPolicy(sensitivity=99.0)]
+
+
+@pytest.mark.parametrize("acting", WATCHED, ids=["observe", "prunes", "does not prune"])
+@given(st.integers(0, 10_000), st.integers(1, 2))
+@settings(deadline=None, max_examples=8)
+def test_a_policy_that_watched_answers_from_another_ones_log(tmp_path_factory, acting, seed, batch):
+    """Against a run of its own: exact until either prunes, for from there on the videos are two."""
+    watched = rolled_out(tmp_path_factory.mktemp("w"), tokentrim.Watched(acting, watcher=ADAPTIVE), seed, 12, batch)
+    alone = rolled_out(tmp_path_factory.mktemp("a"), acting, seed, 12, batch)
+    own = rolled_out(tmp_path_factory.mktemp("o"), ADAPTIVE, seed, 12, batch)
+    assert [(r.severity, r.threshold, r.pruned, r.tokens) for r in watched] == [
+        (r.severity, r.threshold, r.pruned, r.tokens) for r in alone
+    ], "it changes nothing"
+    assert watched.settings["policy"] == type(acting).__name__ and of_the_run(watched.settings) == acting
+    (replay,) = [r for r in ask(watched, watched.settings, [ADAPTIVE]) if r.policy == ADAPTIVE]
+    assert replay.same and replay.judged == 11 * batch
+    # One prune makes another video of every sample that shares the random stream, so the earliest one counts.
+    first = min((r.chunk for r in (*watched, *own) if r.pruned), default=99)
+    together = [(r, o) for r, o in zip(watched, own, strict=True) if r.severity is not None and r.chunk <= first]
+    assert together and all(r.watched == pytest.approx(o.severity, rel=1e-6) for r, o in together)
+    mine = {r.chunk for r in own if r.pruned and r.chunk <= first}
+    assert {chunk for _, _, chunk in replay.named if chunk <= first} == mine
+
+
+def test_the_watcher_prunes_in_some_of_the_runs_above(tmp_path):
+    report = rolled_out(tmp_path, tokentrim.Watched(tokentrim.ObservePolicy(), watcher=ADAPTIVE), chunks=12, batch=2)
+    assert ask(report, report.settings, [ADAPTIVE])[-1].pruned > 0
+
+
+def test_who_watches_judges_with_the_options_that_it_watched_with(tmp_path):
+    report = rolled_out(tmp_path, tokentrim.Watched(tokentrim.DriftPolicy()))
+    assert all(record.watched is not None for record in report if record.severity is not None)
+    assert not ask(report, report.settings, [tokentrim.AdaptivePolicy(sensitivity=3.0)])[-1].lacks
+    assert "latents" in ask(report, report.settings, [tokentrim.AdaptivePolicy(fraction=0.5)])[-1].lacks
+    with pytest.raises(ValueError, match="judges nothing"):
+        tokentrim.Watched(watcher=tokentrim.CommitWindow())
+
+
 def test_the_law_above_sees_prunes_and_none(tmp_path):
     reports = [rolled_out(tmp_path / str(s), tokentrim.DriftPolicy(sensitivity=s), batch=3) for s in (0.0, 0.5, 9.0)]
     triggers = [report.triggers for report in reports]

@@ -290,7 +290,7 @@ def _settings(adapter: Adapter, match: Match, policies: Sequence[Policy], probe:
         options |= {f"{prefix}.{name}": value for name, value in policy.settings().items()}
     return {
         "adapter": adapter.name,
-        "policy": " + ".join(type(policy).__name__ for policy in policies),
+        "policy": " + ".join(type(policy.acting).__name__ for policy in policies),
         **options,
         "probe": probe,
         "patch_size": list(match.patch_size),

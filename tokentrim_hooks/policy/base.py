@@ -141,6 +141,11 @@ class Policy:
         """
         return None
 
+    @property
+    def acting(self) -> Policy:
+        """The policy that logs name: another one where this one only adds to what is recorded of it."""
+        return self
+
     def settings(self) -> dict[str, Any]:
         """The options by name, flat: what logs and tables record."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

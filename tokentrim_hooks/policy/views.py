@@ -176,9 +176,11 @@ class Verdict:
         severity: ``[B]``, in the latents' units.
         threshold: ``[B]``, in the same units; infinite where there is nothing to compare with.
         prune: BoolTensor ``[B]``: which samples are pruned and regenerated.
+        watched: ``[B]``, what another policy measures, which only watches (:class:`Watched`); recorded, nothing else.
     """
 
     tokens: Tensor
     severity: Tensor
     threshold: Tensor
     prune: Tensor
+    watched: Tensor | None = None

@@ -147,7 +147,10 @@ KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
         ("video", "chunk", "sample", "start", "frames", "dead", "anchors", *CALLS),
         ("a whole number", _whole),
     ),
-    **dict.fromkeys(("severity", "mean", "std", "threshold", "accepted_severity"), ("a number or null", _measured)),
+    **dict.fromkeys(
+        ("severity", "mean", "std", "threshold", "accepted_severity", "watched", "accepted_watched"),
+        ("a number or null", _measured),
+    ),
     **dict.fromkeys(("pruned", "given"), ("true or false", _switch)),
     "seconds": ("a number", _number),
     "phases": ("counts by name", _counts),

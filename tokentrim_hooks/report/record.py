@@ -38,6 +38,7 @@ class ChunkRecord:
         start, frames: the chunk's latent frames. phases: denoiser calls of the sampler by phase.
         severity, mean, std, threshold: at the first judgement, in latent units; None where there was none.
         accepted_severity: severity of what was accepted, after regeneration.
+        watched, accepted_watched: the same by a policy that only watches (:class:`Watched`); None where none does.
         pruned: whether tokens were pruned for this sample. tokens: the unstable set (row-major over the patch grid).
         drift: drift of every token; a log has four digits of it. Empty in the report of a run that has made more than
             a thousand chunks since; the log has it still.
@@ -76,6 +77,8 @@ class ChunkRecord:
     given: bool = False
     notes: tuple[str, ...] = ()
     acts: tuple[dict[str, Any], ...] = ()
+    watched: float | None = None
+    accepted_watched: float | None = None
 
     def as_json(self) -> str:
         """One line of strict JSON; values that are not finite become null, also those within lists."""

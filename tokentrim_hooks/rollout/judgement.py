@@ -20,7 +20,7 @@ class Judgement:
         summary: latent summary of ``prediction``, where it was made.
         severity: of what was accepted, ``[B]`` on the device; None where no policy had an opinion.
         reading: the first verdict on the host; None where there was none.
-        accepted: severity after regeneration, per sample; None where nothing was regenerated.
+        accepted: the verdict on what was accepted after regeneration; None where nothing was regenerated.
         given: the call's latents were clean: the chunk was handed in.
         waiting: the video's waiting flags, if they were read; see :class:`VideoState`.
         tokens: tokens pruned, per sample; an empty list spares the sample, no list at all means nothing was pruned.
@@ -34,7 +34,7 @@ class Judgement:
     summary: Summary | None = None
     severity: Tensor | None = None
     reading: Reading | None = None
-    accepted: list[float] | None = None
+    accepted: Reading | None = None
     given: bool = False
     waiting: list[bool] | None = None
     tokens: list[list[int]] = field(default_factory=list)

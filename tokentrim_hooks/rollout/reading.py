@@ -29,6 +29,7 @@ class Reading:
         drift: of every token, ``[B, N]`` float64 on the CPU.
         clean: whether the judged call's own latents were clean; False where nobody asked the device.
         waiting: the same of the calls whose flags waited for this read.
+        watched: severity of a policy that only watches, per sample; None where none does.
     """
 
     severity: list[float]
@@ -41,6 +42,7 @@ class Reading:
     drift: Tensor
     clean: bool
     waiting: list[bool]
+    watched: list[float] | None = None
 
 
 def checked(answer: object, policy: Policy, drift: Tensor) -> Verdict:
@@ -56,6 +58,8 @@ def checked(answer: object, policy: Policy, drift: Tensor) -> Verdict:
     batch = drift.shape[:1]
     for name, (kind, fits) in _WANTED.items():
         value = getattr(answer, name)
+        if name == "watched" and value is None:
+            continue
         if not (isinstance(value, Tensor) and fits(value, batch)):
             own = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise PolicyError(
@@ -70,6 +74,7 @@ _WANTED: dict[str, tuple[str, _Fits]] = {
     "severity": ("a floating tensor [{}]", lambda t, batch: t.is_floating_point() and t.shape == batch),
     "threshold": ("a floating tensor [{}]", lambda t, batch: t.is_floating_point() and t.shape == batch),
     "prune": ("a BoolTensor [{}]", lambda t, batch: t.dtype == torch.bool and t.shape == batch),
+    "watched": ("a floating tensor [{}]", lambda t, batch: t.is_floating_point() and t.shape == batch),
 }
 """By field of a verdict what it has to be, in words and as a test."""
 
@@ -97,13 +102,14 @@ def read(
     type). Token indices and flags survive that: whole numbers are exact in float32 up to 2^24.
     """
     flags = [*(waiting or []), *([] if noisy is None else [noisy])]
-    own = (verdict.severity, verdict.threshold, history.mean, history.std, verdict.prune)
+    beside = () if verdict.watched is None else (verdict.watched,)
+    own = (verdict.severity, verdict.threshold, history.mean, history.std, verdict.prune, *beside)
     parts = [*own, *(flag.reshape(1) for flag in flags), verdict.tokens.flatten(), drift.flatten()]
     host = _to_host(parts, drift)
     # Out of torch at once: for so few numbers each operation of it takes longer than all of Python's.
     few = iter(host[: -drift.numel()].tolist())
     batch, each = drift.shape[0], verdict.tokens.shape[-1]
-    severity, threshold, mean, std, prune = (list(itertools.islice(few, batch)) for _ in own)
+    severity, threshold, mean, std, prune, *watched = (list(itertools.islice(few, batch)) for _ in own)
     clean = [not flag for flag in itertools.islice(few, len(flags))]
     # Of many tokens torch makes whole numbers in a third of Python's time.
     many = batch * each > MANY
@@ -121,6 +127,7 @@ def read(
         drift=host[-drift.numel() :].view(drift.shape),
         clean=noisy is not None and clean.pop(),
         waiting=clean,
+        watched=watched[0] if watched else None,
     )
 
 

@@ -197,12 +197,15 @@ def _verdict(judgement: Judgement, reading: Reading, sample: int) -> dict[str, A
     """What a record says of the judgement of a sample."""
     pruned = reading.prune[sample] and judgement.regenerations > 0
     severity, threshold = reading.severity[sample], reading.threshold[sample]
+    accepted = judgement.accepted or reading
     return {
         "severity": severity,
         "mean": reading.mean[sample] if reading.count else None,
         "std": reading.std[sample] if reading.count else None,
         "threshold": threshold if math.isfinite(threshold) else None,
-        "accepted_severity": severity if judgement.accepted is None else judgement.accepted[sample],
+        "accepted_severity": accepted.severity[sample],
+        "watched": None if reading.watched is None else reading.watched[sample],
+        "accepted_watched": None if accepted.watched is None else accepted.watched[sample],
         "pruned": pruned,
         "tokens": _shared(reading.tokens[sample]),
         "drift": Floats.packed(_memory(reading.drift[sample])),

@@ -230,7 +230,7 @@ class Regenerator:
                 break
             # The statistics take the severity of what is accepted, not of what was rejected.
             found.severity = opinion.severity
-            found.accepted = opinion.reading.severity
+            found.accepted = opinion.reading
 
     def _attempt(self, case: Case, reading: Reading, found: Judgement) -> Opinion:
         """Regenerate the chunk and judge it again; an opinion that does not hold where the prune is not proved."""

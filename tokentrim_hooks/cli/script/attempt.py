@@ -71,7 +71,8 @@ def _options(flags: dict[str, Any]) -> list[str]:
     """The options of ``tokentrim run`` that say how to patch."""
     single = {name: flags[name] for name in ("config", "probe", *NUMBERS) if flags[name] is not None}
     given = [*((name, value) for name, value in single.items()), *(("policy", name) for name in flags["policy"])]
-    return [word for name, value in given for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [word for name, value in given for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [*words, *([] if flags["watch"] else ["--no-watch"])]
 
 
 def _compared(launch: Launch, folder: Path, seed: int, pairs: int, once: bool) -> None:

@@ -15,6 +15,7 @@ from tokentrim_hooks.handle.handle import judge_of
 from tokentrim_hooks.plugins import make_policy, ready_observer
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
+from tokentrim_hooks.policy.watched import Watched
 from tokentrim_hooks.rollout.shared import Probe
 
 Flags = Mapping[str, Any]
@@ -40,7 +41,8 @@ class Choices:
         observers = observers_of(flags, config)
         for name in observers:
             ready_observer(name)
-        return cls(policies_of(flags, config), probe_of(flags, config), observers)
+        policies = policies_of(flags, config)
+        return cls(watched(policies) if flags.get("watch") else policies, probe_of(flags, config), observers)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -91,6 +93,12 @@ def policies_of(flags: Flags, config: Mapping[str, Any]) -> list[Policy]:
     except ValueError as failure:
         raise TokenTrimError(str(failure)) from failure
     return _observing(policies) if flags.get("observe") else policies
+
+
+def watched(policies: Sequence[Policy]) -> list[Policy]:
+    """The same, with AdaptivePolicy watching the paper's: a log of it says what that one would have pruned."""
+    paper = (DriftPolicy, ObservePolicy)
+    return [Watched(policy) if type(policy) in paper else policy for policy in policies]
 
 
 def _made(name: str, options: Mapping[str, Any]) -> Policy:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokentrim_hooks.errors import TokenTrimError
-from tokentrim_hooks.experiments.what_if.replay import PAPER, Replay, of_the_run, same_severity
+from tokentrim_hooks.experiments.what_if.replay import PAPER, Replay, of_the_run, same_severity, watcher_of
 from tokentrim_hooks.plugins import make_policy
 from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.base import Policy
@@ -51,13 +51,20 @@ def ask(records: Iterable[ChunkRecord], settings: Mapping[str, Any], policies: S
     Args:
         records: of a log, in its order. settings: beside it, which say what ran. policies: asked.
     """
-    ran = of_the_run(settings)
+    ran, watcher = of_the_run(settings), watcher_of(settings)
     chosen = list(dict.fromkeys([*([ran] if ran else []), *policies]))
-    replays = [Replay(policy, same_severity(policy, ran)) for policy in chosen]
+    replays = [_replay(policy, ran, watcher) for policy in chosen]
     for record in itertools.islice(records, RECORDS):
         for replay in replays:
             replay.feed(record)
     return replays
+
+
+def _replay(policy: Policy, ran: Policy | None, watcher: Policy | None) -> Replay:
+    """With the severities that are the policy's own, where the run's judge or its watcher has left such."""
+    same = same_severity(policy, ran)
+    watched = not same and same_severity(policy, watcher)
+    return Replay(policy, same or watched, watched=watched)
 
 
 def usual(settings: Mapping[str, Any]) -> list[Policy]:

@@ -27,8 +27,8 @@ class NotLoggedError(Exception):
 
 def _absent(*_: Any, **__: Any) -> Any:
     raise NotLoggedError(
-        "it reads the latents of chunks, of which a log holds only the drift. The log of a run that watched with it "
-        "(max_regenerations=0) does"
+        "it reads the latents of chunks, of which a log holds only the drift. The log of a run that it watched, "
+        "Watched(DriftPolicy(), watcher=...), has what it measured"
     )
 
 
@@ -69,6 +69,7 @@ class Replay:
     Attributes:
         policy: asked again. same: whether the log's severities are the policy's own (the paper's, over the same
             fraction): they are exact, while the drift of single tokens has four digits.
+        watched: whether the policy's own are those of the one that watched; then ``same`` holds, too.
         judged, pruned: decisions made, and those to prune. agreed: those that the run made, too.
         named: (video, sample, chunk) of the first that are pruned. first: of the first other decision.
         sure: decisions up to and with a sample's first other one: these are exact where ``same``.
@@ -86,11 +87,12 @@ class Replay:
     named: list[tuple[int, int, int]] = field(default_factory=list)
     first: tuple[int, int, int] | None = None
     lacks: str = ""
+    watched: bool = False
     _samples: dict[Key, _Sample] = field(default_factory=dict)
 
     def feed(self, record: ChunkRecord) -> Verdict | None:
         """Judge one more record; None where there is nothing to judge or nothing to judge it by."""
-        if record.severity is None or self.lacks:
+        if self._severity(record) is None or self.lacks:
             return None
         sample = self._sample(record)
         if sample.lost:
@@ -107,6 +109,9 @@ class Replay:
             sample.statistics = sample.statistics.updated(torch.tensor([accepted], dtype=torch.float64))
         return verdict
 
+    def _severity(self, record: ChunkRecord) -> float | None:
+        return record.watched if self.watched else record.severity
+
     def _sample(self, record: ChunkRecord) -> _Sample:
         """Statistics begin anew where the run's did: there a record has no mean."""
         key = (record.video, record.sample)
@@ -119,8 +124,9 @@ class Replay:
 
     def _chunk(self, record: ChunkRecord) -> Chunk:
         """The chunk as far as it is in the log. One token that drifts by the severity has that very severity."""
-        if self.same:
-            return _as_severe_as(record)
+        severity = self._severity(record)
+        if self.same and severity is not None:
+            return _as_severe_as(record, severity)
         if len(record.drift) and len(record.drift) == record.grid[0] * record.grid[1]:
             drift, grid = torch.tensor([list(record.drift)]), record.grid
         else:
@@ -139,25 +145,30 @@ class Replay:
         self.sure += not sample.differs
         if prunes and len(self.named) < 12:
             self.named.append(place)
-        if prunes != record.pruned:
+        if prunes != record.pruned or (self.watched and prunes):  # a watcher prunes other tokens
             sample.differs = True
             self.first = self.first or place
 
     def _accepted(self, record: ChunkRecord, verdict: Verdict) -> float:
         """The severity that would have entered the statistics, as far as it is known."""
-        own, found = float(verdict.severity[0]), record.severity
-        if record.accepted_severity is None or not found or record.pruned != self._prunes(verdict):
+        own, found = float(verdict.severity[0]), self._severity(record)
+        accepted = record.accepted_watched if self.watched else record.accepted_severity
+        if accepted is None or not found or record.pruned != self._prunes(verdict):
             return own
         # Of another severity than the log's, what was accepted is not known: it is taken to have fallen as that did.
-        return record.accepted_severity if self.same else own * record.accepted_severity / found
+        return accepted if self.same else own * accepted / found
 
 
-def _as_severe_as(record: ChunkRecord) -> Chunk:
-    """A chunk of one token that has the record's severity: by its drift, and by how new it is to the scene."""
-    severity = torch.tensor([[record.severity]], dtype=torch.float64)
+def _as_severe_as(record: ChunkRecord, severity: float) -> Chunk:
+    """A chunk of one token that has this severity: by its drift, and by how new it is to the scene.
+
+    Its scene begins with nothing, so AdaptivePolicy's least deviation is a share of the median alone: the hundredth of
+    a token's size, which is more where hardly anything moves, is in no log.
+    """
+    alone = torch.tensor([[severity]], dtype=torch.float64)
     nothing, place = torch.zeros(1, 1, 1, 1, 1), ("first", record.chunk, record.start, record.frames, (1, 1))
-    same, first = severity[..., None], torch.zeros(1, 1, 1, dtype=torch.float64)
-    return Chunk(*place, prediction=nothing, drift=severity, summary=same, previous=same, first=first)
+    same, first = alone[..., None], torch.zeros(1, 1, 1, dtype=torch.float64)
+    return Chunk(*place, prediction=nothing, drift=alone, summary=same, previous=same, first=first)
 
 
 def _history(statistics: RunningStatistics) -> History:
@@ -170,12 +181,22 @@ def of_the_run(settings: Mapping[str, Any]) -> Policy | None:
 
     ``settings`` are a log's, so they may hold anything.
     """
-    names = {part.strip() for part in f"{settings.get('policy')}+{settings.get('policy.policy')}".split("+")}
+    return _named(f"{settings.get('policy')}+{settings.get('policy.policy')}", settings, "policy.")
+
+
+def watcher_of(settings: Mapping[str, Any]) -> Policy | None:
+    """The policy that watched; None where none did, or another kind."""
+    return _named(str(settings.get("policy.watcher")), settings, "policy.watcher.")
+
+
+def _named(text: str, settings: Mapping[str, Any], prefix: str) -> Policy | None:
+    """The first policy that ``text`` names, with the options that ``settings`` have behind ``prefix``."""
+    names = {part.strip() for part in text.split("+")}
     kinds: dict[str, type[Policy]] = {kind.__name__: kind for kind in (*PAPER, AdaptivePolicy)}
     kind = next((kinds[name] for name in kinds if name in names), None)
     if kind is None:
         return None
-    known = {name: settings[f"policy.{name}"] for name in kind().settings() if f"policy.{name}" in settings}
+    known = {name: settings[f"{prefix}{name}"] for name in kind().settings() if f"{prefix}{name}" in settings}
     try:
         return kind(**known)
     except (TypeError, ValueError):
