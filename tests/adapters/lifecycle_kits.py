@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from interruptions import Events
 from own_loop import calls, last
-from targets import TARGETS
+from targets import COUNTING, TARGETS
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.reference.pipeline import ReferencePipeline
@@ -60,11 +60,13 @@ CHUNKS = {"skyreels-v2": 3, "framepack": 4, "helios": 4, "anyflow-far": 5, "ltx-
 
 def _kit(target) -> type[Any]:
     functions = {"make": staticmethod(target.make), "run": staticmethod(target.run)}
-    sizes = {"part": target.part, "chunks": CHUNKS[target.name], "beside": target.beside}
+    sizes = {"part": target.part, "chunks": CHUNKS[target.name.removesuffix("-counting")], "beside": target.beside}
     return type(target.name, (Diffusers,), {**functions, **sizes})
 
 
-DIFFUSERS = tuple(_kit(target) for target in TARGETS if target.name in CHUNKS)
+MODELS = (*(target for target in TARGETS if target.name in CHUNKS), *COUNTING[1:2])
+DIFFUSERS = tuple(map(_kit, MODELS))
+"""All of them, and one in which a hook counts."""
 
 
 def patch(pipeline, mode, **options):

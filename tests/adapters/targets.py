@@ -75,13 +75,14 @@ def counting(target: Target) -> Target:
     """The same model with such a hook in an attention, as step caches have that are set to 0 before each video."""
 
     def make() -> Any:
-        pipeline, counter = target.make(), Counter()
-        target.depths(pipeline)["attention"].register_forward_hook(counter)
-        pipeline.counter = counter
+        pipeline = target.make()
+        target.depths(pipeline)["attention"].register_forward_hook(Counter())
         return pipeline
 
     def run(pipeline: Any) -> Tensor:
-        pipeline.counter.calls = 0
+        for hook in target.depths(pipeline)["attention"]._forward_hooks.values():
+            if isinstance(hook, Counter):
+                hook.calls = 0
         return target.run(pipeline)
 
     return replace(target, name=target.name + "-counting", make=make, run=run)
