@@ -195,7 +195,7 @@ def test_all_make_the_second_call_where_one_rank_rounds_otherwise(two):
 
 def test_a_model_that_keeps_something_on_one_rank_is_refused_on_all(two):
     first, second = two["remembering-model"]
-    assert second["error"][0] == "UnsupportedContextError" and "with nothing pruned" in second["error"][1]
+    assert second["error"][0] == "UnsupportedContextError" and "keeps a memory" in second["error"][1]
     assert first["error"][0] == "RankError" and "UnsupportedContextError" in first["error"][1]
     for rank in two["remembering-model-aside"]:
         assert rank["error"] is None and not rank["active"] and torch.equal(rank["video"], rank["plain"])
