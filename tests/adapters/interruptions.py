@@ -174,8 +174,9 @@ class Course:
 class Subject:
     """A model, its videos as they should be, and the events of runs in which a chunk is pruned.
 
-    A patched model's first run has one call more than later ones: before the first prune it is proved that a call can
-    be made twice. One that counts its calls has one more in each, for each prune of it is proved.
+    A patched model's first run has ``target.proofs`` calls more than later ones: before the first prune it is proved
+    that a call can be made twice, and in a cache where rows are. One that counts its calls has one more in each, for
+    each prune of it is proved.
     """
 
     def __init__(self, target: Target, policy: Any = POLICY, **options: Any) -> None:
@@ -189,7 +190,7 @@ class Subject:
             self.pruned, self.first = self._course(handle)
             again, self.later = self._course(handle)
         assert handle.report.triggers == 2 and torch.equal(again, self.pruned)
-        assert self.first.proofs == self.later.proofs + 1
+        assert self.first.proofs == self.later.proofs + target.proofs
         assert not torch.equal(self.plain, self.pruned)
 
     def _course(self, handle: Any) -> tuple[Tensor, Course]:
@@ -231,13 +232,17 @@ class Subject:
         handle = tokentrim.patch(self.pipeline, self.policy, on_error=on_error, **self.options)
         try:
             for turn, kind in enumerate(kinds):
-                self._broken_off(event, kind, proven=turn > 0 and event.call > self.first.proof)
+                self._broken_off(event, kind, proven=turn > 0 and self._proven(event))
                 assert handle.active, "a failure of the model was taken for one of ours"
             assert torch.equal(self.run(self.other), self.plain), "another pipeline, never patched"
-            self.as_fresh(handle, proven=event.call > self.first.proof)
+            self.as_fresh(handle, proven=self._proven(event))
         finally:
             handle.unpatch()
         assert torch.equal(self.run(self.pipeline), self.plain), "unpatched"
+
+    def _proven(self, event: Event) -> bool:
+        """Whether it came behind what is shown once."""
+        return event.call >= self.first.proof + self.target.proofs
 
     def _broken_off(self, event: Event, kind: type[BaseException], proven: bool) -> None:
         """Interrupt a run at an event of the first one, which has moved where the proof was made before."""

@@ -23,7 +23,7 @@ WINDOWS = {"num_frames": 33, "base_num_frames": 17, "overlap_history": 9}
 class Target:
     """A model: ``make()`` gives a pipeline, ``run(pipeline)`` a video, ``part`` names the denoiser.
 
-    ``beside`` counts the calls of a video that are of no chunk.
+    ``beside`` counts the calls of a video that are of no chunk; ``proofs`` those before a first prune.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Target:
     run: Callable[..., Tensor]
     part: str = "transformer"
     beside: int = 0
+    proofs: int = 1
 
     def denoiser(self, pipeline: Any) -> nn.Module:
         module: nn.Module = getattr(pipeline, self.part)
@@ -50,7 +51,7 @@ def _skyreels(pipeline: Any) -> Tensor:
 
 
 TARGETS = (
-    Target("self-forcing", tiny_reference.make, tiny_reference.run, "generator"),
+    Target("self-forcing", tiny_reference.make, tiny_reference.run, "generator", proofs=2),  # where rows are, too
     Target("skyreels-v2", skyreels_tiny.pipeline, _skyreels),
     Target("framepack", framepack_tiny.pipeline, framepack_tiny.run),
     Target("helios", helios_tiny.pipeline, helios_tiny.run),

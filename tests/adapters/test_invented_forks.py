@@ -235,6 +235,35 @@ class FramesApart(Numbered):
         return torch.cat(answers, dim=1)
 
 
+class InTiles(FramesBackwards):
+    """The rows of a frame lie in another order than its tokens."""
+
+    def order(self) -> Tensor:
+        return (torch.arange(CHUNK // TOKENS)[:, None] * TOKENS + torch.tensor(TILES)).flatten()
+
+
+class FramesInterleaved(FramesBackwards):
+    """Token by token: of each token all frames."""
+
+    def order(self) -> Tensor:
+        return torch.arange(CHUNK).view(-1, TOKENS).T.flatten()
+
+
+class OneFrameInTiles(FramesBackwards):
+    """Of a chunk's last frame alone."""
+
+    def order(self) -> Tensor:
+        return torch.cat([torch.arange(CHUNK - TOKENS), CHUNK - TOKENS + torch.tensor(TILES)])
+
+
+class TilesThatAreReadBack(InTiles):
+    """As they are read, too, they are brought in the order of tokens: their place in the cache is what counts."""
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
+        place = numbers.argsort()
+        return super().read(q, k[:, place], v[:, place], numbers[place])
+
+
 EXACT = (Numbered, ReadsLess, ReadsWithoutAFrame, KeepsLess, MergesKeys, TwoKernels, FramesBackwards, MadeAnew)
 REFUSED = {
     KeepsMore: "a layer sees 24 keys where 16 are known",
@@ -248,6 +277,10 @@ REFUSED = {
     Gated: "no rows of the KV cache",
     Latent: "no rows of the KV cache",
     FramesApart: "different rows in the same places",
+    InTiles: "another order than its tokens",
+    FramesInterleaved: "another order than its tokens",
+    OneFrameInTiles: "another order than its tokens",
+    TilesThatAreReadBack: "another order than its tokens",
 }
 
 

@@ -183,8 +183,9 @@ def test_a_replay_of_one_of_eight_costs_an_eighth():
     assert handle.report.triggers == 2
     costs = {batch: [count for size, count in flops.calls if size == batch] for batch in (1, 8)}
     assert len(costs[1]) == 2, "proved once, made use of once"
-    # Called once more with all samples to show that a call can be repeated, and once more for the proof of parts.
-    assert len(costs[8]) == 5 * tiny_reference.CHUNKS + 2
+    # Called twice more with all samples to show that a call can be repeated, and where rows are; and once more for the
+    # proof of parts.
+    assert len(costs[8]) == 5 * tiny_reference.CHUNKS + 3
     assert 0 < max(costs[1]) <= max(costs[8]) / 8
 
 

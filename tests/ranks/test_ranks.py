@@ -24,8 +24,8 @@ HERE = Path(__file__).parent
 PATIENCE = 420
 """Seconds for all scenarios of a job on a busy machine; a hang ends here (one takes the rest of it)."""
 JUDGED = tiny.CHUNKS - 1
-PROOF = 2
-"""Words once per model: that a call can be made twice, and whether there was anything to prune."""
+PROOF = 3
+"""Words once per model: can a call show the order of rows, can it be made twice, was there anything to prune?"""
 NEITHER = "neither raised nor hung"
 
 
@@ -190,7 +190,7 @@ def test_all_make_the_second_call_where_one_rank_rounds_otherwise(two):
     for rank in found:
         # For the second call, whether any rank has shown counts in it, and the regeneration.
         assert rank["posts"] == JUDGED + PROOF + 1 + 1 + 1
-        assert [record[13] for record in rank["records"]] == [0, 0, 2, 0, 0]
+        assert [record[13] for record in rank["records"]] == [0, 0, 3, 0, 0]
 
 
 def test_a_model_that_keeps_something_on_one_rank_is_refused_on_all(two):

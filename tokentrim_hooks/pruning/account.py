@@ -37,9 +37,11 @@ class KeyAccount:
 
     Args:
         context: the cache, for the call that follows.
+        whole: whether frames are looked at of which some rows are gone.
     """
 
-    def __init__(self, context: CacheRows) -> None:
+    def __init__(self, context: CacheRows, whole: bool = True) -> None:
+        self._whole = whole
         self.marked: list[int] = []
         """Rows marked since the latest call, of each sample; a call that sees all rows must see them, too."""
         # By the number of queries: calls of one kind may read more of the cache than others between them.
@@ -64,11 +66,11 @@ class KeyAccount:
         """Know all rows that a cache holds: at a prune, or where rows were rewritten on purpose."""
         self._kind = context.values[0].dtype
         self._heads = int(context.values[0].shape[-2])
-        contents = _contents(context.values[0], self._kind, self._heads)
+        contents = row_contents(context.values[0], self._kind, self._heads)
         self._rows = contents.flatten()
         frames = context.stop // context.rows_per_frame
         # Float8 is told by its signs, which may well be those of another row.
-        told = self._kind.itemsize > 1 and frames > 0
+        told = self._whole and self._kind.itemsize > 1 and frames > 0
         history = contents.flatten(1)[:, : frames * context.rows_per_frame]
         self._frames = WholeFrames(history, context.rows_per_frame) if told else None
 
@@ -80,7 +82,7 @@ class KeyAccount:
             new: keys that are the chunk's own, at most.
             part: samples that the call is made with, where not with all: what the others have seen stays known.
         """
-        contents, latest = _contents(values, self._kind, self._heads), self._seen.get(new)
+        contents, latest = row_contents(values, self._kind, self._heads), self._seen.get(new)
         thorough = functools.partial(_found, values, contents, [self._rows, *self._seen.values()])
         if self._same and part is None and latest is not None and latest.numel() == contents.numel():
             # All but the chunk's own lie where they lay in its call before: to find them there costs no sort.
@@ -96,6 +98,11 @@ class KeyAccount:
             # Rows that are NaN all over cannot be told, so nobody knows whether they are gone.
             self._torn = self._frames.torn(contents) & values[..., 0, 1].isfinite().all()
         return found
+
+    def second_look(self) -> Callable[[], Tensor] | None:
+        """What :meth:`known` would have found by a sort, if it made none; handed over, for it holds the keys' V."""
+        thorough, self._thorough = self._thorough, None
+        return thorough
 
     def asked(self, values: Tensor, new: int, part: Samples | None = None) -> list[Tensor]:
         """All that :meth:`answer` needs of a call's first layer; arguments and shapes as of :meth:`known`."""
@@ -132,7 +139,7 @@ class KeyAccount:
             UnsupportedContextError: more than ``new`` keys are unknown, or a dead one is, or there are more keys than
                 rows.
         """
-        thorough, self._thorough = self._thorough, None  # it holds the keys' V
+        thorough = self.second_look()
         most = self._require_marks(alive, new, part)
         if bool(alive.all()):
             return
@@ -176,7 +183,7 @@ def keeps_contents(context: CacheRows) -> bool:
     return bool(context.values) and not str(context.values[0].dtype).endswith("fnuz")
 
 
-def _contents(values: Tensor, kind: torch.dtype, heads: int) -> Tensor:
+def row_contents(values: Tensor, kind: torch.dtype, heads: int) -> Tensor:
     """A number for every row of V ``[B, rows..., heads, head_dim]``: of a few elements, as they are in ``kind``.
 
     Not of the first element, which marks change. Elements are rounded to the cache's type: some models attend to what

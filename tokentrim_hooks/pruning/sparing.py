@@ -26,7 +26,7 @@ class SparingAccount(KeyAccount):
     """
 
     def __init__(self, context: CacheRows) -> None:
-        self._first = KeyAccount(_first_heads(_history(context)))
+        self._first = KeyAccount(_first_heads(_history(context)), whole=False)
         super().__init__(context)
 
     def begin(self, start: int) -> None:
@@ -39,13 +39,11 @@ class SparingAccount(KeyAccount):
         history = _history(context)
         super().read(history)
         self._first.read(_first_heads(history))
-        self._first._frames = None
 
     def known(self, values: Tensor, new: int, part: Samples | None = None) -> Tensor:
         """Which keys are rows, or memory in all of their heads: BoolTensor ``[B, keys]``; arguments as of any."""
         found, first = super().known(values, new, part), self._first.known(values[..., :1, :], new, part)
-        thorough, of_first = self._thorough, self._first._thorough
-        self._first._thorough = None
+        thorough, of_first = self.second_look(), self._first.second_look()
         if thorough is not None:
             self._thorough = lambda: thorough() | ~(first if of_first is None else of_first())
         return found | ~first
@@ -58,7 +56,7 @@ class SparingAccount(KeyAccount):
         Raises:
             UnsupportedContextError: there are such keys.
         """
-        thorough, self._thorough = self._thorough, None
+        thorough = self.second_look()
         # With memory among the keys their number says nothing of rows, but that no layer has more than the first.
         self.layers.most = int(alive.shape[1])
         if bool(alive.all()) or bool(known.all()) or (thorough is not None and bool(thorough().all())):

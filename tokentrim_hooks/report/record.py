@@ -45,7 +45,7 @@ class ChunkRecord:
         dead: context rows pruned for this chunk (a row of a KV cache that was dead before counts once more).
         anchors: latent frames of the context that this prune spared as sinks or anchors.
         regenerations, extra_calls: second attempts and the calls that they cost.
-        proof_calls: calls with nothing pruned that showed, before a model's first prune, that a call can be repeated.
+        proof_calls: calls with nothing pruned that showed, before a model's first prune, that it can be regenerated.
         grid: (height, width) of the token grid. seconds: wall clock from the chunk's first call to its last.
         given: the chunk was handed in as clean context (an image or video prefix). notes: anything unusual.
         acts: what policies did beside judging: ``policy``, ``hook``, ``calls`` at which it did something, ``rows`` of

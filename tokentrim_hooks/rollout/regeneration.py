@@ -22,6 +22,7 @@ from tokentrim_hooks.policy.views import Chunk, Verdict
 from tokentrim_hooks.rollout.answers import in_flight_of, prediction_of, shown, unwritten
 from tokentrim_hooks.rollout.judgement import Judgement
 from tokentrim_hooks.rollout.opinion import Opinion
+from tokentrim_hooks.rollout.proving import Prover
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.reading import Reading, check_values, checked, merged, read
 from tokentrim_hooks.rollout.repeat.counters import Counters
@@ -67,6 +68,7 @@ class Regenerator:
         self.adapter, self.patch_size, self.policy, self.pruner = adapter, patch_size, policy, pruner
         self._failures = failures or FailurePolicy()
         self._replays = Replayer(adapter, policy, pruner, self._failures)
+        self._prover = Prover(adapter, patch_size, pruner, self._failures, self._replays)
         self.without_marks = self._replays.without_marks
 
     def judge(self, case: Case, output: Any) -> Judgement:
@@ -122,8 +124,8 @@ class Regenerator:
     def prove_repeatable(
         self, module: nn.Module, steps: list[Step], output: Any, video: VideoState, chunk: ChunkState
     ) -> int:
-        """:meth:`Replayer.prove` that a call can be made twice; return the calls that it cost, none after the first."""
-        return self._replays.prove(module, steps, output, lambda turn, ask: self._settle(turn, video, chunk, ask))
+        """:meth:`Prover.prove` that a call can be made twice; return the calls that it cost, none after the first."""
+        return self._prover.prove(module, steps, output, lambda turn, ask: self._settle(turn, video, chunk, ask))
 
     def agreed(self, turn: str, video: VideoState, chunk: ChunkState, decide: Callable[[], bool]) -> bool:
         """What ``decide`` says; where ranks share the model, what it says on the first of them."""
@@ -134,8 +136,6 @@ class Regenerator:
         check = functools.partial(lambda x: Opinion(holds=bool(torch.isfinite(x).all())), step.prediction)
         where = f"latent frame {step.call.start}"
         return self._failures.ranks.settle(f"check of video {video.number}, {where}", check).holds
-
-    # ------------------------------------------------------------------------------------------ ranks
 
     def _settle(self, turn: str, video: VideoState, chunk: ChunkState, propose: Callable[[], Opinion]) -> Opinion:
         """Agree on what ``propose`` says with the ranks that share the model; where there are none, just ask it."""

@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from tokentrim_hooks.adapter import Adapter, Call
 from tokentrim_hooks.errors import TokenTrimWarning, UnsupportedContextError
 from tokentrim_hooks.failures import FailurePolicy
-from tokentrim_hooks.inspection import bind, profiled, weakly
+from tokentrim_hooks.inspection import bind, profiled
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.call_scope import scoped
 from tokentrim_hooks.pruning.samples import Samples
 from tokentrim_hooks.rollout.answers import carried, context_of, moved_arguments, prediction_of, replayed, select
-from tokentrim_hooks.rollout.opinion import Opinion
 from tokentrim_hooks.rollout.pruner import Pruner
 from tokentrim_hooks.rollout.repeat.cut import CutCall, NotSeparableError
 from tokentrim_hooks.rollout.repeat.parts import Key, Trial, separated
-from tokentrim_hooks.rollout.repeat.proof import NullReplay, RandomStreamKept, require_still
+from tokentrim_hooks.rollout.repeat.proof import RandomStreamKept, require_still
 from tokentrim_hooks.rollout.repeat.snapshot import Snapshot
 from tokentrim_hooks.rollout.state import Step
 
@@ -50,49 +49,6 @@ class Replayer:
 
     def __init__(self, adapter: Adapter, policy: Policy, pruner: Pruner, failures: FailurePolicy) -> None:
         self._adapter, self._policy, self._pruner, self._failures = adapter, policy, pruner, failures
-
-    def prove(
-        self, module: nn.Module, steps: list[Step], output: Any, settle: Callable[[str, Callable[[], Opinion]], Opinion]
-    ) -> int:
-        """Before a denoiser's first prune: replay with nothing pruned; return the denoiser calls that it cost.
-
-        Args:
-            module, steps: the denoiser, and its calls.
-            output: of the last step, as the sampler was given it.
-            settle: agrees on an opinion with the ranks that share the model, given where they are in words. All make
-                the same number of calls, and what one of them finds is raised on all.
-
-        Raises:
-            UnsupportedContextError: it gave something else.
-        """
-        proof, recall = self._pruner.proof, self._pruner.proof.recall
-        if proof.repeats(module):
-            return 0
-        courses, again = [step.course for step in steps], functools.partial(self._replayed_prediction, module, steps)
-        null, known, times = NullReplay(module, again, recall, courses), recall.counts(module), 1
-        with null.undone_if_refused():
-            holds = settle("proof of repeatability", lambda: self._null_replay(null, steps, output)).holds
-            while not holds:
-                holds = settle(f"call {times + 1} for the proof", lambda: Opinion(holds=null.same())).holds
-                times += 1
-            # A rank may count what others do not, as its progress; all are to make the same number of calls.
-            counts = known or (times > 1 and not settle("counts", lambda: Opinion(holds=not null.counts)).holds)
-        recall.proved(module, counts)
-        if not counts:
-            proof.repeated.append(weakly(module))
-        return times * len(steps)
-
-    def _null_replay(self, null: NullReplay, steps: list[Step], output: Any) -> Opinion:
-        """Whether the bits are the same; where nothing can be remembered the call is made all the same, as all do."""
-        try:
-            null.remember(steps[-1].prediction, *(part for step in steps for part in (step.args, step.kwargs)), output)
-        except Exception as failure:
-            if not self._failures.hears(failure):
-                raise
-        return Opinion(holds=null.same())
-
-    def _replayed_prediction(self, module: nn.Module, steps: list[Step]) -> Tensor:
-        return prediction_of(self._adapter, steps[-1].call, self.replay(module, steps, lambda: None))
 
     def regenerate(self, module: nn.Module, steps: list[Step], flags: list[bool], output: Any) -> tuple[Any, int]:
         """Call again for the samples that are flagged.
@@ -195,12 +151,12 @@ class Replayer:
     ) -> Any:
         recall = self._pruner.proof.recall
         recall.rewind(module, steps[0].course)
-        output, call = self._in_step(module, steps[0], first, some)
+        output, call = self.in_step(module, steps[0], first, some)
         lost = recall.left_otherwise(module, steps[0].course)
         for earlier, step in itertools.pairwise(steps):
             recall.rewind(module, step.course)
             carried = functools.partial(self._carried, earlier, step, call, output)
-            output, call = self._in_step(module, step, carried, some)
+            output, call = self.in_step(module, step, carried, some)
             lost += recall.left_otherwise(module, step.course)
         # Not earlier: ranks that share the model make all of these calls.
         require_still(lost)
@@ -211,7 +167,7 @@ class Replayer:
                 output = self._adapter.with_prediction(steps[-1].call, output, x0)
         return output
 
-    def _in_step(
+    def in_step(
         self, module: nn.Module, step: Step, latents: Callable[[], Tensor | None], some: Some | None
     ) -> tuple[Any, Call]:
         """Call again, as all ranks do that share the model: one that fails before the call makes it without us.

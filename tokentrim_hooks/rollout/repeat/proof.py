@@ -79,6 +79,12 @@ class NullReplay:
                 self._counters.put_back()
             raise
 
+    def put_back(self) -> None:
+        """Another call was made meanwhile, which is none of those that are compared: all is as it was remembered."""
+        if self._before is not None:  # else nothing could be remembered, which is told elsewhere
+            self._before.put_back()
+            self._counters.put_back()
+
     def same(self) -> bool:
         """Make the call; whether that has shown all, else it is to be made once more. The host is read once.
 

@@ -23,6 +23,7 @@ class Proof:
         expected: attention calls over the context in one denoiser call, as far as is known.
         enabled: False once the self-check of a prune failed. proven: True once it passed. finding: what it found.
         repeated: denoisers (referred to weakly) whose calls were shown to give the same when they are made twice.
+        ordered: denoisers that were asked for the order of their rows.
         in_sequence: whether the context lies in the sequence, as far as is known: copies of it carry no mark.
         parts: which denoisers can be called with some samples of a batch. recall: what is put back for repeated calls.
         overlooked: whether a call read, as it seems, what is dead, which is said once.
@@ -34,6 +35,7 @@ class Proof:
     proven: bool = False
     finding: str = ""
     repeated: list[Callable[[], object]] = field(default_factory=list)
+    ordered: list[Callable[[], object]] = field(default_factory=list)
     in_sequence: bool = False
     parts: Parts = field(default_factory=Parts)
     recall: Recall = field(default_factory=Recall)
@@ -42,6 +44,10 @@ class Proof:
     def repeats(self, denoiser: object) -> bool:
         """Whether a call of it was shown to give the same when it is made twice."""
         return any(known() is denoiser for known in self.repeated)
+
+    def orders(self, denoiser: object) -> bool:
+        """Whether it was asked for the order of its rows."""
+        return any(known() is denoiser for known in self.ordered)
 
     def overlooks(self, tap: CallTap | None) -> list[str]:
         """A note on a call that came back and has not asked everywhere which tokens of its sequence are dead.
