@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -326,7 +326,8 @@ def numbered(kind: type[SelfAttention]) -> Fork:
     return fork_of(kind)
 
 
-def reference(kind: type[SelfAttention], home: types.ModuleType, at: int) -> Tensor:
+def reference(kind: type[SelfAttention], home: types.ModuleType, at: int, persist: bool = True) -> Tensor:
+    """With -inf at the dead; where they do not persist, in the denoising calls of chunk ``at`` alone."""
     dead: list[Tensor] = []
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -339,8 +340,16 @@ def reference(kind: type[SelfAttention], home: types.ModuleType, at: int) -> Ten
         dead.extend([old[torch.isin(old % TOKENS, torch.tensor(DEAD))]] if chunk == at else [])
         return chunk == at
 
+    def alive_again(cache: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if not persist and calls == 3 * at + 3:  # the commit of that chunk
+            dead.clear()
+        return cache
+
+    calls = 0
     home.attention = attention  # type: ignore[attr-defined]
-    video = rollout(numbered(kind), cache_of(), prune)
+    video = rollout(numbered(kind), cache_of(), prune, alive_again)
     home.attention = plain_attention  # type: ignore[attr-defined]
     return video
 
@@ -356,14 +365,84 @@ def test_exact(kind: type[SelfAttention], at: int, home: types.ModuleType) -> No
     assert torch.allclose(ours, expected, atol=1e-5, rtol=0)
 
 
+class Kept:
+    """As ``way``, and whoever moved it keeps what was there, as an offload does that has memory for both.
+
+    Args:
+        way: how it is moved. calls: before which calls, all if None.
+    """
+
+    def __init__(self, way: Callable[[Any], Any], calls: Sequence[int] | None = None) -> None:
+        self.way, self.calls, self.made = way, calls, 0
+        self.there: list[Any] = []
+
+    def __call__(self, cache: Any) -> Any:
+        self.made += 1
+        if self.calls is None or self.made - 1 in self.calls:
+            self.there.append([dict(layer) for layer in cache])
+            cache = self.way(cache)
+        self.last = cache
+        return cache
+
+    def marks(self) -> int:
+        return sum(int((~layer["v"].isfinite()).sum()) for cache in (*self.there, self.last) for layer in cache)
+
+
+def in_turns() -> Callable[[Any], Any]:
+    """Copied to and fro between two buffers, at every call."""
+    buffers = [cache_of(), cache_of()]
+
+    def turn(cache: Any) -> Any:
+        other = buffers[cache[0]["v"] is buffers[0][0]["v"]]
+        for layer, old in zip(other, cache, strict=True):
+            for name in old:
+                layer[name].copy_(old[name])
+        return other
+
+    return turn
+
+
+WAYS: dict[str, Callable[[], Callable[[Any], Any]]] = {
+    "moved": lambda: moved,
+    "moved alone": lambda: moved_alone,
+    "kept": lambda: Kept(moved),
+    "kept alone": lambda: Kept(moved_alone),
+    "two buffers": in_turns,
+}
+
+
+@pytest.mark.parametrize("persist", (True, False), ids=("persists", "one chunk"))
 @pytest.mark.parametrize("at", (2, 5))
-@pytest.mark.parametrize("way", (moved, moved_alone), ids=lambda way: way.__name__)
-def test_other_memory_at_every_call(way: Callable[[Any], Any], at: int, home: types.ModuleType) -> None:
-    """Offloaded and fetched again: one video, whose marks go with it."""
-    fork, expected = numbered(Numbered), reference(Numbered, home, at)
-    with tokentrim.patched(fork, ForcedPolicy({at: DEAD})) as handle:
-        ours = rollout(fork, cache_of(), before_call=way)
+@pytest.mark.parametrize("way", WAYS)
+def test_other_memory_at_every_call(way: str, at: int, persist: bool, home: types.ModuleType) -> None:
+    """Offloaded and fetched again: one video, whose marks go with it and come off where they are."""
+    fork, expected, move = numbered(Numbered), reference(Numbered, home, at, persist), WAYS[way]()
+    with tokentrim.patched(fork, ForcedPolicy({at: DEAD}, persist=persist)) as handle:
+        ours = rollout(fork, cache_of(), before_call=move)
     assert [(record.video, record.chunk) for record in handle.report] == [(0, chunk) for chunk in range(CHUNKS)]
+    assert torch.allclose(ours, expected, atol=1e-5, rtol=0)
+    assert not isinstance(move, Kept) or not move.marks(), "a mark is left"
+
+
+@pytest.mark.parametrize("persist", (True, False), ids=("persists", "one chunk"))
+def test_other_memory_at_any_call(persist: bool, home: types.ModuleType) -> None:
+    expected = reference(Numbered, home, 2, persist)
+    for call in range(3 * CHUNKS):
+        fork, move = numbered(Numbered), Kept(moved, [call])
+        with tokentrim.patched(fork, ForcedPolicy({2: DEAD}, persist=persist)) as handle:
+            ours = rollout(fork, cache_of(), before_call=move)
+        assert {record.video for record in handle.report} == {0} and not move.marks()
+        assert torch.allclose(ours, expected, atol=1e-5, rtol=0), call
+
+
+@pytest.mark.parametrize("kind", (Numbered, MadeAnew), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("at", (2, 4, 5))
+def test_pruned_for_one_chunk(kind: type[SelfAttention], at: int, home: types.ModuleType) -> None:
+    """Also where the model itself makes the cache's tensors anew, in the replay too."""
+    fork, expected = numbered(kind), reference(kind, home, at, persist=False)
+    with tokentrim.patched(fork, ForcedPolicy({at: DEAD}, persist=False)):
+        ours = rollout(fork, cache_of())
+    assert float((ours - reference(kind, home, at)).abs().max()) > 1e-4, "as if it persisted"
     assert torch.allclose(ours, expected, atol=1e-5, rtol=0)
 
 

@@ -15,7 +15,7 @@ import pytest
 import skyreels_tiny
 import tiny_reference
 import torch
-from own_loop import calls, in_turns, last, remade, same
+from own_loop import STEPS, _cache, _call, _noised, calls, in_turns, last, remade, same
 from targets import TARGETS, each_target
 
 import tokentrim_hooks as tokentrim
@@ -89,13 +89,49 @@ def test_a_cache_that_moves_in_memory_is_the_same_video():
     assert told(handle.report, 0) == records and {r.video for r in handle.report} == {0}
 
 
-def test_a_copy_of_a_pruned_cache_is_pruned():
-    """A video that is forked: the dead rows of the copy stay dead, and no mark of ours reaches the model."""
+def test_a_video_goes_on_with_a_copy_of_its_cache():
+    """What it left is kept by somebody, with the marks that were in it: none is left behind."""
     right, records = alone(1)
-    pipeline = tiny_reference.make()
+    pipeline, seen = tiny_reference.make(), {}
+
+    def note(cache):
+        seen[id(cache[0]["v"])] = cache[0]["v"]
+        return cache
+
     with tokentrim.patched(pipeline, POLICY) as handle:
-        assert torch.equal(last(calls(pipeline, 1, copied=2)), right)
-    assert told(handle.report, 0) == records[:3] and {r.video for r in handle.report} == {0, 1}
+        assert torch.equal(last(calls(pipeline, 1, copied=2, handed=note)), right)
+    assert told(handle.report, 0) == records and {r.video for r in handle.report} == {0}
+    assert len(seen) == 2 and all(bool(values.isfinite().all()) for values in seen.values())
+
+
+def chunk_of(pipeline, cache, chunk):
+    """A chunk whose noise is its number's; yields it behind each of its calls."""
+    noise, frames = torch.Generator().manual_seed(chunk), pipeline.num_frame_per_block
+    x = torch.randn(1, frames, 3, 8, 8, generator=noise)
+    for step, following in zip((*STEPS, 0), (*STEPS[1:], None, None), strict=True):
+        answer = _call(pipeline, x, step, cache, chunk * frames, 0)
+        x0 = answer if step else x
+        x = x0 if following is None else _noised(pipeline, x0, following, noise)
+        yield x0
+
+
+@pytest.mark.parametrize("every", (1, len(STEPS) + 1), ids=("call by call", "one behind the other"))
+@pytest.mark.parametrize("turned", (False, True), ids=("the copy first", "the copy last"))
+def test_a_video_that_is_forked_is_pruned_on_both_ways(turned, every):
+    """The dead rows of either cache stay dead, and no mark is left in one."""
+    pipeline = tiny_reference.make()
+    with tokentrim.patched(pipeline, POLICY):
+        cache = _cache(pipeline, torch.zeros(1))
+        right = [last(chunk_of(pipeline, cache, chunk)) for chunk in range(5)]
+    with tokentrim.patched(pipeline, POLICY) as handle:
+        cache = _cache(pipeline, torch.zeros(1))
+        for chunk in range(4):
+            assert torch.equal(last(chunk_of(pipeline, cache, chunk)), right[chunk])
+        both = [copy.deepcopy(cache), cache]
+        ways = [chunk_of(pipeline, each, 4) for each in (reversed(both) if turned else both)]
+        assert all(torch.equal(video, right[4]) for video in in_turns(*ways, every=every))
+    assert handle.report.triggers == 1
+    assert all(bool(layer["v"].isfinite().all()) for each in both for layer in each)
 
 
 def test_every_call_in_a_thread_of_its_own():

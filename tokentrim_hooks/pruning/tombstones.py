@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,10 +54,15 @@ class Tombstones:
     The caches are not kept alive: a sampler may put other memory in their place, and that is known by their end.
     """
 
-    replaced: list[tuple[Traces, tuple[Any, ...], Tensor]] = field(default_factory=list)
+    replaced: list[tuple[Traces, tuple[Any, ...], Tensor, Hashable]] = field(default_factory=list)
 
-    def mark(self, rows: CacheRows, tokens: Sequence[Sequence[int]], prune_anchors: bool = False) -> int:
-        """Mark all cached positions of ``tokens`` (one list per sample; empty = spare it); return rows marked."""
+    def mark(
+        self, rows: CacheRows, tokens: Sequence[Sequence[int]], prune_anchors: bool = False, owner: Hashable = None
+    ) -> int:
+        """Mark all cached positions of ``tokens`` (one list per sample; empty = spare it); return rows marked.
+
+        ``owner`` names the cache, for :meth:`follow`.
+        """
         require_floating(rows.values)
         require_rows(rows)
         first = rows.start if prune_anchors else rows.start + rows.anchors
@@ -68,13 +73,20 @@ class Tombstones:
         on_device = {device: places.to(device) for device in {values.device for values in rows.values}}
         for values in rows.values:
             index = marked_element(values, on_device[values.device], rows.rows_per_frame)
-            self.replaced.append((Traces.of([values]), index, values[index].clone()))
+            self.replaced.append((Traces.of([values]), index, values[index].clone(), owner))
             values[index] = mark_of(values.dtype)
         return len(sample)
 
+    def follow(self, values: Sequence[Tensor], owner: Hashable) -> None:
+        """The rows of a cache lie in other memory by now: ``values``, of each layer, as they were marked."""
+        own = [place for place, (*_, name) in enumerate(self.replaced) if name == owner]
+        for number, place in enumerate(own):
+            _, index, old, _ = self.replaced[place]
+            self.replaced[place] = Traces.of([values[number % len(values)]]), index, old, owner
+
     def revive(self) -> None:
         """Put back what the marks replaced. Only valid while no row has moved since."""
-        for traces, index, old in reversed(self.replaced):
+        for traces, index, old, _ in reversed(self.replaced):
             traces.put(index, old)
         self.replaced.clear()
 

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Key = tuple[Hashable, ...]
@@ -65,6 +66,13 @@ class Names:
                 name.thing = weakref.ref(_thing(part))
                 self._remember(_thing(part), name)
 
+    def move(self, key: Key, parts: Sequence[Any]) -> None:
+        """Give ``parts`` the names in ``key``, whose things may live on under other ones: copies are gone on with."""
+        for name in key:
+            if isinstance(name, Name):
+                self._known.pop(id(name.thing()), None)
+        self.follow(key, parts)
+
     def _remember(self, thing: Any, name: Name) -> Name:
         self._known = {number: entry for number, entry in self._known.items() if entry[0]() is not None}
         self._known[id(thing)] = (weakref.ref(thing), name)
@@ -74,6 +82,19 @@ class Names:
 def gone(key: Key) -> bool:
     """Whether something that a key stands for exists no more: no call can have this key again."""
     return any(isinstance(name, Name) and not name.alive for name in key)
+
+
+def copied(key: Key, parts: Sequence[Any]) -> bool:
+    """Whether the memory in ``parts`` holds, byte by byte, what that holds which a key stands for. Reads the device."""
+    pairs = [(name.thing(), part) for name, part in zip(key, parts, strict=False) if isinstance(name, Name)]
+    return bool(pairs) and all(isinstance(part, Tensor) and _alike(thing, _thing(part)) for thing, part in pairs)
+
+
+def _alike(old: Any, new: Any) -> bool:
+    if not all(isinstance(part, torch.UntypedStorage) for part in (old, new)) or old.nbytes() != new.nbytes():
+        return False
+    before, now = (torch.empty(0, dtype=torch.uint8, device=part.device).set_(part) for part in (old, new))
+    return torch.equal(before.to(now.device), now)
 
 
 def _thing(part: Any) -> Any:

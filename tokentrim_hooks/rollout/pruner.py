@@ -59,6 +59,7 @@ class Pruner:
         self._dead_tokens = DeadTokens(policy.prune_anchors, policy.coarse)
         self._tombstones = Tombstones()
         self._marked: dict[Hashable, Traces] = {}  # weak: who drops a cache gets the memory back, marks or no marks
+        self._left: list[Traces] = []  # where marks were copied from, if that is still there
         self._accounts: dict[Hashable, KeyAccount] = {}
         self._last: CallTap | None = None
         self._steering, self._fleeting = steering if steering and steering.hides else None, FleetingMarks()
@@ -159,7 +160,7 @@ class Pruner:
         before = self._marked.get(stream)
         self._marked[stream] = Traces.of(context.values)
         self._watch_rows(context, stream)
-        dead = self._tombstones.mark(context, tokens, self._policy.prune_anchors)
+        dead = self._tombstones.mark(context, tokens, self._policy.prune_anchors, stream)
         if account := self._accounts.get(stream):
             account.marked = [len(chosen) * dead // max(sum(map(len, tokens)), 1) for chosen in tokens]
         if dead:
@@ -190,13 +191,15 @@ class Pruner:
         if stream in self._accounts:
             self._accounts[stream].read(context)
 
-    def follow(self, call: Call) -> None:
-        """After a call: find the marks again where the cache made its tensors anew (concatenation copies the marks)."""
+    def follow(self, call: Call, moved: bool = False) -> None:
+        """Find the marks again, which were copied, where the cache made its tensors anew or was ``moved`` elsewhere."""
         traces = self._marked.get(call.stream)
-        if traces is not None and traces.lost:
+        if traces is not None and (moved or traces.lost):
             context = context_of(self._adapter, call)
             assert isinstance(context, CacheRows)
+            self._left = [*(left for left in self._left if not left.lost), traces]
             self._marked[call.stream] = Traces.of(context.values)
+            self._tombstones.follow(context.values, call.stream)
 
     def check(self, finite: bool) -> bool:
         """Whether the replay behind a prune left dead keys out at every attention call; if not, pruning stays off.
@@ -288,8 +291,9 @@ class Pruner:
     def clear(self) -> list[Traces]:
         """Forget all marks and leave no cache poisoned: a new video starts, or the patch comes off. Returns where."""
         self._tombstones.revive()
-        for traces in (left := list(self._marked.values())):
+        for traces in (left := [*self._marked.values(), *self._left]):
             traces.clear()
         self._marked.clear()
+        self._left = []
         self._dead_tokens.killed_by.clear()
         return left

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokentrim_hooks.adapter import Adapter, Call
 from tokentrim_hooks.rollout.answers import identity_of, parsed
-from tokentrim_hooks.rollout.names import Key, gone
+from tokentrim_hooks.rollout.names import Key, copied, gone
 from tokentrim_hooks.rollout.session import Found, Session
 from tokentrim_hooks.rollout.shared import Shared
 
@@ -78,11 +78,18 @@ class Sessions:
             if idle and not gone(known) and session.timeline.takes(call):
                 self._by_key[key] = session
                 return Found(session, call, key, arguments)
-            if gone(known) and session.timeline.continues(call):
-                self._shared.names.follow(known, parts)
-                return self._find(arguments)
+            if (gone(known) or idle) and session.timeline.continues(call) and (gone(known) or copied(known, parts)):
+                return self._move(known, parts, arguments)
         self._forget_the_gone()
         return self._open(key, arguments)
+
+    def _move(self, known: Key, parts: Sequence[Any], arguments: Mapping[str, Any]) -> Found | None:
+        """A session's context lies elsewhere by now (offloaded and fetched again), and its marks with it."""
+        self._shared.names.move(known, parts)
+        found = self._find(arguments)
+        if found is not None:
+            found.session.pruner.follow(found.call, moved=True)
+        return found
 
     def _open(self, key: Key, arguments: Mapping[str, Any], missed: Call | None = None) -> Found | None:
         """A new session, unless the call is no rollout's; ``missed`` is the call that came before it."""
