@@ -77,8 +77,8 @@ class RowOrder:
             return
         if not _are_frames(changed, frames, self.tokens):
             raise UnsupportedContextError(
-                "rows of a frame lie in the KV cache in another order than its tokens (tiles? frames interleaved?), so "
-                "that others would be pruned.\nKeep them row by row, or write an adapter for this fork."
+                "rows of a frame lie in the KV cache in another order than its tokens (tiles? interleaved?): others "
+                "would be pruned.\nKeep them in the order of tokens, or write an adapter for this fork."
             )
 
 
