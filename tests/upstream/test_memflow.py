@@ -8,12 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import tiny_memflow
 import torch
 from comparison import TOLERANCE, VISIBLE, difference, trace
 from forced import ForcedPolicy
 from harness import noise_of
 from masked_reference import Prune
-from tiny_memflow import GRID, SETUP, TOKENS, BankSpared, memflow, memflow_pipeline, memflow_source
+from tiny_memflow import (
+    GRID,
+    LAYERS,
+    SETUP,
+    SMALL,
+    TOKENS,
+    BankSpared,
+    memflow,
+    memflow_pipeline,
+    memflow_source,
+    small_frames,
+)
 from tiny_self_forcing import Repository
 from tokentrim_hooks_adapters.memflow import MemFlow
 from torch import Tensor
@@ -24,6 +36,7 @@ from tokentrim_hooks import Call, Phase, Seen
 pytestmark = [pytest.mark.upstream, pytest.mark.checks("memflow", "exact")]
 DEAD = list(range(0, TOKENS, 10))
 CHUNKS, CHUNK, SWITCH = 4, 2, 9
+CHUNKS_OF_SMALL, LATE = 10, 8
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +132,13 @@ def test_two_videos_observed_then_pruned(repository: Repository, record_property
 
 
 def check_replay(watch: Watch) -> None:
-    """The bank carries no mark; it was moved on once per chunk, and not again for the proof or the replay."""
+    """The bank carries no mark; it was moved on once per chunk, and not again for the two proofs or the replay."""
     assert all(watch.clean)
-    first, again = watch.calls[3 * CHUNK], watch.calls[3 * CHUNK + 1]
+    first, again = watch.calls[3 * CHUNK], watch.calls[3 * CHUNK + 2]
     assert (first["q_bank"], again["q_bank"]) == (True, False)
     assert all(again[name] is value for name, value in first.items() if name not in ("q_bank", "shape"))
     assert sum(bool(call.get("q_bank")) for call in watch.calls) == CHUNKS
-    assert len(watch.calls) == 3 * CHUNKS + 2
+    assert len(watch.calls) == 3 * CHUNKS + 3
 
 
 def test_prompt_switch(repository: Repository, record_property: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +159,52 @@ def test_prompt_switch(repository: Repository, record_property: Any, monkeypatch
     chunk = [Phase.FIRST, Phase.REFINE, Phase.COMMIT]
     assert phases == [*chunk * 3, Phase.RECACHE, *chunk]
     assert [record.mean is None for record in handle.report] == [True, True, False, True]
+
+
+def test_heads_that_choose_among_sink_and_bank(monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
+    """``SMA``: each head routes to three frames of sink and bank. Exact while all choose alike; refused where not.
+
+    A bank's frame may still be a row of the window, and then a key is that row in some heads and another in others.
+    """
+    monkeypatch.setattr(tiny_memflow, "HEADS", 2)
+    with small_frames() as repository:
+        pipeline = memflow_pipeline(repository, tokens=SMALL)
+        for block in pipeline.generator.model.blocks:
+            block.self_attn.SMA = True
+        routed = spied(monkeypatch, type(pipeline.generator.model.blocks[0].self_attn))
+
+        def generate() -> Tensor:
+            torch.manual_seed(0)
+            noise = noise_of(1, 3 * CHUNKS_OF_SMALL, size=(16, 20))
+            return pipeline.inference(noise, ["a cat"], return_latents=True)[1].clone()
+
+        dead = list(range(0, SMALL, 10))
+        unpruned, source = generate(), memflow_source(repository, pipeline, SMALL)
+        assert any(routed[-LAYERS:]) and not any(routed[: LAYERS * 3 * CHUNK]), "heads choose alike at first"
+        with BankSpared(source, [Prune(3 * CHUNK, [dead])], range(SETUP.sink)):
+            masked = generate()
+        with tokentrim.patch(pipeline, ForcedPolicy({CHUNK: [dead]})) as handle, Watch.on(pipeline) as watch:
+            ours = generate()
+        assert all(watch.clean) and handle.report.triggers == 1
+        with tokentrim.patch(pipeline, ForcedPolicy({LATE: [dead]})), pytest.raises(
+            tokentrim.UnsupportedContextError, match="in some heads only"
+        ):
+            generate()
+    exact("heads that choose alike", record_property, ours, masked, unpruned)
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, attention: type) -> list[bool]:
+    """Whether heads were given different frames, call by call: by the positions of what they were given."""
+    native, apart = attention.dynamic_topk_routing_attention, []
+
+    def route(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        place = torch.arange(float(key.shape[1])).view(1, -1, 1, 1).expand_as(value)
+        given = native(self, query=query, key=key, value=place, **options)[1]
+        apart.append(not torch.equal(given[:, :, 0], given[:, :, 1]))
+        return native(self, query=query, key=key, value=value, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(attention, "dynamic_topk_routing_attention", route)
+    return apart
 
 
 def test_detection_is_unique(repository: Repository) -> None:

@@ -25,6 +25,8 @@ from torch import Tensor
 
 GRID, TOKENS, LAYERS, WIDTH = (60, 104), 1560, 2, 32
 SETUP = Setup(window=8, sink=1)
+HEADS = 1
+"""Of the model as it is made next, and of its caches."""
 SMALL = 80
 """Tokens of a frame of 16 x 20 latent pixels."""
 
@@ -46,7 +48,7 @@ def memflow(name: str = "MemFlow") -> Iterator[Repository]:
 
 def _tiny(cls: Any, _folder: str, **options: Any) -> Any:
     model = cls(
-        dim=WIDTH, ffn_dim=64, freq_dim=32, num_heads=1, num_layers=LAYERS, text_len=TEXT[0], text_dim=TEXT[1],
+        dim=WIDTH, ffn_dim=64, freq_dim=32, num_heads=HEADS, num_layers=LAYERS, text_len=TEXT[0], text_dim=TEXT[1],
         **options,
     )  # fmt: skip
     return randomise(model)
@@ -94,7 +96,7 @@ def _filling(name: str, make: Callable[[], Any]) -> Callable[..., None]:
 
 def _caches(rows: int, *names: str) -> list[dict[str, Tensor]]:
     return [
-        {name: torch.zeros(1, rows, 1, WIDTH) for name in names}
+        {name: torch.zeros(1, rows, HEADS, WIDTH // HEADS) for name in names}
         | {name: torch.tensor([0]) for name in ("global_end_index", "local_end_index")}
         for _ in range(LAYERS)
     ]
@@ -106,7 +108,7 @@ def _bank(tokens: int) -> list[dict[str, Tensor]]:
 
 
 def _text() -> list[dict[str, Any]]:
-    shape = (1, TEXT[0], 1, WIDTH)
+    shape = (1, TEXT[0], HEADS, WIDTH // HEADS)
     return [{"k": torch.zeros(shape), "v": torch.zeros(shape), "is_init": False} for _ in range(LAYERS)]
 
 

@@ -14,20 +14,7 @@ from typing import Any
 from torch import Tensor
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import (
-    Adapter,
-    CacheRows,
-    Call,
-    Match,
-    NoMatch,
-    Patches,
-    Phase,
-    Seen,
-    grid_of,
-    hookimpl,
-    lacks,
-    layers_of,
-)
+from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, Phase, Seen, grid_of, hookimpl, layers_of
 
 PARAMETERS = ("hidden_states", "timestep", "kv_cache", "crossattn_cache", "current_start", "start_frame")
 LAYER = ("attn", "head_start", "num_heads")
@@ -52,7 +39,7 @@ class SGLang(Adapter):
             return NoMatch(f"no transformer with blocks[i].attn1 that has {', '.join(LAYER)}")
         if any(tokentrim.home_of(layers[0], name) is None for name in HOME):
             return NoMatch(f"the module of blocks[0].attn1 has no {' and '.join(HOME)}", 0.5)
-        if reason := lacks(transformer, PARAMETERS, "the transformer's forward"):
+        if reason := tokentrim.lacks(transformer, PARAMETERS, "the transformer's forward"):
             return NoMatch(reason, 0.5)
         return Match(transformer, (int(transformer.patch_size[1]), int(transformer.patch_size[2])))
 

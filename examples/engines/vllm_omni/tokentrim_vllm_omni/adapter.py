@@ -16,19 +16,7 @@ from typing import Any
 from torch import Tensor
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import (
-    Adapter,
-    Call,
-    KeyLayout,
-    Match,
-    NoMatch,
-    Patches,
-    Segment,
-    grid_of,
-    hookimpl,
-    lacks,
-    layers_of,
-)
+from tokentrim_hooks import Adapter, Call, KeyLayout, Match, NoMatch, Patches, Segment, grid_of, hookimpl, layers_of
 
 from .pages import PAGED, WRITE, Pages, Window
 
@@ -62,7 +50,7 @@ class VllmOmniLingBot(Adapter[Block]):
             return NoMatch("no transformer whose blocks[i].self_attn have attn and ulysses_world_size")
         if any(tokentrim.home_of(layers[0], name) is None for name in (PAGED, WRITE)):
             return NoMatch(f"the module of blocks[0].self_attn has no {PAGED} and {WRITE}", 0.5)
-        if reason := lacks(transformer, PARAMETERS, "the transformer's forward"):
+        if reason := tokentrim.lacks(transformer, PARAMETERS, "the transformer's forward"):
             return NoMatch(reason, 0.5)
         _, height, width = transformer.config.patch_size
         return Match(transformer, (int(height), int(width)))
