@@ -43,7 +43,7 @@ def places(target):
 def test_the_places_are_in_the_calls_that_matter(target):
     """Every depth, the first chunk, the replay with nothing pruned, that of the prune, and calls behind them."""
     events, first = subject(target).first.events, subject(target).first
-    assert 1 < first.proof == first.replay - 1
+    assert 1 < first.proof == first.replay - target.proofs
     # What is called of a denoiser before its first call is at number 0.
     assert {event.call for event in subject(target).places()} - {0} == set(range(1, events[-1].call + 1))
     assert len({event.depth for event in events}) >= 5
