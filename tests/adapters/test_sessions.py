@@ -53,6 +53,15 @@ def test_two_videos_in_turns(every, noise, handed):
         assert told(handle.report, number) == records
 
 
+def test_several_videos_in_turns_are_not_taken_for_runs_of_one_chunk():
+    """A server's first round has first chunks only, which nobody can judge; a warning would be an error here."""
+    video, records = alone(1)
+    pipeline = tiny_reference.make()
+    with tokentrim.patched(pipeline, POLICY) as handle:
+        made = in_turns(*(calls(pipeline, seed) for seed in (2, 3, 4, 1)), every=5)
+    assert torch.equal(made[-1], video) and told(handle.report, 3) == records
+
+
 @pytest.mark.parametrize("persist", (True, False))
 def test_two_guided_videos_in_turns(persist):
     """Guidance has two caches: one session; two guided videos have four caches and two sessions."""

@@ -145,8 +145,11 @@ def chunks_of(report: Report) -> set[tuple[int, int]]:
     return {(record.video, record.chunk) for record in report}
 
 
-def never_judged(report: Report) -> str:
-    """Why none of several chunks has a verdict, in words; empty if one has, or if some were handed in as context."""
+def never_judged(report: Report, under_way: int = 0) -> str:
+    """Why none of several chunks has a verdict, in words; empty if one has, or if some were handed in as context.
+
+    ``under_way`` counts videos that may yet go on, as those of a server that makes several in turns.
+    """
     # A chunk that was broken off (Ctrl-C) says nothing, nor does a first one that another has followed.
     made = {(record.video, record.chunk) for record in report if record.phases and BROKEN_OFF not in record.notes}
     longer = {record.video for record in report if record.chunk}
@@ -154,6 +157,9 @@ def never_judged(report: Report) -> str:
     if len(chunks) < FEW or any(record.given or record.severity is not None for record in report):
         return ""
     if all(chunk == 0 for _, chunk in chunks):
+        # The newest one may always go on; it is those before it that show that none does.
+        if under_way > 1 and len(chunks) - under_way < FEW - 1:
+            return ""
         reason = (
             "every one opened a new video, and a video's first chunk has nothing to drift from. If they belong to one "
             "video, the calls do not say so: make it in one run of the sampler. Videos of one chunk cannot be pruned."

@@ -166,7 +166,7 @@ class PatchHandle:
             return
         self._heard = len(report)
         judged = any(record.severity is not None for record in report)
-        words = "" if judged else never_judged(report)
+        words = "" if judged else never_judged(report, self._rollout.under_way)
         # Not for ever: the report is looked through, and at the end it is once more.
         self._unsure = not judged and not words and len(chunks_of(report)) < 4 * FEW
         self._warn(words)

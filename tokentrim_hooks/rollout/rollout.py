@@ -124,6 +124,11 @@ class Rollout:
 
     # ------------------------------------------------------------------------------------------ all sessions
 
+    @property
+    def under_way(self) -> int:
+        """How many videos may yet go on: those whose context exists."""
+        return sum(session.timeline.video is not None for session in self._sessions)
+
     def reset(self) -> None:
         """Forget statistics and marks: the next call begins a new video."""
         for session in self._sessions:
