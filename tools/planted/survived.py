@@ -25,7 +25,7 @@ SURVIVED = (
     planted(
         "rollout",
         "regeneration",
-        "            found.accepted = opinion.reading.severity\n",
+        "            found.accepted = opinion.reading\n",
         "",
         "the severity of the rejected attempt is reported as the accepted one",
         OURS + "statistics_are_those_of_the_accepted_severities",
