@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tokentrim_hooks.experiments.demo.pictures import first_pruned_first
 from tokentrim_hooks.report.filmstrip import (
     CUT,
     KEPT,
@@ -72,3 +73,10 @@ def test_beside_keeps_every_pixel():
     left, right = Image.new("RGB", (3, 5), (1, 2, 3)), Image.new("RGB", (4, 2), (4, 5, 6))
     both = np.asarray(beside([left, right], gap=1))
     assert both.shape == (5, 8, 3) and (both[:, :3] == (1, 2, 3)).all() and (both[:2, 4:] == (4, 5, 6)).all()
+
+
+def test_the_first_scene_with_a_prune_is_the_large_one_and_all_are_shown():
+    quiet, pruned = [record(1), record(2)], [record(1), record(2, pruned=True)]
+    assert first_pruned_first([quiet, pruned, quiet, pruned]) == [1, 0, 2, 3]
+    assert first_pruned_first([pruned, quiet]) == [0, 1]
+    assert first_pruned_first([quiet, quiet]) == [0, 1], "as they were drawn"

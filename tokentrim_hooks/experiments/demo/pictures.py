@@ -1,4 +1,7 @@
-"""The demo's pictures: a film and a still of each act. Scenes are the first ones drawn, never chosen."""
+"""The demo's pictures: a film and a still of each act, of the first scenes that were drawn.
+
+The large one is the first; of a planted fault, the first in which it is pruned, and the legend says so.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ from tokentrim_hooks.report.filmstrip import (
 from tokentrim_hooks.report.record import ChunkRecord
 
 SCENES = 4
-"""Scenes in a picture: the first one large, the others small."""
+"""Scenes in a picture: one large, the others small."""
 COLUMNS = 8
 """Moments of a still."""
 TOKEN = 4
@@ -46,6 +49,7 @@ LEGEND = (
     "Orange squares: tokens pruned."
 )
 OF_FAULT = " Red: the planted fault."
+OF_ORDER = " Large: the first of these scenes in which something is pruned."
 SHORT, LONG = 90, 400
 """Milliseconds of a frame, and of one in which the large scene is pruned or its fault is planted."""
 
@@ -67,10 +71,12 @@ class Pictures:
         self.scenes = range(min(SCENES, len(act.trial.seeds)))
         self.versions = (*VERSIONS, *(take.outcome.setting for take in act.others))
         videos = (act.trial.scene.video, *(take.video for take in act.takes))
-        self._videos = [[frames_of(self._with_fault(video, scene)) for video in videos] for scene in self.scenes]
-        self._records = [records_of(act.paper, scene) for scene in self.scenes]
+        records = [records_of(act.paper, scene) for scene in self.scenes]
+        self._drawn = list(self.scenes) if self.fault_at is None else first_pruned_first(records)
+        self._videos = [[frames_of(self._with_fault(video, scene)) for video in videos] for scene in self._drawn]
+        self._records = [records[scene] for scene in self._drawn]
         self.chunks = len(self._records[0])
-        self.legend = LEGEND if self.fault_at is None else LEGEND + OF_FAULT
+        self.legend = LEGEND + OF_FAULT * (self.fault_at is not None) + OF_ORDER * (self._drawn[0] > 0)
 
     def film(self) -> list[Image.Image]:
         """All frames: truth, unpatched and patched beside each other, the verdicts so far and to come under them."""
@@ -141,13 +147,19 @@ class Pictures:
         return shown[scene]
 
     def _fault_box(self, scene: int) -> Box:
-        row, column = (int(i) for i in self.act.trial.blotch.corner[scene])
+        row, column = (int(i) for i in self.act.trial.blotch.corner[self._drawn[scene]])
         return _box(row, column, *TOKENS)
 
 
 def records_of(take: Take, scene: int) -> list[ChunkRecord]:
     """A scene's records of a patched rollout, in order of chunks."""
     return sorted((r for r in take.report or () if r.sample == scene), key=lambda r: r.chunk)
+
+
+def first_pruned_first(records: Sequence[Sequence[ChunkRecord]]) -> list[int]:
+    """Scenes in the order in which they were drawn, but that the first one with a prune stands before all."""
+    lead = next((scene for scene, found in enumerate(records) if any(r.pruned for r in found)), 0)
+    return [lead, *(scene for scene in range(len(records)) if scene != lead)]
 
 
 def token_boxes(record: ChunkRecord) -> list[tuple[Box, Colour]]:
