@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -29,7 +30,9 @@ class QuietRefiner(Refiner):
     def _capture_block_kv(self, **given: Any) -> None:
         if given["kv_cache_mode"] != "capture_pre_rope":
             return super()._capture_block_kv(**given)
-        with mock.patch.object(type(self.transformer), "__call__", type(self.transformer).forward):
+        past = mock.patch.object(type(self.transformer), "__call__", type(self.transformer).forward)
+        with past, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*was called directly, which runs no hooks")  # so it is meant
             return super()._capture_block_kv(**given)
 
 

@@ -31,7 +31,7 @@ def syncs_of_chunks(policy):
 
         pipeline.generator.register_forward_hook(note, always_call=True)
         tiny_reference.run(pipeline, chunks=CHUNKS)
-        calls = [sum(record.phases.values()) + record.extra_calls for record in handle.report]
+        calls = [sum(r.phases.values()) + r.extra_calls + r.proof_calls for r in handle.report]
     place = 0
     for count in calls:
         before = noted[place - 1] if place else 0

@@ -236,7 +236,7 @@ def test_never_judged_is_no_news_of_a_policy_that_does_not_judge():
 def test_the_report_is_looked_through_once_for_each_chunk(monkeypatch):
     """Not at every hook: of the calls of a chunk, and of chunks behind the first judged one, none costs anything."""
     looked = []
-    monkeypatch.setattr(handles, "never_judged", lambda report: looked.append(len(report)) or "")
+    monkeypatch.setattr(handles, "never_judged", lambda report, _=0: looked.append(len(report)) or "")
     pipeline = tiny.make()
     with tokentrim.patched(pipeline, tokentrim.DriftPolicy()) as handle:
         tiny.run(pipeline, chunks=6)
