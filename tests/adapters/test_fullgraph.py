@@ -58,7 +58,6 @@ CASES = [
     ("skyreels-v2", blocks),
     ("skyreels-v2", objects_inside),
     ("framepack", in_place),
-    ("framepack", an_object),
     ("helios", blocks),
 ]
 
