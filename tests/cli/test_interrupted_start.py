@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,5 +66,8 @@ def test_the_module_begins_there_too() -> None:
 
 def test_the_running_command_has_the_usual_handler() -> None:
     code = f"import signal\nfrom {entry()} import main\nassert main() == 0\nprint(signal.getsignal(signal.SIGINT))"
-    made = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, timeout=120)
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    made = subprocess.run(
+        [sys.executable, "-c", code, "--version"], capture_output=True, text=True, timeout=120, preexec_fn=heeding
+    )
     assert "default_int_handler" in made.stdout
