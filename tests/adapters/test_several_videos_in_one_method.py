@@ -39,13 +39,6 @@ def filled(pipeline, noise):
     return torch.randn_like(noise)
 
 
-def remade(pipeline, noise):
-    """New caches."""
-    pipeline.kv_cache1 = None
-    pipeline._reset_caches(noise, 4)
-    return torch.randn_like(noise)
-
-
 def same_noise(pipeline, noise):
     """Nothing: the rows of the video before are written over, and the noise is the same."""
     return noise
@@ -56,7 +49,7 @@ def nothing(pipeline, noise):
     return torch.randn_like(noise)
 
 
-RENEWS = (zeroed, set_back, filled, remade, same_noise)
+RENEWS = (zeroed, set_back, filled, same_noise)
 STOPS = ((1, 0), (2, 0), (4, 0), (3, 3, 0), (0, 1, 0))
 # The same latents at the same step, with nothing renewed, are a second call of that step, as some samplers make one.
 CASES = [

@@ -3,6 +3,7 @@
 A method of a user's own class may make several videos in one run, as a pipeline's makes one. Between two calls of a
 chunk a sampler writes into no cache; before a video it may zero one, set its indices back, or hand in new tensors. And
 the same noise is handed in once more, unwritten. None of it proves anything: the timestep does, which is read then.
+Where lists and dicts are made for each call, those of another video look as those of the next call do: not noticed.
 """
 
 from __future__ import annotations
@@ -24,30 +25,40 @@ class Renewal:
 
     def __init__(self) -> None:
         self._noise: tuple[int, int] | None = None
-        self._left: dict[int, list[Any]] = {}
+        self._left: dict[str, tuple[Any, list[Any]]] = {}
+        self._kept: set[str] = set()
 
     def begin(self, call: Call) -> None:
         """The chunk's first call."""
-        self._noise, self._left = _memory(call.latents), {}
+        self._noise, self._left, self._kept = _memory(call.latents), {}, set()
+
+    def forget(self) -> None:
+        """The first chunk is over: let go of the caches."""
+        self._left = {}
 
     def came_back(self, call: Call) -> None:
         """A call of the chunk has come back."""
-        self._left = _prints_of(call)
+        left, self._left = self._left, _prints_of(call)
+        self._kept |= {name for name in left.keys() & self._left.keys() if left[name][0] is self._left[name][0]}
 
     def renewed(self, call: Call) -> bool:
         """Whether something in the caches is another thing than the call before has left there."""
         left, now = self._left, _prints_of(call)
-        return any(not _alike(left[known], now[known]) for known in left.keys() & now.keys())
+        return any(self._is_new(name, left[name], now[name]) for name in left.keys() & now.keys())
+
+    def _is_new(self, name: str, left: tuple[Any, list[Any]], now: tuple[Any, list[Any]]) -> bool:
+        """A cache is the same object in all calls of a chunk; an argument that was made for one call is none."""
+        return (left[0] is now[0] or name in self._kept) and not _alike(left[1], now[1])
 
     def repeats(self, call: Call) -> bool:
         """Whether it has the first call's noise, which nobody has written into."""
         return _memory(call.latents) == self._noise
 
 
-def _prints_of(call: Call) -> dict[int, list[Any]]:
-    """What is in lists and dicts that a call is given, by these: what is made anew for each call is no cache."""
-    given = (argument for argument in call.arguments.values() if isinstance(argument, dict | list))
-    return {id(argument): list(_prints(argument)) for argument in given}
+def _prints_of(call: Call) -> dict[str, tuple[Any, list[Any]]]:
+    """Lists and dicts that a call is given, held so that no other one can lie where they lay, and what is in them."""
+    given = {name: argument for name, argument in call.arguments.items() if isinstance(argument, dict | list)}
+    return {name: (argument, list(_prints(argument))) for name, argument in given.items()}
 
 
 def _prints(thing: Any, depth: int = 0) -> Iterator[Any]:

@@ -107,6 +107,8 @@ class Timeline:
         if not video.index:
             self._loop.begin()
             self._renewal.begin(call)
+        else:
+            self._renewal.forget()
 
     def _was_left(self, call: Call) -> bool:
         """Whether a video's first chunk was broken off between two calls, so that this one begins it anew."""
