@@ -27,14 +27,16 @@ class Renewal:
         self._noise: tuple[int, int] | None = None
         self._left: dict[str, tuple[Any, list[Any]]] = {}
         self._kept: set[str] = set()
+        self._held: Tensor | None = None
 
     def begin(self, call: Call) -> None:
         """The chunk's first call."""
         self._noise, self._left, self._kept = _memory(call.latents), {}, set()
+        self._held = call.latents  # or others could come to lie there, and be taken for them
 
     def forget(self) -> None:
         """The first chunk is over: let go of the caches."""
-        self._left = {}
+        self._left, self._held = {}, None
 
     def came_back(self, call: Call) -> None:
         """A call of the chunk has come back."""
