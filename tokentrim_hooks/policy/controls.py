@@ -66,6 +66,11 @@ class Wrapper(Policy):
         return self.policy.judge(chunk, history)
 
     @property
+    def regenerates(self) -> bool:
+        """Whether the wrapped policy does."""
+        return self.policy.regenerates
+
+    @property
     def recalls(self) -> int:
         """As many severities as the wrapped policy asks for."""
         return self.policy.recalls

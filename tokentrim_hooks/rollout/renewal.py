@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from tokentrim_hooks.adapter import Call
+from tokentrim_hooks.inspection import shares_storage
 
 DEPTH = 3
 """Lists and dicts within one another: a cache has an entry for each layer."""
@@ -24,19 +25,17 @@ class Renewal:
     """What the calls of a video's first chunk were given, and how they have left it."""
 
     def __init__(self) -> None:
-        self._noise: tuple[int, int] | None = None
+        self._first: tuple[Tensor, int] | None = None  # held, or others could come to lie there
         self._left: dict[str, tuple[Any, list[Any]]] = {}
         self._kept: set[str] = set()
-        self._held: Tensor | None = None
 
     def begin(self, call: Call) -> None:
         """The chunk's first call."""
-        self._noise, self._left, self._kept = _memory(call.latents), {}, set()
-        self._held = call.latents  # or others could come to lie there, and be taken for them
+        self._first, self._left, self._kept = (call.latents, _version(call.latents)), {}, set()
 
     def forget(self) -> None:
         """The first chunk is over: let go of the caches."""
-        self._left, self._held = {}, None
+        self._left, self._first = {}, None
 
     def came_back(self, call: Call) -> None:
         """A call of the chunk has come back."""
@@ -54,7 +53,10 @@ class Renewal:
 
     def repeats(self, call: Call) -> bool:
         """Whether it has the first call's noise, which nobody has written into."""
-        return _memory(call.latents) == self._noise
+        if self._first is None:
+            return False
+        noise, version = self._first
+        return shares_storage(call.latents, noise) and _version(call.latents) == version
 
 
 def _prints_of(call: Call) -> dict[str, tuple[Any, list[Any]]]:
@@ -81,11 +83,6 @@ def _same(left: Any, now: Any) -> bool:
     if isinstance(left, tuple) and isinstance(now, tuple):
         return left[0]() is now[0]() is not None and left[1] == now[1]
     return type(left) is type(now) and bool(left == now)
-
-
-def _memory(latents: Tensor) -> tuple[int, int]:
-    """Where latents lie, as views of them do, and how often somebody has written there."""
-    return latents.untyped_storage().data_ptr(), _version(latents)
 
 
 def _version(tensor: Tensor) -> int:
