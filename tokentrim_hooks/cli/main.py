@@ -15,7 +15,6 @@ from tokentrim_hooks.cli.bench import bench
 from tokentrim_hooks.cli.compare import compare
 from tokentrim_hooks.cli.completion import completion
 from tokentrim_hooks.cli.demo import demo
-from tokentrim_hooks.cli.entry import INTERRUPTED
 from tokentrim_hooks.cli.installed.adapters import adapters
 from tokentrim_hooks.cli.installed.detect import detect
 from tokentrim_hooks.cli.installed.policies import policies
@@ -28,7 +27,7 @@ from tokentrim_hooks.errors import TokenTrimError
 
 ALL = (demo, attempt, run, report, metrics, adapters, policies, detect, compare, bench, completion)
 COMMANDS: dict[str, click.Command] = {str(command.name): command for command in ALL}
-WRONG = 2
+WRONG, INTERRUPTED = 2, 130
 KEEP = {"try", "run", "compare"}
 """Subcommands that write while they work; the others write at their end."""
 
