@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from places import wrapped
 from record_checks import COLUMNS, ends
 
 from tokentrim_hooks.console import markdown_table
@@ -39,7 +40,7 @@ def matrix(records: Sequence[Record], names: Iterable[str], refused: Mapping[str
         for suite in sorted({record["suite"] for record in mine}):
             suites.append([f"`{name}`", *_suite([record for record in mine if record["suite"] == suite], suite)])
     table = markdown_table(["Adapter", *HEADS.values(), "Largest error", "Refused"], lines)
-    return "\n\n".join([table, NOTE, markdown_table(["From", "Suite", "Of", "Commit and date"], suites)])
+    return "\n\n".join([table, wrapped(NOTE), markdown_table(["From", "Suite", "Of", "Commit and date"], suites)])
 
 
 def _cells(records: Sequence[Record]) -> list[str]:

@@ -1,6 +1,7 @@
 """Generated blocks of a page: each stands between two comments that name it."""
 
 import re
+import textwrap
 
 
 def filled(text: str, name: str, content: str) -> str:
@@ -15,3 +16,9 @@ def filled(text: str, name: str, content: str) -> str:
     if count != 1:
         raise ValueError(f"expected one pair of {name} comments, found {count}")
     return new
+
+
+def wrapped(text: str) -> str:
+    """A paragraph, or an item of a list, in lines that a terminal shows; words and their hyphens stay whole."""
+    under = "  " if text.startswith("- ") else ""
+    return textwrap.fill(text, 120, subsequent_indent=under, break_long_words=False, break_on_hyphens=False)

@@ -138,7 +138,7 @@ def support_details(checks: Mapping[str, Any] | None = None) -> str:
     sections = [_section(*row, checks["device"]) for row in rows(checks)]
     refused = markdown_table(["Refused", "Why"], [[item["model"], item["why"]] for item in checks["refused"]])
     tried = [[item["fork"], item["adapter"], item["found"]] for item in checks["forks"]]
-    forks = ["## Forks tried", FORKS, markdown_table(["Fork and commit", "Adapter", "Found"], tried)]
+    forks = ["## Forks tried", places.wrapped(FORKS), markdown_table(["Fork and commit", "Adapter", "Found"], tried)]
     hooks = ["## Which hooks of policies a model takes", hooks_table()]
     found = ["## What tests have found", tests_matrix(checks)]
     return "\n\n".join([*found, *hooks, *sections, *forks, "## Refused, each with a reason", refused])
@@ -175,7 +175,7 @@ def hooks_table() -> str:
         "A policy is refused with a reason on a model that does not take all that it needs. *Commits*: finished chunks "
         "are written into the context by calls of their own. What is not marked was not proved here, or is not there."
     )
-    return f"{markdown_table(['Adapter', *HOOKS.values(), 'Methods beside pruning'], lines)}\n\n{note}"
+    return f"{markdown_table(['Adapter', *HOOKS.values(), 'Methods beside pruning'], lines)}\n\n{places.wrapped(note)}"
 
 
 def write(root: Path = ROOT) -> list[Path]:
@@ -215,7 +215,7 @@ def _section(model: str, adapter: str, kind: str, record: Mapping[str, Any], dev
     lines += [f"- {word}: {figures[key]}." for key, word in FIGURES.items() if key in figures]
     lines += [f"- Note: {record['note']}."] if "note" in record else []
     lines += [f"- Refused: {'; '.join(record['refused'])}."] if "refused" in record else []
-    return "\n".join([f"## {model}", "", *lines, f"- Again: `{record['command']}`"])
+    return "\n".join([f"## {model}", "", *map(places.wrapped, lines), f"- Again: `{record['command']}`"])
 
 
 FIGURES = {"effect": "Largest change by a prune", "error": "Largest difference to the -inf reference", "other": "Also"}

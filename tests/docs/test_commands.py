@@ -12,7 +12,7 @@ LINES = [
     for page in PAGES
     for block in blocks(page)
     if block.language == "console"
-    for line in block.code.splitlines()
+    for line in block.code.replace("\\\n", "").splitlines()
     if line.startswith("$ ")
 ]
 ELSEWHERE = ("pip install ", "uv pip install ", "cd ", "chromium ")
