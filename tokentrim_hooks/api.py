@@ -78,9 +78,9 @@ def patch(
         observers: told of every accepted chunk while the run goes on (:class:`JsonLines`, :class:`ProgressLine`, ...);
             a string names an observer of an installed plugin, as for :func:`make_observer`.
         group: the ranks that make this one video together, where the model itself communicates (tensor or sequence
-            parallel): all of them patch, in the same order, and agree on each verdict and on failures, with one small
-            collective per judged chunk and one per regeneration. Default: what the adapter says, else none, and every
-            rank judges its own video (data parallel).
+            parallel): all of them patch, in the same order and with the same options (compared at once), and agree on
+            each verdict and on failures, with one small collective per judged chunk and one per regeneration. Default:
+            what the adapter says, else none, and every rank judges its own video (data parallel).
 
     Returns:
         A handle with ``report``, ``reset()`` and ``unpatch()``; also a context manager.

@@ -19,6 +19,7 @@ from tokentrim_hooks_adapters.self_forcing import SelfForcing
 from torch.utils._pytree import tree_map
 
 import tokentrim_hooks as tokentrim
+from tokentrim_hooks import CommitWindow, RankError
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.ranks import channel
 from tokentrim_hooks.ranks.channel import Channel
@@ -36,14 +37,15 @@ class Planted(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judges(ForcedPolicy):
-    """Fails at its call number ``fails_at``; -1 for never."""
+    """Fails on rank ``only`` at its call number ``fails_at``."""
 
-    fails_at: int = -1
+    only: int
+    fails_at: int
     seen: list = dataclasses.field(default_factory=list)
 
     def judge(self, chunk, history):
         self.seen.append(1)
-        if len(self.seen) == self.fails_at:
+        if dist.get_rank() == self.only and len(self.seen) == self.fails_at:
             raise Planted("the policy has a bug")
         return super().judge(chunk, history)
 
@@ -53,6 +55,16 @@ class Undecided(tokentrim.Policy):
 
     def judge(self, chunk, history):
         return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByRank(tokentrim.Policy):
+    """The same options on all ranks, of which each judges by its own of ``judges``, as if its numbers were others."""
+
+    judges_of: tuple[tokentrim.Policy, ...]
+
+    def judge(self, chunk, history):
+        return self.judges_of[dist.get_rank()].judge(chunk, history)
 
 
 def records(handle):
@@ -180,17 +192,37 @@ def own_part(pipeline):
 
 
 def own_verdict():
-    return ForcedPolicy({2: OTHER[dist.get_rank()], (3 if dist.get_rank() else 4): (0,)})
+    return ByRank(judges_of=tuple(ForcedPolicy({2: OTHER[rank], (3 if rank else 4): (0,)}) for rank in OTHER))
+
+
+def own_tokens(**options):
+    """Each rank would prune other tokens of one chunk."""
+    return ByRank(judges_of=tuple(ForcedPolicy({2: OTHER[rank]}) for rank in OTHER), **options)
 
 
 def own_samples():
     """Each rank would prune another sample."""
-    return ForcedPolicy({2: (1, 3)}, samples=(dist.get_rank(),))
+    return ByRank(judges_of=tuple(ForcedPolicy({2: (1, 3)}, samples=(rank,)) for rank in OTHER))
 
 
 def on(rank, policy, other):
-    """One policy on a rank, another on the others."""
-    return policy if dist.get_rank() == rank else other
+    """One policy judges on a rank, another on the others."""
+    return ByRank(judges_of=tuple(policy if number == rank else other for number in OTHER))
+
+
+def unlike(policy=FORCED, others=FORCED, **options):
+    """The last rank is patched with other options; what each is told, and whether its model is as it was."""
+    pipeline, last, words = shared_model.divided(), dist.get_rank() == dist.get_world_size() - 1, ""
+    try:
+        tokentrim.patch(
+            pipeline,
+            policy if last else others,
+            group=dist.group.WORLD,
+            **{name: given[last] for name, given in options.items()},
+        )
+    except RankError as refusal:
+        words = str(refusal)
+    return {"error": words, "patched": tokentrim.is_patched(pipeline), "plain": tiny.run(pipeline)}
 
 
 def packed():
@@ -296,7 +328,7 @@ def long_words():
 
 
 def failing_judge(only, number):
-    return Judges({2: (1, 3)}, fails_at=number if dist.get_rank() == only else -1)
+    return Judges({2: (1, 3)}, only=only, fails_at=number)
 
 
 def out_of_step():
@@ -336,9 +368,9 @@ SCENARIOS = {
     "own-samples": lambda: rollout(own_samples(), run=batch),
     "uneven-noise": lambda: rollout(tokentrim.DriftPolicy(fraction=0.5, sensitivity=0.0, warmup=1), run=uneven_noise),
     "candidate": lambda: rollout(own_verdict(), probe="candidate"),
-    "twice": lambda: rollout(ForcedPolicy({2: OTHER[dist.get_rank()]}, max_regenerations=2)),
+    "twice": lambda: rollout(own_tokens(max_regenerations=2)),
     "guided": lambda: rollout(own_verdict(), run=guided),
-    "guided-fleeting": lambda: rollout(ForcedPolicy({2: OTHER[dist.get_rank()]}, persist=False), run=guided),
+    "guided-fleeting": lambda: rollout(own_tokens(persist=False), run=guided),
     "undecided-follower": lambda: rollout(on(1, Undecided(), FORCED)),
     "undecided-leader": lambda: rollout(on(0, Undecided(), FORCED)),
     "alone": lambda: rollout(ForcedPolicy({2: (1, 3)}), group=None),
@@ -374,8 +406,18 @@ for way in ("raise", "warn"):
     SCENARIOS[f"carry-{way}"] = lambda w=way: rollout(
         FORCED, sabotage=fails(adapter_of, "carry", 2), on_error=w, probe="candidate", again=w == "raise"
     )
+UNLIKE = {
+    "on_error": {"on_error": ("raise", "warn")},
+    "probe": {"probe": ("first-step", "candidate")},
+    "policy": {"policy": tokentrim.DriftPolicy(), "others": tokentrim.ObservePolicy()},
+    "policy.persist": {"policy": ForcedPolicy({2: (1, 3)}, persist=False)},
+    "policy.at": {"policy": ForcedPolicy({2: (1, 2)})},
+    "policy.CommitWindow.frames": {"policy": [FORCED, CommitWindow(6)], "others": [FORCED, CommitWindow(3)]},
+}
+SCENARIOS |= {f"unlike-{name}": lambda given=given: unlike(**given) for name, given in UNLIKE.items()}
 SCENARIOS["blind"] = lambda: rollout(ForcedPolicy({2: (1,), 3: (2,)}), sabotage=blind)
-FOUR = ("forced", "own-verdict", "uneven-noise", "judge-1-raise", "judge-1-warn", "parse-warn", "replay-raise", "blind")
+FOUR = ("forced", "own-verdict", "uneven-noise", "judge-1-raise", "judge-1-warn", "parse-warn", "replay-raise", "blind",
+        "unlike-on_error")  # fmt: skip
 
 
 def main(folder, rank, size, *wanted):

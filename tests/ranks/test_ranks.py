@@ -24,6 +24,8 @@ HERE = Path(__file__).parent
 PATIENCE = 420
 """Seconds for all scenarios of a job on a busy machine; a hang ends here (one takes the rest of it)."""
 JUDGED = tiny.CHUNKS - 1
+PATCH = 2
+"""Words at patch(): the first rank's options, and whether all have the same."""
 PROOF = 3
 """Words once per model: can a call show the order of rows, can it be made twice, was there anything to prune?"""
 NEITHER = "neither raised nor hung"
@@ -141,7 +143,8 @@ def test_the_finished_chunk_is_judged(two):
 
 def test_two_regenerations(two):
     found = agree(two["twice"])
-    assert [record[10] for record in found["records"]] == [0, 0, 2, 0, 0] and found["posts"] == JUDGED + PROOF + 2
+    assert [record[10] for record in found["records"]] == [0, 0, 2, 0, 0]
+    assert found["posts"] == PATCH + JUDGED + PROOF + 2
 
 
 @pytest.mark.parametrize("persist", [True, False])
@@ -151,7 +154,7 @@ def test_branches_of_guidance(two, persist):
     at = {2: scenarios.OTHER[0], 4: (0,)} if persist else {2: scenarios.OTHER[0]}
     video, records = in_one_process(ForcedPolicy(at, persist=persist), scenarios.guided)
     torch.testing.assert_close(found["video"], video, rtol=0, atol=1e-3)
-    assert found["posts"] == JUDGED + PROOF + (2 if persist else 1 + 2)
+    assert found["posts"] == PATCH + JUDGED + PROOF + (2 if persist else 1 + 2)
     assert [record[9] for record in found["records"]] == [record[9] for record in records]
 
 
@@ -189,7 +192,7 @@ def test_all_make_the_second_call_where_one_rank_rounds_otherwise(two):
     assert pruned(agree(found, video=False)) == [(2, (1, 3))]
     for rank in found:
         # For the second call, whether any rank has shown counts in it, and the regeneration.
-        assert rank["posts"] == JUDGED + PROOF + 1 + 1 + 1
+        assert rank["posts"] == PATCH + JUDGED + PROOF + 1 + 1 + 1
         assert [record[13] for record in rank["records"]] == [0, 0, 3, 0, 0]
 
 
@@ -235,7 +238,7 @@ def test_a_model_that_divides_tokens_is_left_alone(two, name):
 @pytest.mark.parametrize("name", ["forced", "own-verdict", "candidate"])
 def test_one_word_a_judged_chunk_and_one_a_regeneration(two, name):
     for rank in two[name]:
-        assert rank["posts"] == JUDGED + PROOF + len(pruned(rank))
+        assert rank["posts"] == PATCH + JUDGED + PROOF + len(pruned(rank))
 
 
 def test_data_parallel_ranks_stay_independent_and_say_nothing(two):
@@ -328,6 +331,25 @@ def test_a_rank_that_is_gone(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ the option
+
+
+def refused_on_all(ranks, name):
+    *others, last = [rank["error"] for rank in ranks]
+    assert f"patched with {name} = " in last and "same options on all ranks" in last
+    assert all(f"rank {len(others)} of the group has failed" in words and name in words for words in others)
+    for rank in ranks:
+        assert not rank["patched"]
+        torch.testing.assert_close(rank["plain"], tiny.run(shared_model.whole()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", scenarios.UNLIKE)
+def test_other_options_on_one_rank_are_refused_on_all(two, name):
+    """By them one would raise where the others go on, call once more, or hide other rows."""
+    refused_on_all(two[f"unlike-{name}"], name)
+
+
+def test_of_four_ranks_one_has_other_options(four):
+    refused_on_all(four["unlike-on_error"], "on_error")
 
 
 @pytest.mark.parametrize("group", ["world", 0, [0, 1]])

@@ -18,6 +18,7 @@ from tokentrim_hooks.patching.bypass import Bypass, bypassed
 from tokentrim_hooks.patching.patches import Method, Patches
 from tokentrim_hooks.policy.base import Policy, labelled
 from tokentrim_hooks.ranks.agreement import ranks_of
+from tokentrim_hooks.ranks.options import require_alike
 from tokentrim_hooks.report.observers import Guarded, Observer, tell
 from tokentrim_hooks.report.provenance import versions
 from tokentrim_hooks.report.record import Report
@@ -71,7 +72,9 @@ class PatchHandle:
             adapter.attach(model, patches)
             patches.require_tap(adapter.name)
             failures.ranks = ranks_of(adapter.group(model) if group is None else group)
-            recorder = Recorder(Report(_settings(adapter, match, policies, probe)), [Guarded(o) for o in observers])
+            settings = _settings(adapter, match, policies, probe)
+            require_alike(failures.ranks, {**settings, "on_error": on_error, "versions": None})
+            recorder = Recorder(Report(settings), [Guarded(o) for o in observers])
             judge = judge_of(policies)
             rollout = Rollout(model, adapter, match, judge, probe, recorder, patches.layers, failures, policies)
             failures.on_step_aside(rollout.abandon)
@@ -264,11 +267,6 @@ def handle_of(model: Any) -> PatchHandle | None:
     return handle if isinstance(handle, PatchHandle) and any(owner is model for owner in handle._owners) else None
 
 
-def _denoiser_name(match: Match) -> str:
-    denoiser = match.denoiser
-    return denoiser.name if isinstance(denoiser, Method) else type(denoiser).__name__
-
-
 def judge_of(policies: Sequence[Policy]) -> Policy:
     """The policy that judges; one that judges nothing where there is none.
 
@@ -284,7 +282,7 @@ def judge_of(policies: Sequence[Policy]) -> Policy:
 
 def _settings(adapter: Adapter, match: Match, policies: Sequence[Policy], probe: str) -> dict[str, Any]:
     """What the log records of a patch: the judge's options as ``policy.option``, others' with their policy's name."""
-    options: dict[str, Any] = {}
+    denoiser, options = match.denoiser, dict[str, Any]()
     for label, policy in labelled(policies):
         prefix = "policy" if policy.judges else f"policy.{label}"
         options |= {f"{prefix}.{name}": value for name, value in policy.settings().items()}
@@ -294,6 +292,6 @@ def _settings(adapter: Adapter, match: Match, policies: Sequence[Policy], probe:
         **options,
         "probe": probe,
         "patch_size": list(match.patch_size),
-        "denoiser": _denoiser_name(match),
+        "denoiser": denoiser.name if isinstance(denoiser, Method) else type(denoiser).__name__,
         "versions": versions(),
     }
