@@ -52,15 +52,15 @@ def forced(stage: Any, policy: Any) -> dict[str, Any]:
 def refusals(stage: Any) -> dict[str, str]:
     """What is said of caches whose rows follow other rules."""
     from sglang.multimodal_gen.runtime.layers.kvcache.qvg_packed_cache import QVGPackedCausalKVCache
-    from tokentrim_sglang.adapter import cache_refusal
+    from tokentrim_sglang.cache import refusal
 
     layer = stage.causal_kv_cache[0]
     packed = QVGPackedCausalKVCache.__new__(QVGPackedCausalKVCache)  # its memory needs a GPU
-    said = {"plain": cache_refusal(layer), "packed": cache_refusal(packed)}
+    said = {"plain": refusal(layer), "packed": refusal(packed)}
     layer.allow_growth = True
-    said["grows"] = cache_refusal(layer)
+    said["grows"] = refusal(layer)
     layer.allow_growth, layer.pinned_start, layer.pinned_len = False, 2 * tiny.TOKENS, tiny.TOKENS
-    said["pinned"] = cache_refusal(layer)
+    said["pinned"] = refusal(layer)
     layer.reset_pinned_sink()
     return said
 

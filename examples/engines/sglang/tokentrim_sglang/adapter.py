@@ -1,8 +1,7 @@
 """SGLang's causal Wan (``CausalWanTransformer3DModel``), as its ``CausalDMDDenoisingStage`` samples from it.
 
 The KV cache is a list of ``CausalSelfAttentionKVCache``, one a layer, seen as an argument of the transformer's calls.
-Rows roll left behind the sink; K lies there after RoPE. A rank of tensor parallelism may hold the memory of all heads
-and write its own only: its rows are then views of those heads. Read in SGLang 0.5.23.
+Rows roll left behind the sink; K lies there after RoPE (``cache.py``). Read in SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from torch import Tensor
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import Adapter, CacheRows, Call, Match, NoMatch, Patches, Phase, Seen, grid_of, hookimpl, layers_of
 
+from .cache import finished_rows, refusal
+
 PARAMETERS = ("hidden_states", "timestep", "kv_cache", "crossattn_cache", "current_start", "start_frame")
 LAYER = ("attn", "head_start", "num_heads")
-FIELDS = ("k", "v", "global_end_index", "local_end_index", "sink_tokens", "global_sink_tokens", "allow_growth")
 HOME = ("get_forward_context_or_none", "get_sp_world_size")
 
 
@@ -66,10 +66,10 @@ class SGLang(Adapter):
         cache = arguments["kv_cache"]
         if cache is None:
             return None
-        if reason := next(filter(None, map(cache_refusal, cache)), ""):
+        if reason := next(filter(None, map(refusal, cache)), ""):
             raise tokentrim.UnsupportedContextError(f"{reason}; nothing is pruned.\nTurn that off, or leave us out.")
         latents: Tensor = arguments["hidden_states"].transpose(1, 2)
-        start = int(arguments["current_start"]) // math.prod(grid_of(latents, self.transformer.patch_size[1:]))
+        start = int(arguments["current_start"]) // self._rows_per_frame(latents)
         return Call(latents, start, cache[0].v, arguments["timestep"], arguments=arguments)
 
     def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -88,13 +88,7 @@ class SGLang(Adapter):
 
     def context(self, call: Call) -> CacheRows:
         """Rows before the current chunk: which are the last ones once the chunk has been written."""
-        cache, per_frame = call.arguments["kv_cache"], math.prod(grid_of(call.latents, self.transformer.patch_size[1:]))
-        held, new = cache[0], call.frames * per_frame
-        written = _end(held, "global") >= call.start * per_frame + new
-        stop = max(_end(held, "local") - (new if written else 0), 0)
-        sinks = min(max(int(held.sink_tokens), int(held.global_sink_tokens)), stop)
-        keys, values = ([*map(_own_heads, self.layers, cache, name * len(cache))] for name in "kv")
-        return CacheRows(values, 0, stop, per_frame, sinks, keys=keys)
+        return finished_rows(call, self.layers, self._rows_per_frame(call.latents))
 
     def prediction(self, call: Call, output: Any) -> Tensor:
         """x0 from flow; noise levels by the request's scheduler, without one timestep / 1000."""
@@ -104,30 +98,8 @@ class SGLang(Adapter):
         sigma = call.timestep / 1000 if scheduler is None else tokentrim.nearest_sigma(scheduler, call.timestep)
         return tokentrim.x0_of_flow(output.transpose(1, 2), call.latents, sigma)
 
-
-def _own_heads(layer: Any, cache: Any, name: str) -> Tensor:
-    """K or V of a layer, of the heads that this rank writes: ``[B, rows, heads, head_dim]``."""
-    whole: Tensor = getattr(cache, name)
-    own = slice(layer.head_start, layer.head_start + layer.num_heads)
-    return whole if whole.shape[2] == layer.num_heads else whole[:, :, own]
-
-
-def _end(layer: Any, which: str) -> int:
-    """A layer's counter of rows; its copy on the host where it keeps one."""
-    on_host = getattr(layer, f"{which}_end_index_int", None)
-    return int(getattr(layer, f"{which}_end_index") if on_host is None else on_host)
-
-
-def cache_refusal(layer: Any) -> str:
-    """Why the rows of a layer's cache follow other rules; empty if they do not."""
-    missing = [name for name in FIELDS if not hasattr(layer, name)]
-    if missing:
-        return f"the KV cache is a {type(layer).__name__} without {', '.join(missing)} (packed or foreign)"
-    if layer.allow_growth:
-        return "the KV cache may grow (allow_growth), which moves its rows to other memory"
-    if int(getattr(layer, "pinned_len", 0)) > 0:
-        return "the KV cache has pinned a chunk of a new scene as its sink (pinned_start), amid rows that we prune"
-    return ""
+    def _rows_per_frame(self, latents: Tensor) -> int:
+        return math.prod(grid_of(latents, self.transformer.patch_size[1:]))
 
 
 @hookimpl
