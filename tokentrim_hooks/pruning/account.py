@@ -51,7 +51,7 @@ class KeyAccount:
         self._most = (context.stop, int(values.shape[1])) if values.ndim == 4 else None
         # What the call that came first after a prune was held to: its other parts are, too.
         self._marked_most: tuple[list[int], tuple[int, int] | None] = ([], None)
-        self._start, self._same = -1, False
+        self._start, self._same, self._beside = -1, False, False
         self._thorough: Callable[[], Tensor] | None = None
         self.layers = LayersAlike(any(each.ndim == 5 for each in context.values))
         """Whether all layers have the same dead rows."""
@@ -67,7 +67,7 @@ class KeyAccount:
         self._kind = context.values[0].dtype
         self._heads = int(context.values[0].shape[-2])
         contents = row_contents(context.values[0], self._kind, self._heads)
-        self._rows = contents.flatten()
+        self._rows, self._places = contents.flatten(), contents.flatten(1)
         frames = context.stop // context.rows_per_frame
         # Float8 is told by its signs, which may well be those of another row.
         told = self._whole and self._kind.itemsize > 1 and frames > 0
@@ -108,8 +108,21 @@ class KeyAccount:
         """All that :meth:`answer` needs of a call's first layer; arguments and shapes as of :meth:`known`."""
         known = self.known(values, new, part)
         self.layers.begin(values)
-        self._flags = [flag is not None for flag in (self._torn, self.layers.waiting)]
-        return [known, *[flag.expand_as(known) for flag in (self._torn, self.layers.waiting) if flag is not None]]
+        flags = (self._torn, self.layers.waiting, self._out_of_place(values, new, part))
+        self._flags = [flag is not None for flag in flags]
+        return [known, *[flag.expand_as(known) for flag in flags if flag is not None]]
+
+    def _out_of_place(self, values: Tensor, new: int, part: Samples | None) -> Tensor | None:
+        """Where a call has as many keys as the cache has room: BoolTensor ``[B, 1]``, whether they are other memory.
+
+        One that reads the whole cache has each row in its place, but for the chunk's own. None: it has not so many, or
+        as many as there are rows.
+        """
+        history, size = self._most or (0, 0)
+        if not values.shape[1] == size == self._places.shape[1] or size == history + new or not self.marked:
+            return None
+        rows = self._places[slice(None) if part is None else slice(part.first, part.stop)]
+        return (row_contents(values, self._kind, self._heads) != rows.to(values.device)).sum(-1, keepdim=True) > new
 
     def answer(
         self, alive: Tensor, read: Tensor, new: int, padded: bool = False, part: Samples | None = None
@@ -117,7 +130,7 @@ class KeyAccount:
         """Once that was read, ``[some, B, keys]`` on the CPU: :meth:`require`, of layers and of frames as well."""
         known, *flags = read
         told = iter(bool(flag.any()) for flag in flags)
-        torn, apart = (has and next(told) for has in self._flags)
+        torn, apart, self._beside = (has and next(told) for has in self._flags)
         self.layers.require(apart)
         self.require(alive, known, new, padded, part)
         if torn and not bool(alive.all()):
@@ -145,13 +158,14 @@ class KeyAccount:
             return
         keys = int(alive.shape[1])
         history, size = most or (keys, keys)
-        more = 0 if padded or keys == size else keys - new - history
+        more = int(self._beside) if padded or keys == size else keys - new - history
         beside = max(_strange(alive, known, new), more)
         if beside > 0 and thorough is not None:
             beside = max(_strange(alive, thorough().cpu(), new), more)
         if beside > 0:
+            count = "some" if self._beside else beside
             raise UnsupportedContextError(
-                f"{beside} of {keys} keys in self attention are no rows of the KV cache: memory that keeps what is "
+                f"{count} of {keys} keys in self attention are no rows of the KV cache: memory that keeps what is "
                 "pruned?\nSwitch it off (a mean, a bank), or write an adapter that spares it, with keeps_memory = True."
             )
 
