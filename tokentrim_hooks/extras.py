@@ -112,7 +112,7 @@ def imported(target: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except Exception as failure:
+    except (Exception, SystemExit) as failure:
         raise TokenTrimError(
             f"cannot import {target}: {in_short(failure)}.\nRun it where that can be imported, or correct the "
             "name."
@@ -124,5 +124,7 @@ def in_short(failure: BaseException) -> str:
     """What somebody's code raised, and in which line of it, in one line."""
     words = " ".join(traceback.format_exception_only(failure)[-1].split())
     frames = [f for f in traceback.extract_tb(failure.__traceback__) if "importlib" not in f.filename]
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
+    last = frames[-1] if frames else None
+    ours = last is None or CHECKOUT / "tokentrim_hooks" in Path(last.filename).parents  # the call itself was wrong
+    where = "" if ours else f" ({last.filename}:{last.lineno})"  # type: ignore[union-attr]
     return f"{words}{where}"

@@ -32,6 +32,7 @@ from tokentrim_hooks.loading import (
     why,
 )
 from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.options import known
 from tokentrim_hooks.report.observers import Observer
 
 DISABLE = "TOKENTRIM_DISABLE_ADAPTERS"
@@ -249,6 +250,7 @@ def make_policy(name: str, **options: Any) -> Policy:
     """
     info = find_policy(name)
     try:
+        known(info.policy, options)
         return info.policy(**options)
     except (TokenTrimError, TypeError, ValueError):
         raise

@@ -119,6 +119,7 @@ WRONG = {
     ("adapters", "--json", f"{__file__}/x"): "cannot make the folder",
     ("bench", "--json", "/proc/x.json"): "cannot write /proc/x.json",
     ("demo", "--device", "cuda:77"): "there is no device 'cuda:77' here",
+    ("demo", "--device", "meta"): "there is no device 'meta' here",
     ("bench", "--device", "nonsense"): "there is no device 'nonsense' here",
     ("compare", "--reference", "--device", "cuda:77"): "there is no device 'cuda:77' here",
     ("report", "none"): "no such folder: none",
@@ -128,6 +129,7 @@ WRONG = {
     ("detect", "torch.nn:Nothing"): "cannot import torch.nn:Nothing",
     ("detect", "torch.nn:Linear"): "torch.nn:Linear cannot be called without arguments: TypeError",
     ("detect", "sys:exit"): "sys:exit cannot be called without arguments: SystemExit",
+    ("completion",): "Missing argument '{bash|fish|zsh}'. Choose from: bash, fish, zsh",
     ("completion", "cmd"): "'cmd' is not one of 'bash', 'fish', 'zsh'",
 }
 

@@ -25,7 +25,11 @@ HOLE = "x" * 10
 INNER = {"AssertionError", "AttributeError", "NotLoggedError", "NotSeparableError", "OSError", "StopIteration",
          "_WrongError", "Injected"}  # fmt: skip
 """What no user reads by itself: kits' findings, Python's protocols, reasons that a message of ours ends with."""
-REASONS = {"tokentrim_hooks/report/fields.py", "tokentrim_hooks/experiments/compare/store.py"}
+REASONS = {
+    "tokentrim_hooks/report/fields.py",
+    "tokentrim_hooks/experiments/compare/store.py",
+    "tokentrim_hooks/metrics/vbench.py",
+}
 """Where a ValueError is such a reason: what a file holds that no run of ours writes."""
 
 VERBS = (

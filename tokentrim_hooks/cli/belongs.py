@@ -10,6 +10,7 @@ from tokentrim_hooks.cli.script.folders import times_of
 from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import VideoError
 from tokentrim_hooks.extras import require
+from tokentrim_hooks.metrics.video import unreadable
 from tokentrim_hooks.report.record import log_in, stream
 
 AFTERWARDS = 2.0
@@ -68,7 +69,7 @@ def _size(video: Path) -> tuple[int, int, int]:
             stream = container.streams.video[0]
             return int(stream.frames), int(stream.height), int(stream.width)
     except (av.error.FFmpegError, IndexError, ValueError) as failure:
-        raise VideoError(f"{video} cannot be read as a video: {failure}.\nGive one that ffmpeg plays.") from failure
+        raise unreadable(video, failure) from failure
 
 
 def _refuse(video: Path, why: str) -> None:

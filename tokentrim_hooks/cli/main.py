@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(tokentrim.main(given, prog_name="tokentrim", standalone_mode=False) or 0)
     except click.UsageError as failure:
         path = failure.ctx.command_path if failure.ctx else name
-        return _say(f"{path}: {failure.format_message()}\nSee `{path} --help`.", WRONG)
+        words = " ".join(failure.format_message().split())  # click lists choices one below the other
+        return _say(f"{path}: {words}\nSee `{path} --help`.", WRONG)
     except TokenTrimError as failure:
         return _say(f"{name}: {failure}", WRONG)
     except OSError as failure:

@@ -16,7 +16,19 @@ from tokentrim_hooks.extras import require_all
 from tokentrim_hooks.report.files import made, told, write
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)
+
+
+class Named(click.Path):
+    """A path. click's own lets an empty one pass, as an unset variable of a shell leaves it: the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if not str(value):
+            self.fail("the name is empty; give one", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = Named(path_type=Path)
 """A folder to write into; whether that can be done is seen by :func:`ready_folder`."""
 STANDARD_OUTPUT = Path("-")
 
@@ -63,13 +75,13 @@ def device(help: str, **more: Any) -> Callable[[Decorated], Decorated]:
 
 
 def _there(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
-    """See that a tensor can be made on the device."""
+    """See that a tensor can be made on the device, and read."""
     if value in (None, "cpu"):
         return value
     import torch
 
     try:
-        torch.empty(0, device=value)
+        torch.ones(1, device=value).item()  # of a tensor on meta nothing can be read
     except (RuntimeError, AssertionError, NotImplementedError) as failure:
         words = str(failure).partition("\n")[0]
         raise click.BadParameter(f"there is no device {value!r} here ({words}); try cpu") from failure

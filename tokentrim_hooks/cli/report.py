@@ -8,16 +8,17 @@ from pathlib import Path
 
 import click
 
+from tokentrim_hooks.cli.options import FOLDER, Named
 from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import ReportError
 
-VIDEO = click.Path(dir_okay=False, path_type=Path)
+VIDEO = Named(dir_okay=False, path_type=Path)
 LARGE, PER_SECOND = 200e6, 15e6
 """Bytes of a log from which on it is said how long reading takes, and how many a second are read."""
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=FOLDER)
 @click.option("--video", type=VIDEO, help="The decoded video of the run, to draw drift maps over.")
 @click.option("--unpatched", type=VIDEO, metavar="VIDEO", help="Of the same noise: shows a filmstrip of both.")
 @click.option("--what-if", multiple=True, metavar="SETTING", help="One more to ask the log about: 'sensitivity=1.5'.")

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokentrim_hooks.errors import VideoError
 
@@ -61,14 +62,26 @@ def read_results(paths: Iterable[str | Path]) -> dict[str, float]:
     raw: dict[str, float] = {}
     for path in paths:
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            raw.update({str(name).replace(" ", "_"): float(value[0]) for name, value in data.items()})
-        except (OSError, ValueError, AttributeError, TypeError, LookupError) as failure:
-            raise VideoError(
-                f"{path} is not a VBench result file: {failure}.\nGive the *_eval_results.json that VBench "
-                "writes."
-            ) from failure
+            raw.update(_result(json.loads(Path(path).read_text(encoding="utf-8"))))
+        except (OSError, ValueError) as failure:
+            words = f"{path} is not a VBench result file: {getattr(failure, 'strerror', None) or failure}"
+            raise VideoError(f"{words}.\nGive the *_eval_results.json that VBench writes.") from failure
     return raw
+
+
+def _result(data: Any) -> dict[str, float]:
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a {type(data).__name__}, not an object of dimensions")
+    found = {str(name).replace(" ", "_"): _score(name, value) for name, value in data.items()}
+    if not found.keys() & {*QUALITY, *SEMANTIC}:
+        raise ValueError("it has none of VBench's dimensions")
+    return found
+
+
+def _score(name: str, value: Any) -> float:
+    if not isinstance(value, list) or not value or isinstance(value[0], bool) or not isinstance(value[0], (int, float)):
+        raise ValueError(f"{name} has no list that begins with a score")
+    return float(value[0])
 
 
 def scores(raw: Mapping[str, float]) -> Scores:

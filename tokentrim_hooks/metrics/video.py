@@ -116,5 +116,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         with av.open(str(path)) as container:
             yield container, container.streams.video[0]
     except (av.error.FFmpegError, IndexError, ValueError) as failure:
-        reason = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
-        raise VideoError(f"{path} cannot be read as a video: {reason}.\nGive one that ffmpeg plays.") from failure
+        raise unreadable(path, failure) from failure
+
+
+def unreadable(path: Path, failure: Exception) -> VideoError:
+    """What to raise where a file is no video that PyAV reads."""
+    none = "it has no video stream" if isinstance(failure, IndexError) else ""
+    reason = none or getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
+    return VideoError(f"{path} cannot be read as a video: {reason}.\nGive one that ffmpeg plays.")

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def known(policy: type[Any], names: Iterable[str]) -> None:
+    """See that a policy has all these options, where it says which it has: where it is a dataclass.
+
+    Raises:
+        TypeError: one that it does not have; the message names what it may have meant, and all there are.
+    """
+    if not dataclasses.is_dataclass(policy):
+        return
+    own = [field.name for field in dataclasses.fields(policy) if field.init]
+    for name in names:
+        if name not in own:
+            alike = difflib.get_close_matches(name, own, n=1)
+            meant = f" (did you mean {alike[0]!r}?)" if alike else ""
+            raise TypeError(f"{policy.__name__} has no option {name!r}{meant}; known: {', '.join(own) or 'none'}")
 
 
 def number(name: str, value: object, low: float, high: float, rule: str) -> None:

@@ -46,7 +46,10 @@ def make_model(target: str) -> Any:
     if not (inspect.isroutine(found) or inspect.isclass(found)):
         return found
     try:
-        return found()
+        made = found()
     except (Exception, SystemExit) as failure:
         words = f"{target} cannot be called without arguments: {in_short(failure)}"
         raise TokenTrimError(f"{words}.\nName a function that makes the whole model by itself.") from failure
+    if made is None:
+        raise TokenTrimError(f"{target} returns None, which is no model; return the model from it")
+    return made

@@ -14,6 +14,7 @@ from tokentrim_hooks.extras import require
 from tokentrim_hooks.handle.handle import judge_of
 from tokentrim_hooks.plugins import make_policy, ready_observer
 from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.options import known
 from tokentrim_hooks.policy.token_trim import DriftPolicy, ObservePolicy
 from tokentrim_hooks.policy.watched import Watched
 from tokentrim_hooks.rollout.shared import Probe
@@ -56,14 +57,15 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as failure:
-        raise TokenTrimError(f"cannot read {path}: {failure}.\nGive a TOML file, see docs/cli.md.") from failure
+        reason = getattr(failure, "strerror", None) or failure
+        raise TokenTrimError(f"cannot read {path}: {reason}.\nGive a TOML file, see docs/cli.md.") from failure
     drift = {field.name for field in dataclasses.fields(DriftPolicy)}
-    known = {"": {"probe", "policy", "policies", "observers"}, "policy.": drift}
+    words = {"": {"probe", "policy", "policies", "observers"}, "policy.": drift}
     for prefix, table in (("", config), ("policy.", config.get("policy", {}))):
         for name in table if isinstance(table, Mapping) else ():
-            if name not in known[prefix]:
-                words = ", ".join(sorted(known[prefix]))
-                raise TokenTrimError(f"{path}: {prefix}{name} is not an option; known: {words}")
+            if name not in words[prefix]:
+                options = ", ".join(sorted(words[prefix]))
+                raise TokenTrimError(f"{path}: {prefix}{name} is not an option; known: {options}")
     for name in ("policy", "policies"):
         if not isinstance(config.get(name, {}), Mapping):
             raise TokenTrimError(f"{path}: {_NEEDED[name]}, got {config[name]!r}")
@@ -105,8 +107,10 @@ def _made(name: str, options: Mapping[str, Any]) -> Policy:
     """The policy of that name; lists of the file become tuples, which a frozen policy can keep."""
     given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
-        # The default needs no plugin: none can take it away.
-        return DriftPolicy(**given) if name == "drift" else make_policy(name, **given)
+        if name != "drift":
+            return make_policy(name, **given)
+        known(DriftPolicy, given)
+        return DriftPolicy(**given)  # the default needs no plugin: none can take it away
     except (TypeError, ValueError) as failure:
         raise TokenTrimError(f"the policy {name} cannot be made so: {failure}") from failure
 

@@ -10,10 +10,13 @@ import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import TracebackType
 
 from tokentrim_hooks.errors import TokenTrimError
+
+EMPTY = "'', an empty name"
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,10 @@ class Target:
         Raises:
             TokenTrimError: it is not.
         """
-        if not is_module and not Path(name).is_file():
-            raise TokenTrimError(f"no such script: {name}\nGive its path; a module's name goes behind -m.")
-        if is_module and not _is_found(name):
-            raise TokenTrimError(f"no such module: {name}\nRun it from the folder that holds it, or install it.")
+        if is_module:
+            _require_module(name)
+        elif not Path(name).is_file():
+            raise TokenTrimError(f"no such script: {name or EMPTY}\nGive its path; a module's name goes behind -m.")
         return cls(name, tuple(arguments), is_module)
 
     def run(self) -> int:
@@ -70,12 +73,36 @@ def _its_own(trace: TracebackType | None) -> TracebackType | None:
     return own  # None where it never began: of a script that cannot be compiled Python shows no frame either
 
 
+def _require_module(name: str) -> None:
+    """See that ``python -m`` could run it.
+
+    Raises:
+        TokenTrimError: it could not.
+    """
+    if name.endswith(".py"):  # a search for it would import the module in front of the dot
+        raise TokenTrimError(f"no such module: {name}\nLeave -m out for a file, or .py for a module.")
+    if not _is_found(name):
+        raise TokenTrimError(f"no such module: {name or EMPTY}\nRun it from the folder that holds it, or install it.")
+    if _cannot_run(name):
+        raise TokenTrimError(f"the package {name} has no __main__ to run.\nName a module in it, as {name}.NAME.")
+
+
 def _is_found(module: str) -> bool:
+    return _spec(module) is not None
+
+
+def _cannot_run(module: str) -> bool:
+    """Whether it is a package without a ``__main__``."""
+    spec = _spec(module)
+    return spec is not None and spec.submodule_search_locations is not None and not _is_found(f"{module}.__main__")
+
+
+def _spec(module: str) -> ModuleSpec | None:
     sys.path.insert(0, os.getcwd())
     try:
-        return importlib.util.find_spec(module) is not None
+        return importlib.util.find_spec(module)
     except (ImportError, ValueError, AttributeError):
-        return False
+        return None
     finally:
         sys.path.remove(os.getcwd())
 

@@ -14,6 +14,7 @@ from tokentrim_hooks.experiments.what_if.replay import PAPER, Replay, of_the_run
 from tokentrim_hooks.plugins import make_policy
 from tokentrim_hooks.policy.adaptive import AdaptivePolicy
 from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.policy.options import known
 from tokentrim_hooks.policy.token_trim import DriftPolicy
 from tokentrim_hooks.report.page import Section
 from tokentrim_hooks.report.record import ChunkRecord, log_in, settings_beside, stream
@@ -87,6 +88,7 @@ def question(text: str, ran: Policy | None = None) -> Policy:
     try:
         options = dict(_pair(item) for item in rest.split(",") if item.strip())
         if name.strip() == "drift":
+            known(DriftPolicy, options)
             return dataclasses.replace(_paper(ran), **options)
         return make_policy(name.strip(), **options)
     except (TypeError, ValueError) as failure:

@@ -104,7 +104,8 @@ def _html(
     sections: Sequence[Section],
 ) -> str:
     if not gathered.runs:
-        raise ReportError("the report holds no chunk; see that the denoiser is called, for more than one chunk")
+        where = "the report" if log is None else log
+        raise ReportError(f"{where} holds no chunk; see that the denoiser is called, for more than one chunk")
     clip = None if frames is None else clip_of(frames)
     drawn = gathered.runs[:DRAWN]
     easel = Easel.of(drawn, fetch, least_of(settings), clip, log)
