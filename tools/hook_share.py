@@ -11,28 +11,28 @@ import time
 from typing import Any
 
 import torch
-from whole_videos import FRAMES, STEPS, WINDOW, Arm, nothing_multiplied
+from whole_models import FRAMES, STEPS, OfReference, nothing_multiplied
+from whole_videos import Arm
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.reference.pipeline import ReferencePipeline
 
 
 class Stamps:
     """CPU time around the denoiser's calls and inside of our hooks, which are the first and the last there."""
 
-    def __init__(self, arm: Arm) -> None:
+    def __init__(self, model: OfReference) -> None:
         self.ours, self._since = 0.0, 0.0
-        generator = arm.generator
-        generator.register_forward_pre_hook(self._stop)
-        generator.register_forward_hook(self._start)
+        denoiser = model.denoiser
+        denoiser.register_forward_pre_hook(self._stop)
+        denoiser.register_forward_hook(self._start)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._start()
-            output = generator(*args, **kwargs)
+            output = denoiser(*args, **kwargs)
             self._stop()
             return output
 
-        arm.generator = call  # no method, for an object that holds the denoiser is taken for another sampler
+        model.denoiser = call  # no method, for an object that holds the denoiser is taken for another sampler
 
     def _start(self, *_: Any) -> None:
         self._since = time.thread_time()
@@ -43,14 +43,9 @@ class Stamps:
 
 def main(options: argparse.Namespace) -> None:
     """Measure and print."""
-
-    def make() -> ReferencePipeline:
-        torch.manual_seed(0)
-        size = {"layers": options.layers, "dim": 1536, "heads": 12, "grid": tuple(options.grid)}
-        return ReferencePipeline.random(local_attn_size=WINDOW, **size)
-
-    arm = Arm(make, [tokentrim.ObservePolicy()], options.chunk + 1)
-    stamps, video, before = Stamps(arm), arm.video(), len(arm.records)
+    model = OfReference(options.layers, tuple(options.grid), torch.float32)
+    arm = Arm(model, [tokentrim.ObservePolicy()], options.chunk + 1)
+    stamps, video, before = Stamps(model), arm.video(), len(arm.records)
     with nothing_multiplied():
         for _ in range(options.chunk):
             next(video)

@@ -1,12 +1,13 @@
 """What whole videos cost at Self-Forcing's width: unpatched, observing, with forced triggers, under CommitWindow.
 
 ``python tools/whole_videos.py`` makes videos of 21 frames, 3 to a chunk, with two of its layers (12 heads of 128) and
-random weights. All 1,560 tokens a frame take a CPU ten minutes per video, so that ``--grid``, ``--layers``, ``--calls``
-and ``--timed`` make it less. Each call is timed; arms take turns, chunk by chunk in one process, so that all meet the
-same machine. Before the clock counts each arm makes a video without products of matrices, in which the first prune of a
-patch is proved, and another one of which the peak memory is taken. With ``--log`` each chunk of an arm is a line of a
-file, and a run that was broken off goes on where it stopped: what was timed before goes without products. Times are CPU
-time of one thread; run it with the two variables that growth.py names.
+random weights; ``--model fastvideo`` takes FastVideo's transformer. All 1,560 tokens a frame take a CPU ten minutes per
+video, so that ``--grid``, ``--layers``, ``--calls`` and ``--timed`` make it less. Each call is timed; arms take turns,
+chunk by chunk in one process, so that all meet the same machine. Before the clock counts each arm makes a video without
+products of matrices, in which the first prune of a patch is proved, and another one of which the peak memory is taken.
+With ``--log`` each chunk of an arm is a line of a file, and a run that was broken off goes on where it stopped: what
+was timed before goes without products. Times are CPU time of one thread; run it with the two variables that growth.py
+names.
 """
 
 from __future__ import annotations
@@ -15,22 +16,17 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from whole_models import MODELS, STEPS, Model, nothing_multiplied
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.experiments.bench.memory import Alive
-from tokentrim_hooks.reference import model as reference
-from tokentrim_hooks.reference.pipeline import ReferencePipeline
 from tokentrim_hooks.testing.policies import ForcedPolicy
 
-WINDOW, FRAMES, STEPS = 21, 3, (1000, 750, 500, 250, 0)
 GRID = (30, 52)
 UNPATCHED, AGAIN, EACH = "unpatched", "unpatched again", "10 % in each chunk"
 SHARES = (0.1, 0.3)
@@ -54,39 +50,18 @@ def _once(share: float) -> str:
     return f"{100 * share:.0f} % once"
 
 
-@contextmanager
-def nothing_multiplied() -> Iterator[None]:
-    """Products of matrices are zeros, attention is its query: what is left of a video's time is little."""
-
-    def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], layer.out_features)
-
-    with (
-        mock.patch.object(reference, "_dot_product", lambda q, k, v: q),
-        mock.patch.object(nn.Linear, "forward", linear),
-    ):
-        yield
-
-
 class Arm:
-    """A model of its own under some policies; one video after the other in one cache."""
+    """A model of its own under some policies; one video after the other."""
 
     def __init__(
         self,
-        make: Callable[[], ReferencePipeline],
+        model: Model,
         policies: list[tokentrim.Policy],
         chunks: int,
         steps: Sequence[int] = STEPS,
     ) -> None:
-        pipeline = make()
-        self.pipeline, self.generator, self.chunks, self.steps = pipeline, pipeline.generator, chunks, steps
-        model = pipeline.generator.model
-        self.grid, self.dtype = model.grid, next(model.parameters()).dtype
-        shape = (1, WINDOW * self.grid[0] * self.grid[1], model.num_heads, model.head_dim)
-        self.cache: list[dict[str, Any]] = [
-            {name: torch.zeros(shape, dtype=self.dtype) for name in "kv"} for _ in range(model.num_layers)
-        ]
-        self.handle = tokentrim.patch(pipeline, policies) if policies else None
+        self.model, self.chunks, self.steps = model, chunks, steps
+        self.handle = tokentrim.patch(model.target, policies) if policies else None
         if policies:
             self._play()  # Proves the first prune, which a patch does once.
 
@@ -99,22 +74,20 @@ class Arm:
         """Bytes of tensors alive at once in a video, the cache included."""
         with Alive() as alive:
             self._play()
-        own = sum(int(rows.nbytes) for layer in self.cache for rows in (layer["k"], layer["v"]))
         found: int = alive.peak
-        return found + own
+        return found + self.model.kept
 
     def video(self) -> Iterator[list[float]]:
         """CPU seconds of each call of a chunk, one chunk after the other."""
-        rng, (height, width) = torch.Generator().manual_seed(1), self.grid
-        for layer in self.cache:
-            layer |= {name: torch.zeros(1, dtype=torch.long) for name in ("global_end_index", "local_end_index")}
+        rng = torch.Generator().manual_seed(1)
+        self.model.begin()
         for chunk in range(self.chunks):
-            noise = torch.randn(1, FRAMES, 3, 4 * height, 4 * width, generator=rng).to(self.dtype)
-            start, latents, seconds = chunk * FRAMES * height * width, noise, []
+            latents = noise = self.model.noise(rng)
+            seconds = []
             for number, step in enumerate(self.steps):
-                timestep, began = torch.full((1, FRAMES), step), time.process_time()
+                began = time.process_time()
                 with torch.no_grad():
-                    x0 = self.generator(latents, None, timestep, kv_cache=self.cache, current_start=start)[1]
+                    x0 = self.model.call(latents, number, step, chunk)
                 seconds.append(time.process_time() - began)
                 latents = x0 if number == len(self.steps) - 2 else noise
             yield seconds
@@ -154,15 +127,10 @@ class Log:
 
 def measure(options: argparse.Namespace, dtype: str, log: Log) -> None:
     """Into the log: the peak of each arm, the seconds of each call, the triggers of the video that was timed."""
-
-    def make() -> ReferencePipeline:
-        torch.manual_seed(0)
-        size = {"layers": options.layers, "dim": 1536, "heads": 12, "grid": tuple(options.grid)}
-        return ReferencePipeline.random(local_attn_size=WINDOW, dtype=getattr(torch, dtype), **size)
-
+    size = (options.layers, tuple(options.grid), getattr(torch, dtype))
     policies = arms(options.chunks, options.at)
     names, steps = chosen(options), (*STEPS[: options.calls - 1], STEPS[-1])
-    made = {name: Arm(make, policies[name], options.chunks, steps) for name in names}
+    made = {name: Arm(MODELS[options.model](*size), policies[name], options.chunks, steps) for name in names}
     for name, arm in made.items():
         if not any("peak" in row and (row["dtype"], row["arm"]) == (dtype, name) for row in log.rows):
             log.add(dtype=dtype, arm=name, peak=arm.peak())
@@ -252,6 +220,7 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument("--model", default="reference", choices=MODELS, help="FastVideo's, or this package's own.")
     parser.add_argument("--grid", type=int, nargs=2, default=GRID, help="Tokens of a frame, height and width.")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=7, help="Of a video; with 7 the window is full.")

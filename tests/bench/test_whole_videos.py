@@ -10,8 +10,9 @@ ONCE = "30 % once"
 
 
 def options(**changes):
-    values = {"grid": (2, 4), "layers": 1, "chunks": 5, "calls": 2, "timed": [3, 4], "at": 3, "arms": [ONCE]}
-    return Namespace(**{**values, **changes})
+    size = {"model": "reference", "grid": (2, 4), "layers": 1}
+    values = {"chunks": 5, "calls": 2, "timed": [3, 4], "at": 3, "arms": [ONCE]}
+    return Namespace(**{**size, **values, **changes})
 
 
 def log_of(tmp_path, arms, chunks, calls):

@@ -274,4 +274,4 @@ OPS = 92
 def test_what_observing_adds(record_property: Any) -> None:
     """In numbers that do not depend on the machine: they may fall, they may not grow unseen."""
     ops, syncs, log = what_observing_adds(tiny.Float32Stage, lambda stage: stage(0, 6), record_property, "fastvideo")
-    assert 0 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))
+    assert OPS - 1 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))

@@ -54,12 +54,21 @@ def make(size: Size) -> Target:
         TokenTrimError: fastvideo is not to be imported, and why.
     """
     shape = FULL if size.full else SMALL
-    parts = _import(size)
-    sampler = Sampler(_transformer(parts, shape, size), parts.set_forward_context, shape, size)
+    made, version = sampler(shape, size)
     words = {"layers": shape.layers, "heads": f"{shape.heads} x {shape.width}", "tokens per frame": shape.tokens,
-             "window": f"{WINDOW} frames", "calls per chunk": len(STEPS) + 1, "fastvideo": parts.version}  # fmt: skip
+             "window": f"{WINDOW} frames", "calls per chunk": len(STEPS) + 1, "fastvideo": version}  # fmt: skip
     steps = len(STEPS) + 1
-    return Target(sampler, lambda: sampler(0), words, sampler.transformer, calls=steps, frames_dim=2)
+    return Target(made, lambda: made(0), words, made.transformer, calls=steps, frames_dim=2)
+
+
+def sampler(shape: Shape, size: Size) -> tuple[Sampler, str]:
+    """The transformer on random weights with its sampler, and FastVideo's version.
+
+    Raises:
+        TokenTrimError: fastvideo is not to be imported, and why.
+    """
+    parts = _import(size)
+    return Sampler(_transformer(parts, shape, size), parts.set_forward_context, shape, size), parts.version
 
 
 class Sampler(nn.Module):
@@ -74,7 +83,7 @@ class Sampler(nn.Module):
     def forward(self, seed: int) -> Tensor:
         """One video, latents ``[1, 16, F, H, W]``."""
         torch.manual_seed(seed)
-        kv, cross = self._caches()
+        kv, cross = self.caches()
         convert = pred_noise_to_pred_video  # named here, as in the stage's forward: by that a loop like its own is told
         return torch.cat([self._chunk(FRAMES * i, kv, cross, convert) for i in range(self.size.chunks)], dim=2)
 
@@ -85,15 +94,16 @@ class Sampler(nn.Module):
             sigma = step / 1000
             if index:
                 x = (1 - sigma) * clean + sigma * self._noise()
-            clean = convert(self._call(x, step, index, start, kv, cross), x, sigma)
-        self._call(clean, 0, 0, start, kv, cross)
+            clean = convert(self.call(x, step, index, start, kv, cross), x, sigma)
+        self.call(clean, 0, 0, start, kv, cross)
         return clean
 
     def _noise(self) -> Tensor:
         shape = (1, 16, FRAMES, self.shape.height, self.shape.latent_width)
         return torch.randn(shape, device=self.size.device, dtype=self.size.dtype)
 
-    def _call(self, x: Tensor, timestep: int, index: int, start: int, kv: Any, cross: Any) -> Tensor:
+    def call(self, x: Tensor, timestep: int, index: int, start: int, kv: Any, cross: Any) -> Tensor:
+        """Flow ``[B, 16, F, H, W]`` of the chunk that begins at frame ``start``; ``index`` is the step's ordinal."""
         context: AbstractContextManager[Any] = self.context(current_timestep=index, attn_metadata=None)
         with context:
             flow: Tensor = self.transformer(
@@ -102,7 +112,8 @@ class Sampler(nn.Module):
             )  # fmt: skip
         return flow
 
-    def _caches(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def caches(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Empty ones of self attention and of cross attention, by layer."""
         rows = (1, WINDOW * self.shape.tokens, self.shape.heads, self.shape.width)
         place = {"device": self.size.device, "dtype": self.size.dtype}
         layers = range(self.shape.layers)

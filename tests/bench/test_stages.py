@@ -1,0 +1,33 @@
+"""What the tools say that a chunk's time and the demo's regenerations consist of adds up."""
+
+from types import SimpleNamespace
+
+import demo_share
+import stages
+
+
+def test_stages_stop_while_inner_ones_run_and_all_of_them_are_met():
+    clock = stages.Clock()
+    with clock.on():
+        rows = stages.by_chunk(64, stages.WARM + 3, stages.observed, clock)
+    ours = [stage for stage in stages.STAGES if "by hand" not in stage]
+    assert all(row[stage] > 0 for row in rows for stage in ours), rows
+    for row in rows:
+        assert sum(row[stage] for stage in ours) < row["in all"]
+
+
+def test_functions_are_as_they_were_behind_the_clock():
+    before = {place: getattr(*place) for places in stages.STAGES.values() for place in places}
+    with stages.Clock().on():
+        assert all(getattr(*place) != was for place, was in before.items())
+    assert {place: getattr(*place) for place in before} == before
+
+
+def test_a_flagged_video_pays_for_its_own_calls_only():
+    def record(chunk, pruned):
+        own = {"video": 0, "chunk": chunk, "phases": {"refine": 4, "commit": 1}}
+        return SimpleNamespace(**own, pruned=pruned, extra_calls=5 if chunk == 1 else 0)
+
+    # Two videos, two chunks: one video is flagged in the second one.
+    records = [record(0, False), record(0, False), record(1, True), record(1, False)]
+    assert demo_share.flagged(records) == (1 / 4, 1 / 2, 5 / 20)
