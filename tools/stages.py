@@ -12,6 +12,7 @@ import argparse
 import builtins
 import functools
 import statistics
+import sys
 import time
 import types
 from collections import defaultdict
@@ -107,6 +108,26 @@ def by_chunk(tokens: int, count: int, watched: Callable[[Any], Any], clock: Cloc
     return rows[WARM:]
 
 
+def functions(tokens: int, watched: Callable[[Any], Any], count: int = 12) -> float:
+    """Functions of Python that a chunk runs into because it is watched, torch's and those of hooks among them."""
+    model, found = constant(tokens), []
+    for watch in (nullcontext, watched):
+        calls, stamps = 0, []
+
+        def note(_frame: Any, event: str, _argument: Any) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        with watch(model):
+            sys.setprofile(note)
+            try:
+                stamps += [calls for _ in chunks(model, count)]
+            finally:
+                sys.setprofile(None)
+        found.append((stamps[-1] - stamps[2]) / (count - 3))
+    return found[1] - found[0]
+
+
 def measure(tokens: int, rounds: int, count: int) -> None:
     """Print one size."""
     arms: dict[str, tuple[Callable[[Any], Any], bool]] = {
@@ -124,10 +145,11 @@ def measure(tokens: int, rounds: int, count: int) -> None:
                 rows[name] += by_chunk(tokens, count, watched, clock)
     middle = {name: _medians(found) for name, found in rows.items()}
     nothing = middle["unpatched"]["in all"]
-    for arm in ("patched", "by hand"):
+    for arm, watched in (("patched", observed), ("by hand", by_hand)):
         clocked = middle[f"{arm}, with clocks"]
         whole = clocked.pop("in all") - nothing
         print(f"{tokens} tokens, {arm}: {middle[arm]['in all'] - nothing:.3f} ms a chunk, {whole:.3f} with clocks")
+        print(f"  functions of Python that it runs into: {functions(tokens, watched):.0f}")
         for stage in (name for name in STAGES if name in clocked):
             print(f"  {clocked[stage]:.3f}  {stage}")
         print(f"  {whole - sum(clocked.values()):.3f}  torch's hooks and what keeps them out of its compiler, clocks")

@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import demo_share
 import stages
 
+FUNCTIONS = 792
+"""Functions of Python that a chunk of five calls runs into, at most: one more in each call is too many."""
+
 
 def test_stages_stop_while_inner_ones_run_and_all_of_them_are_met():
     clock = stages.Clock()
@@ -31,3 +34,10 @@ def test_a_flagged_video_pays_for_its_own_calls_only():
     # Two videos, two chunks: one video is flagged in the second one.
     records = [record(0, False), record(0, False), record(1, True), record(1, False)]
     assert demo_share.flagged(records) == (1 / 4, 1 / 2, 5 / 20)
+
+
+def test_functions_per_chunk_do_not_grow():
+    # Of CPython 3.11 and torch 2.13; later ones of Python call none for a comprehension.
+    found = {tokens: stages.functions(tokens, stages.observed) for tokens in (64, 1560)}
+    assert found[64] == found[1560], "as many whatever the size"
+    assert 0 < found[64] <= FUNCTIONS, found
