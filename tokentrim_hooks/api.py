@@ -173,12 +173,18 @@ def _policies(given: Policy | Sequence[Policy] | None) -> list[Policy]:
     policies: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     for policy in policies:
         if not isinstance(policy, Policy):
-            raise TypeError(
-                "policy must be an object derived from tokentrim_hooks.Policy, with judge(chunk, history), "
-                f"got {policy!r}"
-            )
+            raise TypeError(f"policy must be an object derived from tokentrim_hooks.Policy, {_instead_of(policy)}")
     judge_of(policies)
     return policies
+
+
+def _instead_of(given: Any) -> str:
+    """What was given for a policy, and what may have been meant."""
+    if isinstance(given, type) and issubclass(given, Policy):
+        return f"got the class {given.__name__}: call it, {given.__name__}()"
+    if isinstance(given, str):
+        return f"got {given!r}: make one of a name by tokentrim_hooks.make_policy(name)"
+    return f"with judge(chunk, history), got {given!r}"
 
 
 def _require_hooks(adapter: type[Adapter[Any]], policies: Sequence[Policy]) -> None:

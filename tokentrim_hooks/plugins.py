@@ -31,8 +31,8 @@ from tokentrim_hooks.loading import (
     tokentrim_policies,
     why,
 )
+from tokentrim_hooks.policy import options as checks
 from tokentrim_hooks.policy.base import Policy
-from tokentrim_hooks.policy.options import known
 from tokentrim_hooks.report.observers import Observer
 
 DISABLE = "TOKENTRIM_DISABLE_ADAPTERS"
@@ -178,8 +178,9 @@ def _named(kind: str, kinds: str, name: str, infos: Sequence[Named], unknown: Ca
         raise PluginError(
             f"two {kinds} are named {name!r}, from {origins}; uninstall one of them, or name it in {DISABLE}"
         )
-    known = ", ".join(sorted({info.name for info in infos if not info.error})) or "none"
-    raise unknown(f"no {kind} named {name!r};{_meant(name, known)} installed: {known}{not_used()}")
+    known = sorted({info.name for info in infos if not info.error})
+    there = ", ".join(known) or "none"
+    raise unknown(f"no {kind} named {name!r};{meant(name, known)} installed: {there}{not_used()}")
 
 
 def not_used() -> str:
@@ -188,9 +189,9 @@ def not_used() -> str:
     return f"; not used: {names} (see `tokentrim adapters`)" if names else ""
 
 
-def _meant(name: str, known: str) -> str:
-    """The known name that looks most like the one given."""
-    alike = difflib.get_close_matches(name, known.split(", "), n=1)
+def meant(name: str, known: Iterable[str]) -> str:
+    """For a message: the known name that looks most like the one given, if one does."""
+    alike = difflib.get_close_matches(str(name), list(known), n=1)
     return f" did you mean {alike[0]!r}?" if alike else ""
 
 
@@ -250,7 +251,7 @@ def make_policy(name: str, **options: Any) -> Policy:
     """
     info = find_policy(name)
     try:
-        known(info.policy, options)
+        checks.known(info.policy, options)
         return info.policy(**options)
     except (TokenTrimError, TypeError, ValueError):
         raise
@@ -273,6 +274,7 @@ __all__ = [
     "left_out",
     "make_observer",
     "make_policy",
+    "meant",
     "ready_observer",
     "tokentrim_adapters",
     "tokentrim_observers",

@@ -54,6 +54,7 @@ OPEN = {
     "tokentrim_hooks/experiments/compare/settings.py": "setting ",
     "tokentrim_hooks/experiments/compare/store.py": f"{HOLE} is not an outcome",
     "tokentrim_hooks/failures.py": "tokentrim stepped aside",
+    "tokentrim_hooks/handle/choice.py": "no adapter named",
     "tokentrim_hooks/loading.py": "plugin ",
     "tokentrim_hooks/plugins.py": "",
     "tokentrim_hooks/ranks/agreement.py": "rank ",

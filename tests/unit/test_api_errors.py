@@ -36,6 +36,21 @@ def test_unsupported_object(stranger):
     assert len(message.splitlines()) == 2 and all(item.reason and not item.near for item in found)
 
 
+def test_what_was_meant_is_said(pipeline):
+    with pytest.raises(tokentrim.UnsupportedModelError, match=r"the class ReferencePipeline.*make one of it"):
+        tokentrim.patch(type(pipeline))
+    with pytest.raises(TypeError, match=r"got the class DriftPolicy: call it, DriftPolicy\(\)"):
+        tokentrim.patch(pipeline, tokentrim.DriftPolicy)
+    with pytest.raises(TypeError, match=r"got 'drift': make one of a name by tokentrim_hooks.make_policy\(name\)"):
+        tokentrim.patch(pipeline, "drift")
+    with pytest.raises(tokentrim.UnknownAdapterError, match=r"did you mean 'self-forcing'\? installed: "):
+        tokentrim.patch(pipeline, adapter="self-forcin")
+    with pytest.raises(tokentrim.UnknownPolicyError, match="no policy named 3; installed: "):
+        tokentrim.make_policy(3)
+    with pytest.raises(TypeError, match=r"no option 'fracton' \(did you mean 'fraction'\?\); known: "):
+        tokentrim.make_policy("drift", fracton=0.1)
+
+
 def test_unsupported_object_without_any_adapter(monkeypatch):
     monkeypatch.setattr(plugins, "found", lambda: plugins.Found((), ()))
     with pytest.raises(tokentrim.UnsupportedModelError, match="no adapter is installed or enabled"):
@@ -79,7 +94,7 @@ def test_a_third_partys_more_specific_adapter_wins_over_a_built_in_one(monkeypat
 
 
 def test_unknown_adapter_name(pipeline):
-    with pytest.raises(tokentrim.UnknownAdapterError, match=r"'self_forcing'; installed: .*self-forcing"):
+    with pytest.raises(tokentrim.UnknownAdapterError, match=r"did you mean 'self-forcing'\? installed"):
         tokentrim.patch(pipeline, adapter="self_forcing")
 
 
@@ -102,8 +117,9 @@ def test_a_probe_that_crashes_is_a_reason(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ({"policy": "aggressive"}, TypeError, "judge"),
-        ({"policy": tokentrim.DriftPolicy}, TypeError, "judge"),
+        ({"policy": "aggressive"}, TypeError, "make one of a name"),
+        ({"policy": tokentrim.DriftPolicy}, TypeError, "call it"),
+        ({"policy": [object()]}, TypeError, "with judge"),
         ({"probe": "last"}, ValueError, "'first-step' or 'candidate'"),
         ({"on_error": "ignore"}, ValueError, "'raise' or 'warn'"),
     ],

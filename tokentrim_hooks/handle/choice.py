@@ -18,7 +18,7 @@ from tokentrim_hooks.errors import (
     UnsupportedModelError,
 )
 from tokentrim_hooks.loading import asked, check_class
-from tokentrim_hooks.plugins import AdapterInfo, left_out, not_used, usable_adapters
+from tokentrim_hooks.plugins import AdapterInfo, left_out, meant, not_used, usable_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ def _named(name: str) -> AdapterInfo:
             f"plugin {name!r} ({broken[0].distribution}) cannot be used: {broken[0].error}.\nInstall a version that "
             "works, or uninstall it."
         )
-    raise UnknownAdapterError(f"no adapter named {name!r}; installed: {', '.join(usable) or 'none'}")
+    there = ", ".join(usable) or "none"
+    raise UnknownAdapterError(f"no adapter named {name!r};{meant(name, usable)} installed: {there}")
 
 
 def _refuse_wrapped(model: Any) -> None:
@@ -160,6 +161,8 @@ def _refusal(model: Any, found: list[Detection]) -> str:
             f"cannot patch {kind}: no adapter is installed or enabled; install this package with pip "
             "(adapters are found through entry points) and see `tokentrim adapters`"
         )
+    if isinstance(model, type):
+        return f"cannot patch the class {model.__qualname__}: it holds no model yet; make one of it, and patch that"
     first = min(found, key=lambda item: (-item.near, len(item.reason)))
     says = f"none of {len(found)} adapters finds in it what it looks for"
     if first.near or len(found) == 1:
