@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from tokentrim_hooks import (
     is_driven_by,
     lacks,
     parameters_of,
+    strand,
 )
 
 DISPATCHER = "dispatch_attention_fn"
@@ -95,44 +98,60 @@ def trouble(transformer: Any, attentions: Sequence[Any]) -> str:
     return ""
 
 
-class Overheard:
+@dataclass
+class Heard:
+    """What a pipeline was heard to call, in one thread or task; ``failure`` is what could not be understood."""
+
+    failure: Exception | None = None
+
+
+HeardT = TypeVar("HeardT", bound=Heard)
+
+
+class Overheard(Generic[HeardT]):
     """Listens to what a pipeline calls beside the transformer.
 
     A failure to understand it is kept for the next transformer call, where ``on_error`` decides what becomes of it.
+    A second thread on the same pipeline is refused at its first transformer call, and has called other things before:
+    so each has what it was heard to call, and the first one's video does not begin anew by it.
+
+    Args:
+        pipeline: whose calls count. Its copies have its methods, and all pipelines of a module share its functions.
+        nothing: makes what is known before anything is heard.
     """
 
-    def __init__(self) -> None:
-        self.failure: Exception | None = None
+    def __init__(self, pipeline: Any, nothing: Callable[[], HeardT]) -> None:
+        self._pipeline, self._nothing = pipeline, nothing
+        self._known: WeakKeyDictionary[object, HeardT] = WeakKeyDictionary()
+
+    @property
+    def here(self) -> HeardT:
+        """What was heard in the running thread or task."""
+        return self._known.setdefault(strand(), self._nothing())
 
     def listen(
-        self,
-        patches: Patches,
-        owner: Any,
-        name: str,
-        learn: Callable[[Mapping[str, Any], Any], None],
-        pipeline: Any = None,
+        self, patches: Patches, owner: Any, name: str, learn: Callable[[HeardT, Mapping[str, Any], Any], None]
     ) -> None:
-        """Have ``learn(arguments, result)`` told of every call of the method or function ``owner.name``.
-
-        Of a function that all pipelines of a module share, those calls only that ``pipeline`` makes.
-        """
+        """Have ``learn(here, arguments, result)`` told of the pipeline's calls of a method or function."""
 
         def heard(wrapped: Any, _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result = wrapped(*args, **kwargs)
-            if pipeline is not None and not is_driven_by(pipeline, pipeline.transformer):
+            if not is_driven_by(self._pipeline, self._pipeline.transformer):
                 return result
+            here = self.here
             try:
-                learn(bind(wrapped, args, kwargs), result)
+                learn(here, bind(wrapped, args, kwargs), result)
             except Exception as failure:
-                self.failure = self.failure or failure
+                here.failure = here.failure or failure
             return result
 
         patches.wrap(owner, name, heard)
 
     def require(self, subject: str) -> None:
         """Raise UnsupportedContextError if something was not understood."""
-        if self.failure is not None:
-            raise UnsupportedContextError(f"cannot follow this pipeline's {subject}") from self.failure
+        failure = self.here.failure
+        if failure is not None:
+            raise UnsupportedContextError(f"cannot follow this pipeline's {subject}") from failure
 
 
 def sigma_of(scheduler: Any, step: int, timestep: Tensor) -> Tensor:

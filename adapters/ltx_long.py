@@ -35,7 +35,7 @@ from tokentrim_hooks import (
     layers_of,
 )
 
-from ._diffusers import PINNED, Overheard, recognised, sample_of, tap_dispatch, trouble
+from ._diffusers import PINNED, Heard, Overheard, recognised, sample_of, tap_dispatch, trouble
 
 COORDINATES = "build_video_coords_for_window"
 PARTS = ("latents", "overlap_len", "guiding_len", "negative_len")
@@ -60,6 +60,15 @@ class Window:
     def size(self) -> tuple[int, int]:
         """Height and width in tokens."""
         return int(self.latents.shape[3]), int(self.latents.shape[4])
+
+
+@dataclass
+class Told(Heard):
+    """The window that the pipeline is at, the coordinates of its next call, and how many calls it has made in it."""
+
+    window: Window | None = None
+    coordinates: Tensor | None = None
+    step: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,23 +110,17 @@ class LTXLong(Adapter[WindowCall]):
     def attach(self, model: Any, patches: Patches) -> None:
         """Listen to the pipeline; tap the dispatcher, which cross attention calls as well."""
         self.pipeline = model
-        self._window: Window | None = None
-        self._coordinates: Tensor | None = None
-        self._step = -1
-        self._overheard = Overheard()
-        self._overheard.listen(patches, model, "prepare_latents", self._begin_video)
-        self._overheard.listen(patches, _pipeline_home(model), COORDINATES, self._follow, model)
+        self._overheard = Overheard(model, Told)
+        self._overheard.listen(patches, model, "prepare_latents", _begin_video)
+        self._overheard.listen(patches, _pipeline_home(model), COORDINATES, self._follow)
         tap_dispatch(patches, _self_attentions(model.transformer))
 
-    def _begin_video(self, _given: Mapping[str, Any], _latents: Any) -> None:
-        self._window = None
-
-    def _follow(self, given: Mapping[str, Any], coordinates: Tensor) -> None:
+    def _follow(self, told: Told, given: Mapping[str, Any], coordinates: Tensor) -> None:
         """Told before every transformer call what its tokens are."""
-        self._coordinates, self._overheard.failure = coordinates, None
-        if self._window is None or self._window.latents is not given["latents"]:
-            self._window, self._step = self._next_window(self._window, given), -1
-        self._step += 1
+        told.coordinates, told.failure = coordinates, None
+        if told.window is None or told.window.latents is not given["latents"]:
+            told.window, told.step = self._next_window(told.window, given), -1
+        told.step += 1
 
     def _next_window(self, last: Window | None, given: Mapping[str, Any]) -> Window:
         latents, own = given["latents"], int(self.pipeline._current_tile_T)
@@ -130,14 +133,15 @@ class LTXLong(Adapter[WindowCall]):
 
     def parse(self, arguments: Mapping[str, Any]) -> WindowCall | None:
         """Read one call; without coordinates from this pipeline's loop it is not a rollout's."""
-        window = self._window
-        if arguments["video_coords"] is None or arguments["video_coords"] is not self._coordinates:
+        told = self._overheard.here
+        window = told.window
+        if arguments["video_coords"] is None or arguments["video_coords"] is not told.coordinates:
             return None
         self._overheard.require("windows")
         if window is None:
             return None
         reason = trouble(self.pipeline.transformer, _self_attentions(self.pipeline.transformer))
-        if self._step == 0 and reason:
+        if told.step == 0 and reason:
             raise UnsupportedContextError(reason)
         return WindowCall(
             _own(arguments["hidden_states"], window),
@@ -145,7 +149,7 @@ class LTXLong(Adapter[WindowCall]):
             commits=False,
             arguments=arguments,
             window=window,
-            step=self._step,
+            step=told.step,
         )
 
     def phase(self, call: WindowCall, seen: Seen) -> Phase:
@@ -171,6 +175,10 @@ class LTXLong(Adapter[WindowCall]):
             (Role.ANCHOR, range(PINNED, PINNED + window.pinned)),
         )
         return KeyLayout(tuple(Segment(role, frames, *window.size) for role, frames in parts if frames))
+
+
+def _begin_video(told: Told, _given: Mapping[str, Any], _latents: Any) -> None:
+    told.window = None
 
 
 def _own(tokens: Tensor, window: Window) -> Tensor:

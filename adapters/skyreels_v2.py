@@ -32,11 +32,19 @@ from tokentrim_hooks import (
     layers_of,
 )
 
-from ._diffusers import Overheard, recognised, tap_dispatch, trouble
+from ._diffusers import Heard, Overheard, recognised, tap_dispatch, trouble
 from ._skyreels_window import Window, chunk_of, next_window
 
 PREPARES = ("video_latents", "overlap_history_latent_frames", "long_video_iter")
 PLANS = ("step_template", "ar_step", "num_pre_ready", "causal_block_size")
+
+
+@dataclass
+class Schedule(Heard):
+    """The window that the pipeline is at, and the latest call: its window, row, and branch of guidance."""
+
+    window: Window | None = None
+    latest: tuple[Window | None, int, int] = (None, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,25 +92,22 @@ class SkyReelsV2(Adapter[WindowCall]):
     def attach(self, model: Any, patches: Patches) -> None:
         """Listen to the schedule on the pipeline; tap the dispatcher, which cross attention calls as well."""
         self.pipeline = model
-        self.window: Window | None = None
-        self._seen: tuple[Window | None, int, int] = (None, 0, 0)
-        self._overheard = Overheard()
-        self._overheard.listen(patches, model, "prepare_latents", self._prepare)
+        self._overheard = Overheard(model, Schedule)
+        self._overheard.listen(patches, model, "prepare_latents", _prepare)
         self._overheard.listen(patches, model, "generate_timestep_matrix", self._plan)
         tap_dispatch(patches, _self_attentions(model.transformer))
 
     # ------------------------------------------------------------------------------------------ the schedule
 
-    def _prepare(self, given: Mapping[str, Any], prepared: Any) -> None:
-        """A window begins. Until it is understood there is none."""
-        last, self.window, self._overheard.failure = self.window, None, None
-        latents, _, prefix, length = prepared
-        self.window = next_window(last, given, latents, prefix, int(length))
-
-    def _plan(self, given: Mapping[str, Any], planned: Any) -> None:
+    def _plan(self, schedule: Schedule, given: Mapping[str, Any], planned: Any) -> None:
         """The window's step matrix is drawn up."""
-        if self.window is not None:
-            self.window.plan(given, planned, self.pipeline.scheduler.sigmas)
+        if schedule.window is not None:
+            schedule.window.plan(given, planned, self.pipeline.scheduler.sigmas)
+
+    @property
+    def window(self) -> Window | None:
+        """The one that the pipeline is at, in this thread."""
+        return self._overheard.here.window
 
     # ------------------------------------------------------------------------------------------ calls
 
@@ -132,9 +137,10 @@ class SkyReelsV2(Adapter[WindowCall]):
 
     def _branch(self, window: Window, row: int) -> int:
         """Guidance calls the transformer a second time at the same row: that is another branch."""
-        last_window, last_row, count = self._seen
+        schedule = self._overheard.here
+        last_window, last_row, count = schedule.latest
         branch = count + 1 if last_window is window and last_row == row else 0
-        self._seen = (window, row, branch)
+        schedule.latest = (window, row, branch)
         return branch
 
     def _check(self, window: Window) -> None:
@@ -180,6 +186,13 @@ class SkyReelsV2(Adapter[WindowCall]):
         block, first = window.blocks[call.newest - 1], window.intervals[row][0]
         ready = window.steps[row][block.first] >= window.clean and block.first >= first
         return chunk_of(call.arguments["hidden_states"], block, first) if ready else None
+
+
+def _prepare(schedule: Schedule, given: Mapping[str, Any], prepared: Any) -> None:
+    """A window begins. Until it is understood there is none."""
+    last, schedule.window, schedule.failure = schedule.window, None, None
+    latents, _, prefix, length = prepared
+    schedule.window = next_window(last, given, latents, prefix, int(length))
 
 
 def _clean(call: WindowCall, output: Any, chunk: int) -> Tensor:

@@ -221,3 +221,26 @@ def test_a_count_does_not_matter_while_nothing_is_pruned(target):
     with tokentrim.patched(pipeline, tokentrim.ObservePolicy()) as handle:
         target.run(pipeline)
     assert any(record.severity is not None for record in handle.report)
+
+
+@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[5]], ids=lambda target: target.name)
+def test_a_call_that_is_answered_from_an_earlier_one_is_told_as_such(target):
+    """TeaCache's kind: by how far the input has moved since, which a repeated call's has not."""
+    pipeline, kept = target.make(), SimpleNamespace(input=None, output=None)
+    denoiser = target.denoiser(pipeline)
+    inner = getattr(denoiser, "model", denoiser)  # the reference model makes x0 of flow around it
+    original = inner.forward
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        given = args[0] if args else kwargs["hidden_states"]
+        if kept.input is None or kept.input.shape != given.shape or not kept.input.equal(given):
+            kept.input, kept.output = given.clone(), original(*args, **kwargs)
+        return kept.output
+
+    inner.forward = forward
+    right = target.run(target.make())
+    with pytest.warns(tokentrim.TokenTrimWarning) as told, tokentrim.patched(pipeline, POLICY) as handle:
+        video = target.run(pipeline)
+    assert video.equal(right) and handle.report.triggers == 0
+    assert len(told) == 1 and "TeaCache" in str(told[0].message)

@@ -212,10 +212,7 @@ class Pruner:
         proof, numbers = self.proof, [*self._shown, self._numbers()]
         calls, dead = min(calls for calls, _ in numbers), max(dead for _, dead in numbers)  # not of what is hidden
         wanted = max(proof.expected, 1) if self._last else 1
-        proof.finding = f"{calls} of {wanted} attention calls tapped, {dead} dead keys dropped, output finite: {finite}"
-        if calls >= wanted and not dead:
-            proof.finding += "; no mark in the V that attention reads: context() must name it, neither a copy nor K"
-        holds = finite and dead > 0 and calls >= wanted
+        holds = proof.shows(calls, wanted, dead, finite)
         if not holds:
             self.give_up()
         elif not proof.proven:

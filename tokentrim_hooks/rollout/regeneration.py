@@ -252,12 +252,7 @@ class Regenerator:
         self.pruner.give_up()
         found.tokens, found.dead = [], 0
         found.notes.append("self-check failed: pruning is off")
-        warnings.warn(
-            f"a prune could not be proved ({self.pruner.proof.finding}); it was undone, and this model is only "
-            "observed from now on",
-            TokenTrimWarning,
-            stacklevel=2,
-        )
+        warnings.warn(self.pruner.proof.refusal(), TokenTrimWarning, stacklevel=2)
         # The failed attempt has poisoned what the denoiser wrote of this chunk: write it once more.
         found.extra_calls += len(case.steps)
         return self._second_opinion(case, found, self._replays.replay(case.module, case.steps))

@@ -13,6 +13,12 @@ from tokentrim_hooks.rollout.repeat.recall import Recall
 
 OVERLOOKED = "not all attention of this call was tapped: what is dead in the sequence may have been read"
 
+UNTAPPED = (
+    "Switch off what answers with an earlier call's numbers (TeaCache); or was attention replaced after the patch? "
+    "Then patch again, with replace=True."
+)
+"""What to do where less attention of a call was tapped than there is; what of both it is nobody can tell."""
+
 
 @dataclass
 class Proof:
@@ -24,6 +30,7 @@ class Proof:
         enabled: False once the self-check of a prune failed. proven: True once it passed. finding: what it found.
         repeated: denoisers (referred to weakly) whose calls were shown to give the same when they are made twice.
         ordered: denoisers that were asked for the order of their rows.
+        untapped: whether that was less attention than there is.
         in_sequence: whether the context lies in the sequence, as far as is known: copies of it carry no mark.
         parts: which denoisers can be called with some samples of a batch. recall: what is put back for repeated calls.
         overlooked: whether a call read, as it seems, what is dead, which is said once.
@@ -34,12 +41,26 @@ class Proof:
     enabled: bool = True
     proven: bool = False
     finding: str = ""
+    untapped: bool = False
     repeated: list[Callable[[], object]] = field(default_factory=list)
     ordered: list[Callable[[], object]] = field(default_factory=list)
     in_sequence: bool = False
     parts: Parts = field(default_factory=Parts)
     recall: Recall = field(default_factory=Recall)
     overlooked: bool = False
+
+    def shows(self, calls: int, wanted: int, dead: int, finite: bool) -> bool:
+        """Whether a replay behind a prune has left dead keys out at every attention call; keeps what it found."""
+        self.finding = f"{calls} of {wanted} attention calls tapped, {dead} dead keys dropped, output finite: {finite}"
+        self.untapped = calls < wanted
+        if not (self.untapped or dead):
+            self.finding += "; no mark in the V that attention reads: context() must name it, neither a copy nor K"
+        return finite and dead > 0 and not self.untapped
+
+    def refusal(self) -> str:
+        """What is told of a prune that was not proved."""
+        words = f"a prune could not be proved ({self.finding}); it was undone, and from now on we only observe"
+        return f"{words}.\n{UNTAPPED}" if self.untapped else words
 
     def repeats(self, denoiser: object) -> bool:
         """Whether a call of it was shown to give the same when it is made twice."""
@@ -62,7 +83,7 @@ class Proof:
         if not told:
             warnings.warn(
                 f"pruned tokens may have been read: {tap.calls} of {wanted} attention calls of a call were tapped.\n"
-                "Patch again, with replace=True, if attention was replaced after the patch.",
+                + UNTAPPED,
                 TokenTrimWarning,
                 stacklevel=2,
             )
