@@ -104,9 +104,9 @@ SURVIVED = (
     ),
     planted(
         "rollout",
-        "pruner",
-        "dead > 0 and calls >= wanted",
-        "dead > 0 and calls > 0",
+        "repeat/shown",
+        "self.untapped = calls < wanted",
+        "self.untapped = calls == 0",
         "the self-check is content with one tapped layer",
         OURS + "a_prune_is_not_proved_while_a_layer_is_not_tapped",
     ),
