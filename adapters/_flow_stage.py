@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokentrim_hooks import Call, Patches, Phase, Seen, default_phase, nearest_sigma, shares_storage, x0_of_flow
 
@@ -20,12 +20,13 @@ CONVERT = "_convert_flow_pred_to_x0"
 
 
 def stage_of(model: Any, refusal: Callable[[Any], str]) -> Any:
-    """The stage of a composed pipeline whose transformer is not refused; else the model itself."""
+    """The stage of a composed pipeline whose transformer is not refused, else one whose is; else the model itself."""
     stages = getattr(model, "stages", None)
     if not isinstance(stages, Sequence):
         return model
-    fitting = [stage for stage in stages if not refusal(getattr(stage, "transformer", None))]
-    return fitting[0] if fitting else model
+    having = [stage for stage in stages if isinstance(getattr(stage, "transformer", None), nn.Module)]
+    fitting = [stage for stage in having if not refusal(stage.transformer)]
+    return next(iter([*fitting, *having]), model)
 
 
 def sigma_of(stage: Any, timestep: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def _refusal(transformer: Any) -> str:
         return "no module with a _forward_inference, nor a stage or pipeline that has one as .transformer"
     foreign = [name for name in FOREIGN if name in parameters_of(cached)]
     if foreign:
-        return f"the transformer's _forward_inference takes {', '.join(foreign)}: a relative with other caches"
+        return f"the transformer's _forward_inference takes {', '.join(foreign)}: Matrix-Game 2, with caches of actions"
     return lacks(cached, PARAMETERS, "the transformer's _forward_inference") or _layer_refusal(transformer)
 
 

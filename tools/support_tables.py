@@ -157,7 +157,9 @@ def tests_matrix(checks: Mapping[str, Any]) -> str:
     refused: dict[str, int] = {}
     for _, name, _, record in rows(checks):
         refused[name] = refused.get(name, 0) + len(record.get("refused", ()))
-    return matrix(checks.get("tests", ()), own, refused)
+    carries = {name: (kind.carry, kind.carry_step) for name, kind in kinds().items()}
+    no_candidate = {name for name, ways in carries.items() if ways == (Adapter.carry, Adapter.carry_step)}
+    return matrix(checks.get("tests", ()), own, refused, no_candidate)
 
 
 def hooks_table() -> str:

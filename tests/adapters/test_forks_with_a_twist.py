@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_invented_forks import CHUNK, Numbered, numbered, reference, rollout
-from test_memory_made_of_rows import WINDOW, home
+from test_invented_forks import CHUNK, InTiles, Numbered, numbered, reference, rollout
+from test_memory_made_of_rows import CHUNKS, WINDOW, home
 from test_unknown_forks import DEAD, HEADS, TOKENS, WIDTH, SelfAttention, cache_of
 from torch import Tensor
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import TokenTrimError, TokenTrimWarning
+from tokentrim_hooks import LatentsError, TokenTrimError, TokenTrimWarning, UnsupportedContextError
+from tokentrim_hooks.rollout.repeat import snapshot
 from tokentrim_hooks.testing import ForcedPolicy
 
 assert home  # the fixture that gives the fork's attention a namespace
@@ -256,3 +257,64 @@ def test_where_no_mark_reaches_attention_nothing_is_pruned_and_that_is_said(kind
     with pytest.warns(TokenTrimWarning, match="0 dead keys dropped"), tokentrim.patched(fork, ForcedPolicy({4: DEAD})):
         ours = rollout(fork, cache)
     assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("turn", ("chunks", "steps"))
+def test_two_denoisers_that_share_a_cache_in_turns(turn: str) -> None:
+    """One is patched: the other reads its marks, by which its chunks become NaN, and that is said."""
+    torch.manual_seed(1)
+    both, cache = (numbered(Numbered), numbered(Numbered)), cache_of()
+    for one, other in zip(*(net.model.blocks for net in both), strict=True):
+        other.self_attn.numbers = one.self_attn.numbers
+    pruned = ForcedPolicy({2: DEAD})
+    with tokentrim.patched(both[0], pruned), pytest.raises(LatentsError, match="another one reads pruned rows"):
+        for chunk in range(CHUNKS):
+            x0 = torch.randn(1, 2, 4, 4, 4)
+            for step, level in enumerate((1000, 500, 0)):
+                net = both[(chunk if turn == "chunks" else step) % 2]
+                _, answer = net(x0 + 0.1 * bool(level), {}, torch.full((1, 2), level), cache, None, chunk * CHUNK)
+                x0 = answer if level else x0
+
+
+class RollsInEveryCall(Numbered):
+    """Whether it has been made before or not."""
+
+    def write(self, k: Tensor, v: Tensor, cache: Cache, start: int) -> int:
+        cache["global_end_index"].fill_(start)
+        return super().write(k, v, cache, start)
+
+
+@pytest.fixture
+def too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is more than is copied before a call is made once more; its counters are not."""
+    monkeypatch.setattr(snapshot, "BUDGET", 1024)
+
+
+@pytest.mark.usefixtures("too_large")
+def test_a_large_cache_is_as_it_was_after_the_calls_that_prove_it(home: types.ModuleType) -> None:
+    fork, expected = numbered(Numbered), reference(Numbered, home, 4)
+    with tokentrim.patched(fork, ForcedPolicy({4: DEAD})):
+        assert torch.allclose(rollout(fork, cache_of()), expected, atol=1e-5, rtol=0)
+    fork, words = numbered(InTiles), "another order than its tokens"
+    with tokentrim.patched(fork, ForcedPolicy({4: DEAD})), pytest.raises(UnsupportedContextError, match=words):
+        rollout(fork, cache_of())
+
+
+@pytest.mark.usefixtures("too_large")
+def test_what_cannot_be_put_back_is_said() -> None:
+    """The refused call was made again, and its cache has rolled on."""
+    fork = numbered(RollsInEveryCall)
+    with (
+        pytest.warns(TokenTrimWarning, match="this video may go on otherwise than unpatched"),
+        tokentrim.patched(fork, ForcedPolicy({4: DEAD}), on_error="warn"),
+    ):
+        rollout(fork, cache_of())
+
+
+def test_what_can_be_is_put_back() -> None:
+    fork, plain = numbered(RollsInEveryCall), rollout(numbered(RollsInEveryCall), cache_of())
+    with (
+        pytest.warns(TokenTrimWarning, match=r"override Adapter\.replay\.$"),
+        tokentrim.patched(fork, ForcedPolicy({4: DEAD}), on_error="warn"),
+    ):
+        assert torch.equal(rollout(fork, cache_of()), plain)

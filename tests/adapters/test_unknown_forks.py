@@ -371,6 +371,14 @@ class MatrixGame3(nn.Module):
     def forward(self, x, t, context, seq_len, x_memory=None, plucker_emb=None, memory_latent_idx=None): ...
 
 
+class MatrixGame3InFastVideo(nn.Module):
+    def forward(self, hidden_states, x_memory=None, c2ws_plucker_emb=None, memory_latent_idx=None, **kwargs): ...
+
+
+class DreamXWorld(nn.Module):
+    def forward(self, x=None, t=None, y_camera=None, kv_cache=None, cache_update_policy="commit_detached"): ...
+
+
 class WorldPlayWan(nn.Module):
     def forward(self, hidden_states, timestep, kv_cache=None, is_cache=False, viewmats=None, Ks=None): ...
 
@@ -379,12 +387,15 @@ class WorldPlayHunyuan(nn.Module):
     def forward(self, bi_inference=True, ar_txt_inference=False, ar_vision_inference=False, **kwargs): ...
 
 
-@pytest.mark.parametrize("holder", ["", "model", "transformer"])
+@pytest.mark.parametrize("holder", ["", "model", "transformer", "stages"])
 @pytest.mark.parametrize(
     "kind, name",
-    [(MatrixGame3, "Matrix-Game 3"), (WorldPlayWan, "HY-WorldPlay"), (WorldPlayHunyuan, "HY-WorldPlay")],
-)
+    [(MatrixGame3, "Matrix-Game 3"), (WorldPlayWan, "HY-WorldPlay"), (WorldPlayHunyuan, "HY-WorldPlay"),
+     (MatrixGame3InFastVideo, "Matrix-Game 3"), (DreamXWorld, "DreamX-World")],
+)  # fmt: skip
 def test_models_that_were_looked_at_are_refused_by_name(kind, name, holder):
     model = types.SimpleNamespace(**{holder: kind()}) if holder else kind()
+    if holder == "stages":
+        model.stages = [types.SimpleNamespace(), types.SimpleNamespace(transformer=model.stages)]
     with pytest.raises(tokentrim.UnsupportedModelError, match=f"this is {name}"):
         tokentrim.patch(model)

@@ -34,6 +34,16 @@ def test_cells():
     assert cell("passed", "failed") == "**fails** (1 of 2)"
 
 
+def test_what_an_adapter_refuses_is_not_offered():
+    """Nor is a test left out of another column that needs it."""
+    whole, finished = record_checks.COLUMNS["neutral"]
+    ends = {"neutral": {whole: "passed", finished: "not checked"}, "candidate": {"a": "not checked"}}
+    kit, columns = record(ends, suite="t::K"), ("neutral", "candidate")
+    cells = [[check_matrix.cell([kit], column, offered) for column in columns] for offered in (False, True)]
+    assert cells == [["yes", "not offered"], ["in part (1 of 2)", "not checked"]]
+    assert check_matrix.cell([record({"neutral": {whole: "failed"}})], "neutral", offered=False) == "**fails** (1 of 1)"
+
+
 def test_a_kit_of_which_a_test_was_left_out_is_in_part():
     half = record({"exact": {record_checks.COLUMNS["exact"][0]: "passed"}}, suite="test_it.py::TestKit")
     assert check_matrix.cell([half], "exact") == "in part (1 of 2)"

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tokentrim_hooks.errors import UnsupportedContextError
+from tokentrim_hooks.errors import LatentsError, UnsupportedContextError
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.pruning.frames import WholeFrames
 from tokentrim_hooks.pruning.layers import LayersAlike
@@ -93,10 +93,11 @@ class KeyAccount:
         others = [self._seen[new]] if part is not None and new in self._seen else []
         seen = torch.cat([*others, contents.flatten()]) if others else contents.flatten()
         self._seen = dict([*kinds.items(), (new, seen)][-KINDS:])
+        # Rows that are NaN all over cannot be told, so nobody knows whether they are gone.
+        self._broken = None if self._same else ~values[..., 0, 1].isfinite().all()
         self._torn = None
-        if not self._same and self._frames is not None:
-            # Rows that are NaN all over cannot be told, so nobody knows whether they are gone.
-            self._torn = self._frames.torn(contents) & values[..., 0, 1].isfinite().all()
+        if self._broken is not None and self._frames is not None:
+            self._torn = self._frames.torn(contents) & ~self._broken
         return found
 
     def second_look(self) -> Callable[[], Tensor] | None:
@@ -108,7 +109,7 @@ class KeyAccount:
         """All that :meth:`answer` needs of a call's first layer; arguments and shapes as of :meth:`known`."""
         known = self.known(values, new, part)
         self.layers.begin(values)
-        flags = (self._torn, self.layers.waiting, self._out_of_place(values, new, part))
+        flags = (self._torn, self.layers.waiting, self._out_of_place(values, new, part), self._broken)
         self._flags = [flag is not None for flag in flags]
         return [known, *[flag.expand_as(known) for flag in flags if flag is not None]]
 
@@ -130,7 +131,12 @@ class KeyAccount:
         """Once that was read, ``[some, B, keys]`` on the CPU: :meth:`require`, of layers and of frames as well."""
         known, *flags = read
         told = iter(bool(flag.any()) for flag in flags)
-        torn, apart, self._beside = (has and next(told) for has in self._flags)
+        torn, apart, self._beside, broken = (has and next(told) for has in self._flags)
+        if broken and not padded:
+            raise LatentsError(
+                "rows of the KV cache are NaN or inf all over: the model diverged, or another one reads pruned rows.\n"
+                "Look at its inputs. Of two denoisers that share a cache in turns, patch none, or write an adapter."
+            )
         self.layers.require(apart)
         self.require(alive, known, new, padded, part)
         if torn and not bool(alive.all()):

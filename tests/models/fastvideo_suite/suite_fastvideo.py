@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -275,3 +276,23 @@ def test_what_observing_adds(record_property: Any) -> None:
     """In numbers that do not depend on the machine: they may fall, they may not grow unseen."""
     ops, syncs, log = what_observing_adds(tiny.Float32Stage, lambda stage: stage(0, 6), record_property, "fastvideo")
     assert OPS - 1 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))
+
+
+STRANGERS = {
+    "matrixgame2.causal_model:CausalMatrixGame2WanModel": "kv_cache_mouse, kv_cache_keyboard: Matrix-Game 2",
+    "matrixgame3.model:MatrixGame3WanModel": "this is Matrix-Game 3",
+    "dreamx_world_ar:DreamXWorldARTransformer3DModel": "this is DreamX-World",
+}
+"""Causal models of FastVideo's that no adapter knows, and what is said of them."""
+
+
+@pytest.mark.parametrize("path", STRANGERS)
+@pytest.mark.parametrize("composed", [False, True], ids=["transformer", "pipeline"])
+def test_relatives_are_refused_by_name(path: str, composed: bool) -> None:
+    """Empty shells of the real classes: they are told by what their methods take."""
+    home, _, kind = path.partition(":")
+    model = nn.Module()
+    model.__class__ = getattr(importlib.import_module(f"fastvideo.models.dits.{home}"), kind)
+    given = SimpleNamespace(stages=[SimpleNamespace(), SimpleNamespace(transformer=model)]) if composed else model
+    with pytest.raises(tokentrim.UnsupportedModelError, match=STRANGERS[path]):
+        tokentrim.patch(given)

@@ -32,6 +32,9 @@ NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bf
 SPREAD = 4
 """Noise differs from the first output by as much as two replays differ from one another, up to this factor."""
 
+SHORT = "What was written into its cache is too large to be put back: this video may go on otherwise than unpatched."
+"""Said beside a refusal, where repeated calls have written what no copy was made of."""
+
 
 class NullReplay:
     """A call made again with nothing pruned, and once more where the bits differ: what that shows.
@@ -72,11 +75,13 @@ class NullReplay:
         """Whatever ends this in an exception, the model is as it was remembered."""
         try:
             yield
-        except BaseException:
+        except BaseException as failure:
             if self._before is not None:
                 self._before.put_back()
                 # Of what counts in place (itertools.count) that has kept the reference only.
                 self._counters.put_back()
+                if isinstance(failure, UnsupportedContextError) and self._before.is_short():
+                    raise UnsupportedContextError(f"{failure} {SHORT}") from None
             raise
 
     def put_back(self) -> None:

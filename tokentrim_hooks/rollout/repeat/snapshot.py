@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -32,7 +33,11 @@ class Snapshot:
         roots = [*keepers_of(module), *(part for part in containers(more))]
         self._kept = [(keeper, label, items_of(keeper)) for keeper, label in reachable(roots, DEPTH)]
         leaves = list(_leaves([*(items for _, _, items in self._kept), dict(enumerate(more))]))
-        self._tensors = list(_copies(leaves))
+        tensors = sorted((leaf for leaf in leaves if isinstance(leaf, Tensor)), key=lambda tensor: int(tensor.nbytes))
+        # The small ones first, as far as the budget goes.
+        few = sum(total <= BUDGET for total in itertools.accumulate(int(tensor.nbytes) for tensor in tensors))
+        self._tensors = [(once, once.detach().clone(), version_of(once)) for once in map(_once, tensors[:few])]
+        self._large = [(tensor, version_of(tensor)) for tensor in tensors[few:]]
         self._given = [leaf for thing in more for leaf in (thing, *tensors_within(thing)) if isinstance(leaf, Tensor)]
         self._generators = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
 
@@ -46,6 +51,10 @@ class Snapshot:
             writing(tensor, tensor.copy_, copy)
         for generator, state in self._generators:
             generator.set_state(state)
+
+    def is_short(self) -> bool:
+        """Whether something may have been written that was too large to be copied, and so was not put back."""
+        return any(version == NO_VERSION or version != version_of(tensor) for tensor, version in self._large)
 
     def writes_to(self, tensor: Tensor) -> bool:
         """Whether something else is in it by now; False for what is too large to have been copied."""
@@ -117,17 +126,6 @@ def _leaves(kept: Iterable[dict[Any, Any]]) -> Iterator[Any]:
                 if wanted and id(leaf) not in seen:
                     seen.add(id(leaf))
                     yield leaf
-
-
-def _copies(leaves: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Copies of the tensors and their versions, the small ones first, as far as the budget goes."""
-    left = BUDGET
-    for tensor in sorted((leaf for leaf in leaves if isinstance(leaf, Tensor)), key=lambda t: int(t.nbytes)):
-        left -= int(tensor.nbytes)
-        if left < 0:
-            return
-        once = _once(tensor)
-        yield once, once.detach().clone(), version_of(once)
 
 
 def _restore(keeper: Any, before: dict[Any, Any]) -> None:
