@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 	$(BIN)/tokentrim demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 third_party/.models: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target third_party/fv fastvideo==0.2.1 cloudpickle==3.1.2 remote_pdb==2.1.0

@@ -15,10 +15,11 @@ __all__ = ["pytest_addoption", "pytest_configure"]
 """Hooks of ``--record-checks``; pytest finds them by their names here."""
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=25, **COMMON)
-settings.register_profile("ci", max_examples=60, derandomize=True, **COMMON)
+settings.register_profile("ci", max_examples=30, derandomize=True, **COMMON)
 settings.register_profile("nightly", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 

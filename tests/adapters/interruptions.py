@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import signal
 import threading
@@ -290,3 +291,9 @@ class Subject:
             handle.unpatch()
         assert torch.equal(self.run(self.other), self.plain), "another pipeline, never patched"
         assert torch.equal(self.run(self.pipeline), self.plain), "unpatched"
+
+
+@functools.cache
+def subject(target: Target) -> Subject:
+    """The same for all tests of a process: whatever has ended a run of it, the next is that of a fresh one."""
+    return Subject(target)

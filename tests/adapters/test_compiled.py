@@ -23,11 +23,11 @@ def fresh_compiler():
 
 
 def reference():
-    pipeline = ReferencePipeline.random(grid=(2, 2))
+    pipeline = ReferencePipeline.random(layers=1, grid=(2, 2))
 
     def run():
         torch.manual_seed(0)
-        return pipeline.inference(torch.randn(1, 18, 3, 8, 8))
+        return pipeline.inference(torch.randn(1, 12, 3, 8, 8))
 
     return pipeline, pipeline.generator, run
 

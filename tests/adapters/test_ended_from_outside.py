@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 from interruptions import POLICY, Subject, nothing_is_open
+from interruptions import subject as subject_of
 from own_loop import calls, last
 from targets import TARGETS, each_target
 from test_interrupted_lines import is_ours
@@ -165,7 +166,7 @@ def in_a_process_of_its_own(function: Callable[[], str]) -> str:
 @each_target
 @pytest.mark.parametrize("ending", (sent_by_a_thread, sent_by_a_timer), ids=lambda ending: ending.__name__)
 def test_a_run_is_ended_at_some_moment(target: Any, ending: Callable[[float], Any]) -> None:
-    subject = Subject(target)
+    subject = subject_of(target)
     with tokentrim.patched(subject.pipeline, subject.policy):
         began = time.process_time()
         subject.run(subject.pipeline)
@@ -205,7 +206,7 @@ def _fails() -> str:
 @each_target
 def test_a_task_gives_up_waiting_for_a_thread(target: Any) -> None:
     """``asyncio.wait_for`` ends the waiting, not the thread, which makes its video to the end; then another is made."""
-    subject = Subject(target)
+    subject = subject_of(target)
     inside, go_on = threading.Event(), threading.Event()
 
     def wait(*_: Any) -> None:

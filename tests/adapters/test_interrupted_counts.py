@@ -6,13 +6,12 @@ prune is proved; with ``HYPOTHESIS_PROFILE=nightly`` at every call and every dep
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
 import pytest
 import torch
-from interruptions import KINDS, Event, Subject, unpatch_here, unpatch_in_a_thread
+from interruptions import KINDS, Event, subject, unpatch_here, unpatch_in_a_thread
 from targets import COUNTING, Target
 
 import tokentrim_hooks as tokentrim
@@ -23,11 +22,6 @@ CHEAP = ("self-forcing", "skyreels-v2", "helios")
 """A cache, windows in which chunks overlap, a history in the sequence."""
 TRIED = COUNTING if NIGHTLY else tuple(target for target in COUNTING if target.name.removesuffix("-counting") in CHEAP)
 each_counting = pytest.mark.parametrize("target", TRIED, ids=lambda target: target.name)
-
-
-@functools.cache
-def subject(target: Target) -> Subject:
-    return Subject(target)
 
 
 def places(target: Target) -> list[Event]:

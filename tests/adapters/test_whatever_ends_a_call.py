@@ -8,13 +8,12 @@ submodule, in a hook of somebody else, in the replay, in the first chunk); else 
 
 from __future__ import annotations
 
-import functools
 import os
 
 import pytest
 import tiny_reference
 import torch
-from interruptions import KINDS, POLICY, Subject, raising, unpatch_here, unpatch_in_a_thread
+from interruptions import KINDS, POLICY, raising, subject, unpatch_here, unpatch_in_a_thread
 from targets import TARGETS, each_target
 
 import tokentrim_hooks as tokentrim
@@ -23,11 +22,6 @@ from tokentrim_hooks.testing import assert_same, fingerprint
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 ROUNDS = 4
 """Places of a model at which a call is interrupted where not all are tried; each in other ways than the one before."""
-
-
-@functools.cache
-def subject(target):
-    return Subject(target)
 
 
 def places(target):
