@@ -1,5 +1,6 @@
 """``tokentrim bench``: what it counts is counted right. No test looks at how long anything took."""
 
+import dataclasses
 import json
 
 import pytest
@@ -137,6 +138,14 @@ def test_a_run_without_a_judged_chunk_is_no_measurement():
     pipeline = make()
     with pytest.raises(TokenTrimError, match="cannot be measured"):
         measure.measure(Target(pipeline, lambda: run(pipeline, chunks=1)), 1, 1, "cpu", lambda: None)
+
+
+def test_a_policy_that_the_model_does_not_take_is_refused_before_anything_runs():
+    target, ran = targets.skyreels(Size(chunks=3)), []
+    target = dataclasses.replace(target, run=lambda: ran.append(1))
+    with pytest.raises(TokenTrimError, match="CommitWindow cannot work on this model"):
+        measure.measure(target, 3, 1, "cpu", lambda: None, {"commit-window": CommitWindow(6)})
+    assert not ran
 
 
 def test_command_prints_and_writes_everything(tmp_path, capsys, monkeypatch):

@@ -112,9 +112,13 @@ def measure(
     ``more`` are policies by name, each an arm of its own.
 
     Raises:
-        TokenTrimError: the model was patched but no chunk was judged, or the forced trigger pruned nothing.
+        TokenTrimError: the model was patched but no chunk was judged, or the forced trigger pruned nothing; before
+            anything runs, it does not take one of the policies.
     """
     policies = arms(chunks, target, more)
+    for policy in policies.values():  # what the model does not take is refused before anything runs
+        with _attached(target, policy):
+            pass
     report = [_once(target, policy, advance)[1] for policy in policies.values()][-1]
     records = list(report)
     if not any(r.severity is not None for r in records) or not report.triggers:
