@@ -3,6 +3,7 @@
 import configparser
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -138,6 +139,12 @@ noise[:, 12:] *= 3
 with tokentrim.patched(pipeline, tokentrim.DriftPolicy(sensitivity=0)) as handle:
     pipeline.inference(noise)
 print(handle.report.triggers > 0, len(handle.report), len(tokentrim.adapters()) > 10)
+
+from tokentrim_hooks.cli.main import main
+
+open("video.mp4", "w").close()
+for words in ("metrics video.mp4", "try alone.py", "report .", "demo", "compare --reference", "bench", "run none.py"):
+    print(main(words.split()), file=sys.stderr)
 """
 
 
@@ -183,3 +190,7 @@ def test_the_wheel_patches_with_torch_alone(built, tmp_path):
         command, cwd=tmp_path, env={**environment, "PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=300
     )
     assert done.stdout == "True 8 True\n", done.stderr
+    *told, run = done.stderr.split("\n2\n")[:-1]
+    assert run == "tokentrim run: no such script: none.py\nGive its path; a module's name goes behind -m."
+    hint = re.compile(r"tokentrim \w+: this needs .* not installed\.\nInstall them: pip install .*")
+    assert len(told) == 6 and all(map(hint.fullmatch, told)), told

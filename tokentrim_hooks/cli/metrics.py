@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokentrim_hooks.cli.options import STANDARD_OUTPUT, json_option, ready_file, whole, write_json
+from tokentrim_hooks.cli.options import STANDARD_OUTPUT, json_option, need, ready_file, whole, write_json
 from tokentrim_hooks.console import counted, printable, show_table
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def metrics(
     """
     if not videos and not vbench:
         raise click.UsageError("give at least one video, or --vbench with a result file")
+    if videos:
+        need("av", "numpy", "cv2", extra="metrics")
     out = ready_file(file)
     scored = _scored(vbench)  # read before the videos are, which may take an hour
     measured = {str(path): _measured(path, period) for path in videos}

@@ -16,12 +16,14 @@ from tokentrim_hooks.errors import VideoError
 from tokentrim_hooks.metrics.frames import Array, Frames, as_frames, one_by_one
 from tokentrim_hooks.metrics.metrics import (
     LAGS,
+    OF_LUMA,
     SERIES,
     boundary_spike,
     change_between,
-    grey,
+    grey_of,
     histogram,
     lab,
+    luma_planes,
     motion_between,
     reduction,
     shift_of,
@@ -85,12 +87,15 @@ class Meter:
 
     def add(self, frame: Frames) -> None:
         """Measure one more frame, ``[H, W, 3]``, float32 in [0, 1]."""
+        frames = frame[None]
+        planes = luma_planes(frames)
         for name, function in SERIES.items():
-            self.series[name].append(float(function(frame[None])[0]))
-        for name, value in zip("Lab", lab(frame[None])[0], strict=True):
+            found = OF_LUMA[name](planes) if name in OF_LUMA else function(frames)
+            self.series[name].append(float(found[0]))
+        for name, value in zip("Lab", lab(frames)[0], strict=True):
             self.series[name].append(float(value))
         self._compare_colours(histogram(frame))
-        plane = grey(frame[None])[0]
+        plane = grey_of(planes)[0]
         if self._latest is not None:
             before, plane_before = self._latest
             self.series["change"].append(change_between(frame, before))

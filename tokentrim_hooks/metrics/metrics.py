@@ -35,23 +35,37 @@ LAGS = (1, 2, 5, 10, 20, 50)
 
 def luma(frames: Frames) -> Array:
     """Mean luma per frame, ``[T]`` in [0, 1]."""
-    return np.asarray(_luma_planes(frames).mean(axis=(1, 2)))
+    return luma_of(luma_planes(frames))
+
+
+def luma_of(planes: Array) -> Array:
+    """:func:`luma` of :func:`luma_planes`."""
+    return np.asarray(planes.mean(axis=(1, 2)))
 
 
 def contrast(frames: Frames) -> Array:
     """RMS contrast per frame: standard deviation of luma, ``[T]``."""
-    return np.asarray(_luma_planes(frames).std(axis=(1, 2)))
+    return contrast_of(luma_planes(frames))
+
+
+def contrast_of(planes: Array) -> Array:
+    """:func:`contrast` of :func:`luma_planes`."""
+    return np.asarray(planes.std(axis=(1, 2)))
 
 
 def clipped(frames: Frames) -> Array:
     """Share of a frame's pixels whose luma is below DARK or above BRIGHT, ``[T]``."""
-    planes = _luma_planes(frames)
+    return clipped_of(luma_planes(frames))
+
+
+def clipped_of(planes: Array) -> Array:
+    """:func:`clipped` of :func:`luma_planes`."""
     return np.asarray(((planes < DARK) | (planes > BRIGHT)).mean(axis=(1, 2)))
 
 
 def saturation(frames: Frames) -> Array:
     """Mean HSV saturation per frame, ``[T]`` in [0, 1]: (max - min) / max of R, G, B, 0 for black."""
-    red, green, blue = (frames[..., c] for c in range(3))
+    red, green, blue = np.ascontiguousarray(np.moveaxis(frames, -1, 0))  # numpy is slow on every third number
     high, low = (take(take(red, green), blue) for take in (np.maximum, np.minimum))
     share = np.divide(high - low, high, out=np.zeros_like(high), where=high > 0)
     return np.asarray(share.mean(axis=(1, 2), dtype=np.float64))
@@ -72,12 +86,17 @@ def lab(frames: Frames) -> Array:
 
 def sharpness(frames: Frames) -> Array:
     """Variance of the Laplacian of luma (0..255 scale) per frame, ``[T]``."""
+    return sharpness_of(luma_planes(frames))
+
+
+def sharpness_of(planes: Array) -> Array:
+    """:func:`sharpness` of :func:`luma_planes`."""
     cv2 = require("cv2", "metrics")
-    planes = 255.0 * _luma_planes(frames)
-    return np.array([cv2.Laplacian(plane, cv2.CV_64F).var() for plane in planes])
+    return np.array([cv2.Laplacian(plane, cv2.CV_64F).var() for plane in 255.0 * planes])
 
 
-def _luma_planes(frames: Frames) -> Array:
+def luma_planes(frames: Frames) -> Array:
+    """Luma of every pixel, ``[T, H, W]`` in [0, 1]: what four metrics and motion begin with."""
     return np.asarray(frames.astype(np.float64) @ LUMA)
 
 
@@ -128,10 +147,15 @@ def reduction(size: tuple[int, ...]) -> int:
 
 def grey(frames: Frames) -> npt.NDArray[np.uint8]:
     """Luma planes as optical flow takes them, ``[T, h, w]`` in 0..255; means of squares of :func:`reduction` pixels."""
+    return grey_of(luma_planes(frames))
+
+
+def grey_of(planes: Array) -> npt.NDArray[np.uint8]:
+    """:func:`grey` of :func:`luma_planes`."""
     cv2 = require("cv2", "metrics")
-    scale = reduction(frames.shape[1:3])
-    size = frames.shape[2] // scale, frames.shape[1] // scale
-    planes = 255.0 * _luma_planes(frames)
+    scale = reduction(planes.shape[1:])
+    size = planes.shape[2] // scale, planes.shape[1] // scale
+    planes = 255.0 * planes
     if scale > 1:
         planes = np.stack([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes])
     return planes.astype(np.uint8)
@@ -181,3 +205,5 @@ SERIES = {
     "sharpness": sharpness,
 }
 """Per-frame metrics by name."""
+OF_LUMA = {"luma": luma_of, "contrast": contrast_of, "clipped": clipped_of, "sharpness": sharpness_of}
+"""Those of them that need no more than :func:`luma_planes`, so that a frame's are made once."""

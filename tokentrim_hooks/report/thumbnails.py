@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,10 +58,10 @@ def picture_of(record: ChunkRecord, log: Path) -> Any | None:
     path = log.parent / thumbs_of(tag_of(log)) / thumbnail_name(record)
     if not path.is_file() or not is_within(path, log.parent):
         return None
-    image = require("PIL.Image", "report")
+    image, numpy = require("PIL.Image", "report"), require("numpy", "report")
     try:
         with image.open(path, formats=["PNG"]) as picture:
-            return np.asarray(picture.convert("RGB")) if max(picture.size) <= SIDE else None
+            return numpy.asarray(picture.convert("RGB")) if max(picture.size) <= SIDE else None
     except (OSError, ValueError, SyntaxError, image.DecompressionBombError):
         return None
 
@@ -88,7 +87,7 @@ def _thumbnails(folder: Path | None) -> Thumbnails:
     return Thumbnails(folder)
 
 
-_thumbnails.needs = {"PIL": "pillow"}  # type: ignore[attr-defined]
+_thumbnails.needs = {"PIL": "pillow", "numpy": "numpy"}  # type: ignore[attr-defined]
 
 
 @hookimpl

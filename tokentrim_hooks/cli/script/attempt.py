@@ -41,7 +41,6 @@ def attempt(
     Each run is a process of its own with the same seeds for Python, NumPy and torch. The page has both videos in step,
     curves over time, what was pruned, the cost, and a verdict that says no more than one pair can tell.
     """
-    from tokentrim_hooks.cli.script.arms import Launch, without_torchrun
     from tokentrim_hooks.cli.script.choices import Choices
     from tokentrim_hooks.cli.script.target import Target
     from tokentrim_hooks.experiments.pair.videos import Places
@@ -51,6 +50,8 @@ def attempt(
     Choices.of(flags)
     Target.of(script, arguments, is_module)
     need("av", "numpy", "cv2", extra="metrics", report=("jinja2", "matplotlib"), demo=("scipy",)[: pairs > 1])
+    from tokentrim_hooks.cli.script.arms import Launch, without_torchrun  # which imports numpy
+
     launcher, environment = without_torchrun(os.environ)
     behind = [*(["-m"] if is_module else []), script, *arguments]
     places = Places.of(arguments, video)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokentrim_hooks.cli.options import FOLDER, SEED
+from tokentrim_hooks.cli.options import FOLDER, SEED, need
 from tokentrim_hooks.cli.script.folders import claimed, ended
 from tokentrim_hooks.cli.script.options import SCRIPT, patching, script
 from tokentrim_hooks.console import say
@@ -48,7 +48,7 @@ def run(out: Path, script: str, is_module: bool, arguments: tuple[str, ...], **f
         seed_all(flags["seed"])
     if flags["unpatched"]:
         return target.run()
-    thumbnails = not flags["no_thumbnails"] and is_installed("PIL")
+    thumbnails = not flags["no_thumbnails"] and is_installed("PIL") and is_installed("numpy")
     folder = claimed(out, shlex.join(["tokentrim", *sys.argv[1:]]))
     # A script may change the folder that it works in: the log stays where it was asked for.
     this = Run(folder.absolute(), choices.policies, choices.probe, flags["quiet"], choices.observers, thumbnails)
@@ -82,9 +82,6 @@ def _note_the_end(this: Run) -> None:
 
 def _say_what_happened(this: Run, status: int, begun_in: Path) -> None:
     """Summaries and report pages of all models that were patched, or why none was; a fork leaves that to its parent."""
-    from tokentrim_hooks.experiments.what_if.answers import section
-    from tokentrim_hooks.report.page import write_page
-
     if os.getpid() != this.process:
         return
     for handle in this.handles:
@@ -93,7 +90,16 @@ def _say_what_happened(this: Run, status: int, begun_in: Path) -> None:
         say(f"tokentrim run: no model was patched: {this.why_none(status)}")
     for log in this.logs:
         try:
-            page = write_page(log.path, sections=[section(log.path)])
+            page = _page_of(log.path)
             say(f"report: {page.relative_to(begun_in) if page.is_relative_to(begun_in) else page}")
         except TokenTrimError as failure:
             say(f"no report page for {log.path}: {failure}")
+
+
+def _page_of(log: Path) -> Path:
+    """Write a log's page; what that takes is imported here, for a run needs none of it."""
+    need("jinja2", "matplotlib", "numpy", "PIL", extra="report")
+    from tokentrim_hooks.experiments.what_if.answers import section
+    from tokentrim_hooks.report.page import write_page
+
+    return write_page(log, sections=[section(log)])
