@@ -93,11 +93,13 @@ class KeyAccount:
         others = [self._seen[new]] if part is not None and new in self._seen else []
         seen = torch.cat([*others, contents.flatten()]) if others else contents.flatten()
         self._seen = dict([*kinds.items(), (new, seen)][-KINDS:])
-        # Rows that are NaN all over cannot be told, so nobody knows whether they are gone.
-        self._broken = None if self._same else ~values[..., 0, 1].isfinite().all()
-        self._torn = None
-        if self._broken is not None and self._frames is not None:
-            self._torn = self._frames.torn(contents) & ~self._broken
+        self._broken = self._torn = None
+        if not self._same:
+            # Rows that are NaN all over cannot be told, so nobody knows whether they are gone; dead ones may be NaN.
+            whole = values[..., 0, 1].isfinite()
+            self._broken = ~(whole | values[..., 0, 0].isinf()).all()
+            if self._frames is not None:
+                self._torn = self._frames.torn(contents) & whole.all()
         return found
 
     def second_look(self) -> Callable[[], Tensor] | None:

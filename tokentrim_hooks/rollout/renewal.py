@@ -26,7 +26,7 @@ class Renewal:
 
     def __init__(self) -> None:
         self._first: tuple[Tensor, int] | None = None  # held, or others could come to lie there
-        self._left: dict[str, tuple[Any, list[Any]]] = {}
+        self._left: dict[str, tuple[int, list[Any]]] = {}
         self._kept: set[str] = set()
 
     def begin(self, call: Call) -> None:
@@ -40,16 +40,16 @@ class Renewal:
     def came_back(self, call: Call) -> None:
         """A call of the chunk has come back."""
         left, self._left = self._left, _prints_of(call)
-        self._kept |= {name for name in left.keys() & self._left.keys() if left[name][0] is self._left[name][0]}
+        self._kept |= {name for name in left.keys() & self._left.keys() if _is_kept(left[name], self._left[name])}
 
     def renewed(self, call: Call) -> bool:
         """Whether something in the caches is another thing than the call before has left there."""
         left, now = self._left, _prints_of(call)
         return any(self._is_new(name, left[name], now[name]) for name in left.keys() & now.keys())
 
-    def _is_new(self, name: str, left: tuple[Any, list[Any]], now: tuple[Any, list[Any]]) -> bool:
+    def _is_new(self, name: str, left: tuple[int, list[Any]], now: tuple[int, list[Any]]) -> bool:
         """A cache is the same object in all calls of a chunk; an argument that was made for one call is none."""
-        return (left[0] is now[0] or name in self._kept) and not _alike(left[1], now[1])
+        return (name in self._kept or _is_kept(left, now)) and not _alike(left[1], now[1])
 
     def repeats(self, call: Call) -> bool:
         """Whether it has the first call's noise, which nobody has written into."""
@@ -59,10 +59,20 @@ class Renewal:
         return shares_storage(call.latents, noise) and _version(call.latents) == version
 
 
-def _prints_of(call: Call) -> dict[str, tuple[Any, list[Any]]]:
-    """Lists and dicts that a call is given, held so that no other one can lie where they lay, and what is in them."""
+def _prints_of(call: Call) -> dict[str, tuple[int, list[Any]]]:
+    """Lists and dicts that a call is given: where they lie, and what is in them. Nothing of theirs is held."""
     given = {name: argument for name, argument in call.arguments.items() if isinstance(argument, dict | list)}
-    return {name: (argument, list(_prints(argument))) for name, argument in given.items()}
+    return {name: (id(argument), list(_prints(argument))) for name, argument in given.items()}
+
+
+def _is_kept(left: tuple[int, list[Any]], now: tuple[int, list[Any]]) -> bool:
+    """Whether it is the same list or dict, and no other that came to lie there: a tensor in it is the same, too."""
+    return left[0] == now[0] and not _alive(left[1]).isdisjoint(_alive(now[1]))
+
+
+def _alive(parts: list[Any]) -> set[int]:
+    """The tensors among them that somebody has still."""
+    return {id(tensor) for part in parts if isinstance(part, tuple) and (tensor := part[0]()) is not None}
 
 
 def _prints(thing: Any, depth: int = 0) -> Iterator[Any]:
