@@ -18,6 +18,7 @@ from torch import Tensor
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import LatentsError, TokenTrimError, TokenTrimWarning, UnsupportedContextError
+from tokentrim_hooks.policy.commit_window import CommitWindow
 from tokentrim_hooks.rollout.repeat import snapshot
 from tokentrim_hooks.testing import ForcedPolicy
 
@@ -257,6 +258,17 @@ def test_where_no_mark_reaches_attention_nothing_is_pruned_and_that_is_said(kind
     with pytest.warns(TokenTrimWarning, match="0 dead keys dropped"), tokentrim.patched(fork, ForcedPolicy({4: DEAD})):
         ours = rollout(fork, cache)
     assert torch.equal(ours, plain)
+
+
+LOSES_MARKS = (Clamped, KeysThenValues, ZeroedInTheFirstHead, KeptInRing)
+
+
+@pytest.mark.parametrize("kind", LOSES_MARKS, ids=lambda kind: kind.__name__)
+def test_what_is_hidden_is_found_by_attention_or_refused(kind: type[SelfAttention]) -> None:
+    """A mark that is clamped makes another video, of what it was clamped to."""
+    fork, words = numbered(kind), "rows that are hidden from a call"
+    with tokentrim.patched(fork, CommitWindow(3)), pytest.raises(UnsupportedContextError, match=words):
+        rollout(fork, cache_of())
 
 
 @pytest.mark.parametrize("turn", ("chunks", "steps"))

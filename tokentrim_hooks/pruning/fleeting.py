@@ -109,6 +109,24 @@ class FleetingMarks:
         self._layers.append(_Hidden(values, index, old, _tags(values)[index[:-2]]))
         values[index] = torch.where(torch.isfinite(old), float("-inf"), old)
 
+    def require_seen(self, open_rows: Tensor, new: int) -> None:
+        """Raise if a call that reads all rows does not find all of those that are hidden.
+
+        Args:
+            open_rows: keys of its first attention that carry no mark of any kind: CPU BoolTensor ``[B, keys]``.
+            new: keys that are the chunk's own.
+
+        Raises:
+            UnsupportedContextError: marks were lost on the way, with what they lie in.
+        """
+        found = int((~open_rows).sum())
+        if self._context is None or open_rows.shape[1] != self._context.stop + new or found >= self.rows:
+            return
+        raise UnsupportedContextError(
+            f"attention finds {found} of {self.rows} rows that are hidden from a call: V is changed as it is read, or "
+            "rows are written over.\nLeave policies that hide out, or write an adapter for this fork."
+        )
+
     def forget(self) -> None:
         """Leave the marks where they are: in copies, which are dropped."""
         self._layers, self._context, self.rows, self.weights = [], None, 0, []

@@ -192,6 +192,8 @@ class CallTap:
         known = [] if account is None else account.asked(v, new, self._part)
         read = torch.stack([*flags, *known]).cpu()
         alive = read[len(flags) - 1]
+        if self.veil is not None and not self.calls and self._part is None:
+            self.veil.require_seen(read[0], new)
         if account is not None:
             self.layers = account.layers
             account.answer(alive, read[len(flags) :], new, padded, self._part)
