@@ -119,10 +119,10 @@ class KeyAccount:
         """Where a call has as many keys as the cache has room: BoolTensor ``[B, 1]``, whether they are other memory.
 
         One that reads the whole cache has each row in its place, but for the chunk's own. None: it has not so many, or
-        as many as there are rows.
+        there are as many rows, or more: then it rolls the cache, and rows may lie elsewhere.
         """
         history, size = self._most or (0, 0)
-        if not values.shape[1] == size == self._places.shape[1] or size == history + new or not self.marked:
+        if not values.shape[1] == size == self._places.shape[1] or size <= history + new or not self.marked:
             return None
         rows = self._places[slice(None) if part is None else slice(part.first, part.stop)]
         return (row_contents(values, self._kind, self._heads) != rows.to(values.device)).sum(-1, keepdim=True) > new
