@@ -171,6 +171,8 @@ def _policies(given: Policy | Sequence[Policy] | None) -> list[Policy]:
     if given is None:
         return [DriftPolicy()]
     policies: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not policies:
+        raise ValueError("the list of policies is empty: give one, or ObservePolicy() to prune nothing")
     for policy in policies:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be an object derived from tokentrim_hooks.Policy, {_instead_of(policy)}")

@@ -33,6 +33,7 @@ from tokentrim_hooks.loading import (
 )
 from tokentrim_hooks.policy import options as checks
 from tokentrim_hooks.policy.base import Policy
+from tokentrim_hooks.report.files import named
 from tokentrim_hooks.report.observers import Observer
 
 DISABLE = "TOKENTRIM_DISABLE_ADAPTERS"
@@ -204,7 +205,7 @@ def make_observer(name: str, folder: str | Path | None = None) -> Observer:
     """
     info = ready_observer(name)
     try:
-        made: Any = info.factory(None if folder is None else Path(folder))
+        made: Any = info.factory(None if folder is None else named(folder))
         watches = isinstance(made, Observer) and callable(made.on_chunk)
     except TokenTrimError:
         raise

@@ -77,6 +77,7 @@ WRONG = {
     ("--versoin",): "Did you mean",  # in the words of the click that is installed
     ("run", "--polcy", "drift", "x.py"): "Did you mean",  # in the words of the click that is installed
     ("demo", "--seeds", "0"): "'--seeds': must be at least 1, got 0",
+    ("demo", "--chunks", "1"): "'--chunks': must be at least 2, got 1",  # a half to compare with the other
     ("compare", "--seeds", "0"): "'--seeds': must be at least 1, got 0",
     ("metrics", "--period", "0", __file__): "'--period': must be at least 1, got 0",
     ("metrics", "no.mp4"): "'no.mp4' does not exist",

@@ -48,10 +48,6 @@ def test_what_drifts_is_told_by_figures_of_the_unpatched_model(acts):
     assert said.endswith("contrast goes from 1.04 to 1.04 and its share of sprites alive goes from 1.04 to 1.04.")
 
 
-def test_a_single_window_is_first_and_last(acts):
-    assert "from chunks 1-1 to chunks 1-1" in sentences([acts[0], act("fading", drift_columns(1), 0.0)])[0]
-
-
 def test_the_fault_is_told_with_its_interval_and_its_price(acts):
     said = sentences(acts)[1]
     assert "caught at once in 100.0 % of 8 videos" in said and "by -0.420 [-0.438, -0.402] from 1.035 (better)" in said

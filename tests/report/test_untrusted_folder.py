@@ -289,6 +289,17 @@ def test_a_folder_that_cannot_be_made(tmp_path, place):
         assert str(caught.value).count("\n") == 1
 
 
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    def by_name(folder):
+        return tokentrim.make_observer("thumbnails", folder)
+
+    for act in (tokentrim.JsonLines, Thumbnails, by_name, Report({}, [record(1)]).save):
+        with pytest.raises(ReportError, match=r"an empty name is no folder\.\nGive one"):
+            act("")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_leaves_the_old_file_and_no_draft(folder, monkeypatch):
     files.write(folder / "settings.json", "old")
 

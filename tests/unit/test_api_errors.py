@@ -43,6 +43,8 @@ def test_what_was_meant_is_said(pipeline):
         tokentrim.patch(pipeline, tokentrim.DriftPolicy)
     with pytest.raises(TypeError, match=r"got 'drift': make one of a name by tokentrim_hooks.make_policy\(name\)"):
         tokentrim.patch(pipeline, "drift")
+    with pytest.raises(ValueError, match=r"list of policies is empty: give one, or ObservePolicy\(\)"):
+        tokentrim.patch(pipeline, [])
     with pytest.raises(tokentrim.UnknownAdapterError, match=r"did you mean 'self-forcing'\? installed: "):
         tokentrim.patch(pipeline, adapter="self-forcin")
     with pytest.raises(tokentrim.UnknownPolicyError, match="no policy named 3; installed: "):

@@ -30,7 +30,7 @@ FILES = {
 @click.command()
 @click.option("--out", type=FOLDER, default="demo", show_default=True, help="Folder to write into.")
 @whole("--seeds", help="Videos, each with its own scene and noise; by default 10, with --fast 4.")
-@whole("--chunks", help="Chunks to generate where nothing is planted; by default 30, with --fast 8.")
+@whole("--chunks", least=2, help="Chunks to generate where nothing is planted; by default 30, with --fast 8.")
 @click.option(
     "--seed", type=SEED, metavar="INTEGER", default=1, show_default=True, help="First seed: other scenes, other noise."
 )

@@ -17,13 +17,24 @@ from typing import Any
 from tokentrim_hooks.errors import ReportError
 
 
+def named(folder: str | Path) -> Path:
+    """The folder that a user named.
+
+    Raises:
+        ReportError: the name is empty, as an unset variable leaves it; Path would take it for the current folder.
+    """
+    if folder == "":
+        raise ReportError("an empty name is no folder.\nGive one; '.' is the current folder.")
+    return Path(folder)
+
+
 def made(folder: str | Path) -> Path:
     """The folder that a user named, made if absent.
 
     Raises:
-        ReportError: it cannot be made.
+        ReportError: it cannot be made, or its name is empty.
     """
-    path = Path(folder)
+    path = named(folder)
     with told(f"cannot make the folder {path}"):
         path.mkdir(parents=True, exist_ok=True)
     return path

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.markers import hookimpl
-from tokentrim_hooks.report.files import below, is_within, write_picture
+from tokentrim_hooks.report.files import below, is_within, named, write_picture
 from tokentrim_hooks.report.log_file import tag_in
 from tokentrim_hooks.report.names import tag_of, thumbs_of
 from tokentrim_hooks.report.observers import ObserverFactory
@@ -32,7 +32,7 @@ class Thumbnails:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._run = Path(folder).absolute()  # wherever the process goes
+        self._run = named(folder).absolute()  # wherever the process goes
         self._process = os.getpid()
         self._video = -1
         self._basis: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
