@@ -355,6 +355,7 @@ def test_a_mean_of_rows_of_float8_has_other_signs(dtype: torch.dtype) -> None:
     account = KeyAccount(CacheRows([rows], 0, 12, 4))
     for same in (rows.float(), 0.3 * rows.bfloat16(), unrounded):
         assert account.known(same, new=1).all()
+    assert account.known(rows, new=1).all(), "attention may read float8 itself"
     mean = rows.float().unflatten(1, (-1, 4)).mean(1)
     for new, other in ((2, mean), (3, 0.7 * rows.float()[:, :4] + 0.3 * rows.float()[:, 4:8]), (4, -rows.float())):
         assert not account.known(other, new).any()

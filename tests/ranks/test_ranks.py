@@ -15,6 +15,7 @@ import torch
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.ranks.channel import Channel
+from tokentrim_hooks.ranks.options import in_words
 from tokentrim_hooks.testing import ForcedPolicy
 
 pytestmark = pytest.mark.checks("self-forcing", "ranks")
@@ -350,6 +351,17 @@ def test_other_options_on_one_rank_are_refused_on_all(two, name):
 
 def test_of_four_ranks_one_has_other_options(four):
     refused_on_all(four["unlike-on_error"], "on_error")
+
+
+def test_the_same_options_have_the_same_words_on_all_ranks():
+    """Sets have another order in each process (0 and 8 fall on one place), objects another address, ranks own cards."""
+    one, other = (
+        [set(order), {"a": frozenset(order), "b": lambda: 0}, torch.device("cuda", card), f"cuda:{card}", (object(),)]
+        for card, order in ((0, (0, 8)), (1, (8, 0)))
+    )
+    assert repr(one[0]) != repr(other[0]), "nothing to see"
+    assert in_words(one) == in_words(other)
+    assert in_words([1, {8, 0}]) != in_words([1, {8, 1}])
 
 
 @pytest.mark.parametrize("group", ["world", 0, [0, 1]])

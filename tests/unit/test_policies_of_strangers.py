@@ -38,6 +38,37 @@ def test_a_policy_of_a_stranger_is_found_and_listed(stranger, capsys):
     assert "mine            hide     one 1.0" in capsys.readouterr().out
 
 
+OWN_INIT = """
+    from dataclasses import InitVar, dataclass
+    from tokentrim_hooks import DriftPolicy, hookimpl
+
+    @dataclass(frozen=True)
+    class Scaled(DriftPolicy):
+        percent: InitVar[float | None] = None
+
+        def __post_init__(self, percent):
+            if percent is not None:
+                object.__setattr__(self, "fraction", percent / 100)
+
+    class Named(DriftPolicy):
+        def __init__(self, strength="low"):
+            super().__init__(fraction={"low": 0.1, "high": 0.3}[strength])
+
+    @hookimpl
+    def tokentrim_policies():
+        return {"scaled": Scaled, "named": Named}
+"""
+
+
+def test_options_are_what_a_policy_takes_fields_or_not(stranger):
+    """A class of its own __init__, which is derived from a dataclass, and a field that is only for __post_init__."""
+    stranger("own", OWN_INIT)
+    assert tokentrim.make_policy("scaled", percent=30.0).fraction == 0.3
+    assert tokentrim.make_policy("named", strength="high").fraction == 0.3
+    with pytest.raises(TypeError, match=r"no option 'strenght' \(did you mean 'strength'\?\); known: strength$"):
+        tokentrim.make_policy("named", strenght="high")
+
+
 def test_of_two_policies_with_one_name_neither_is_made_and_both_are_shown(stranger, capsys, monkeypatch):
     stranger("first", POLICY)
     stranger("second", POLICY)

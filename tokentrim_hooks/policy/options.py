@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
 
 
 def known(policy: type[Any], names: Iterable[str]) -> None:
-    """See that a policy has all these options, where it says which it has: where it is a dataclass.
+    """See that a policy has all these options, where it says which it has: where it does not take any (``**more``).
 
     Raises:
         TypeError: one that it does not have; the message names what it may have meant, and all there are.
     """
-    if not dataclasses.is_dataclass(policy):
+    # Not the fields of a dataclass: one with an __init__ of its own, or an InitVar, takes others.
+    taken = inspect.signature(policy).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
         return
-    own = [field.name for field in dataclasses.fields(policy) if field.init]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    own = [parameter.name for parameter in taken if parameter.kind in kinds]
     for name in names:
         if name not in own:
             alike = difflib.get_close_matches(name, own, n=1)

@@ -94,7 +94,8 @@ class KeyAccount:
         seen = torch.cat([*others, contents.flatten()]) if others else contents.flatten()
         self._seen = dict([*kinds.items(), (new, seen)][-KINDS:])
         self._broken = self._torn = None
-        if not self._same:
+        # In float8 a mark may be NaN itself, and torch does not ask all of these types.
+        if not self._same and values.dtype.itemsize > 1:
             # Rows that are NaN all over cannot be told, so nobody knows whether they are gone; dead ones may be NaN.
             whole = values[..., 0, 1].isfinite()
             self._broken = ~(whole | values[..., 0, 0].isinf()).all()

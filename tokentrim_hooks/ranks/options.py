@@ -11,8 +11,8 @@ from textwrap import shorten
 from tokentrim_hooks.errors import RankError
 from tokentrim_hooks.ranks.agreement import Alone
 
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-"""What differs between processes in the text of an object, and says nothing."""
+UNSAID = re.compile(r" at 0x[0-9a-fA-F]+|(?<=cuda):\d+|(?<=xpu):\d+|(?<=npu):\d+|, index=\d+")
+"""What differs between processes in the text of an object, and says nothing: addresses, each one's own card."""
 LONG = 60
 """Letters of an option that are shown."""
 
@@ -55,6 +55,17 @@ class Options:
         return self
 
 
+def in_words(value: object) -> str:
+    """An option's text, the same on all ranks that were given the same: strings of a set lie in another order there."""
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(in_words, value)))}}}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(sorted(f'{in_words(key)}: {in_words(part)}' for key, part in value.items()))}}}"
+    if type(value) in (list, tuple):
+        return f"[{', '.join(map(in_words, value))}]"  # type: ignore[call-overload]
+    return UNSAID.sub("", repr(value))
+
+
 def require_alike(ranks: Alone, options: Mapping[str, object]) -> None:
     """Compare the options of all ranks, which ask at the same time: two small collectives, once for each patch.
 
@@ -62,5 +73,8 @@ def require_alike(ranks: Alone, options: Mapping[str, object]) -> None:
         RankError: those of one rank are others; on all of them.
     """
     if not ranks.alone:
-        own = Options({name: ADDRESS.sub("", repr(value)) for name, value in options.items()})
-        ranks.settle("patch()", ranks.settle("options of patch()", lambda: own).compared)
+
+        def own() -> Options:
+            return Options({name: in_words(value) for name, value in options.items()})
+
+        ranks.settle("patch()", ranks.settle("options of patch()", own).compared)
