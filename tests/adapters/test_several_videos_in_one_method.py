@@ -139,3 +139,19 @@ def test_whole_videos_cost_no_look_at_the_timestep(renew):
     with tokentrim.patched(studio.pipeline.generator, tokentrim.ObservePolicy()), count_syncs() as log:
         studio.videos(renew, (0,))
     assert not [event for event in log.ours if "pace.py" in event.place]
+
+
+def test_a_dict_with_a_tensor_of_each_call_is_no_cache_of_another_video():
+    """Of two calls at each step with the same latents (guidance on one cache), both are of one video.
+
+    As where the dict is made for each call, of a tensor of all and one of its own, and lies where the last one lay.
+    """
+    pipeline, given = tiny_reference.make(), {"shared": torch.zeros(3)}
+    pipeline._reset_caches(NOISE, 4)
+    with tokentrim.patched(pipeline, tokentrim.ObservePolicy()) as handle, torch.no_grad():
+        for number, step in enumerate((*STEPS, 0.0)):
+            latents = latents_of(NOISE, 0, number)
+            for _ in range(2):
+                given["own"] = torch.randn(2)
+                pipeline._call(latents, torch.full((1, 2), step), given, 0)
+    assert [record.phases for record in handle.report] == [{"first": 1, "refine": 9}]

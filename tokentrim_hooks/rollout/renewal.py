@@ -47,6 +47,14 @@ class Renewal:
         left, now = self._left, _prints_of(call)
         return any(self._is_new(name, left[name], now[name]) for name in left.keys() & now.keys())
 
+    def written(self, call: Call) -> bool:
+        """Whether a tensor that the call before has left there was written since: no list made for one call looks so.
+
+        One that lies where the last one lay, and has a tensor of it, cannot be told from it by anything else.
+        """
+        left, now = self._left, _prints_of(call)
+        return any(_is_written(left[name][1], now[name][1]) for name in left.keys() & now.keys())
+
     def _is_new(self, name: str, left: tuple[int, list[Any]], now: tuple[int, list[Any]]) -> bool:
         """A cache is the same object in all calls of a chunk; an argument that was made for one call is none."""
         return (name in self._kept or _is_kept(left, now)) and not _alike(left[1], now[1])
@@ -73,6 +81,11 @@ def _is_kept(left: tuple[int, list[Any]], now: tuple[int, list[Any]]) -> bool:
 def _alive(parts: list[Any]) -> set[int]:
     """The tensors among them that somebody has still."""
     return {id(tensor) for part in parts if isinstance(part, tuple) and (tensor := part[0]()) is not None}
+
+
+def _is_written(left: list[Any], now: list[Any]) -> bool:
+    versions = [{id(part[0]()): part[1] for part in parts if isinstance(part, tuple)} for parts in (left, now)]
+    return any(versions[1].get(tensor, version) != version for tensor, version in versions[0].items())
 
 
 def _prints(thing: Any, depth: int = 0) -> Iterator[Any]:

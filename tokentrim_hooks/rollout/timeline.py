@@ -118,7 +118,7 @@ class Timeline:
         goes_on, renewed = self._loop.goes_on, self._renewal.renewed(call)
         if goes_on and not renewed and not self._renewal.repeats(call):
             return False
-        anew = self.pace.begins_anew(call, chunk, left=renewed or goes_on is False)
+        anew = self.pace.begins_anew(call, chunk, left=goes_on is False or self._renewal.written(call))
         if not anew:
             self._loop.learn()
         return anew
