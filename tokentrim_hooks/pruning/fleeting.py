@@ -124,7 +124,7 @@ class FleetingMarks:
             return
         raise UnsupportedContextError(
             f"attention finds {found} of {self.rows} rows that are hidden from a call: V is changed as it is read, or "
-            "rows are written over.\nLeave policies that hide out, or write an adapter for this fork."
+            "overwritten.\nLeave policies that hide out, or write an adapter for this fork."
         )
 
     def forget(self) -> None:

@@ -32,7 +32,7 @@ NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bf
 SPREAD = 4
 """Noise differs from the first output by as much as two replays differ from one another, up to this factor."""
 
-SHORT = "What was written into its cache is too large to be put back: this video may go on otherwise than unpatched."
+SHORT = "The cache is too large to be put back, and this video may go on otherwise than unpatched: make it anew."
 """Said beside a refusal, where repeated calls have written what no copy was made of."""
 
 

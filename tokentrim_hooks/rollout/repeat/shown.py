@@ -14,8 +14,8 @@ from tokentrim_hooks.rollout.repeat.recall import Recall
 OVERLOOKED = "not all attention of this call was tapped: what is dead in the sequence may have been read"
 
 UNTAPPED = (
-    "Switch off what answers with an earlier call's numbers (TeaCache); or was attention replaced after the patch? "
-    "Then patch again, with replace=True."
+    "Switch off what answers with an earlier call's numbers (TeaCache); if attention was replaced, "
+    "patch with replace=True."
 )
 """What to do where less attention of a call was tapped than there is; what of both it is nobody can tell."""
 
