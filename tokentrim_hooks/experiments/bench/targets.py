@@ -22,7 +22,7 @@ def reference(size: Size) -> Target:
 def attention(size: Size) -> Target:
     """Two layers with self attention as large a part as in Self-Forcing's: five times the linear layers' work.
 
-    ``full``: two of its layers as they are, 12 heads of 128, 1,560 tokens a frame.
+    ``full``: two of its layers as they are, 12 heads of 128, 1,560 tokens per frame.
     """
     heads, dim, grid = (12, 1536, (30, 52)) if size.full else (2, 128, (8, 16))
     return _of_reference(size, {"layers": 2, "dim": dim, "heads": heads}, grid)
