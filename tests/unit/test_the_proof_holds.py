@@ -6,6 +6,9 @@ import torch
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks.reference import model as reference
+from tokentrim_hooks.rollout.repeat import snapshot
+from tokentrim_hooks.rollout.repeat.proof import SHORT, NullReplay
+from tokentrim_hooks.rollout.repeat.recall import Recall
 from tokentrim_hooks.testing import ForcedPolicy
 
 CALLS_PER_CHUNK = 5
@@ -66,3 +69,15 @@ def test_a_model_that_diverges_by_itself_is_not_taken_for_a_leak():
     pipeline.generator.register_forward_hook(poison, with_kwargs=True)
     with pytest.raises(tokentrim.LatentsError, match="the model itself diverged"):
         tiny.run(pipeline, chunks=7)
+
+
+def test_a_refusal_that_says_more_is_the_same_one(monkeypatch):
+    """Ranks have agreed on it: of another one they were told once more, and that word nobody would hear."""
+    monkeypatch.setattr(snapshot, "BUDGET", 0)
+    cache, failure = torch.zeros(1, 8, 1, 4), tokentrim.UnsupportedContextError("it gave something else.")
+    null = NullReplay(torch.nn.Identity(), cache.sum, Recall(), [None])
+    null.remember(cache.sum(), {"cache": cache}, cache.sum())
+    with pytest.raises(tokentrim.UnsupportedContextError) as raised, null.undone_if_refused():
+        cache.add_(1)
+        raise failure
+    assert raised.value is failure and str(failure) == f"it gave something else. {SHORT}"

@@ -81,7 +81,7 @@ class NullReplay:
                 # Of what counts in place (itertools.count) that has kept the reference only.
                 self._counters.put_back()
                 if isinstance(failure, UnsupportedContextError) and self._before.is_short():
-                    raise UnsupportedContextError(f"{failure} {SHORT}") from None
+                    failure.args = (f"{failure} {SHORT}",)  # itself: ranks know the one that they have agreed on
             raise
 
     def put_back(self) -> None:
