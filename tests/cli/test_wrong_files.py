@@ -6,7 +6,7 @@ from tokentrim_hooks.cli.main import main
 
 FILES = {
     "ok.py": "print('it ran')\n",
-    "package/__init__.py": "",
+    "package/__init__.py": "print('imported before its time')",
     "typo.toml": "[policies.drift]\nfracton = 0.1\n",
     "other.toml": "[policies.flowmo]\nsteps = 3\n",
     "leaves.py": "import sys\nsys.exit(3)\n",

@@ -10,7 +10,7 @@ import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import TracebackType
 
@@ -94,7 +94,9 @@ def _is_found(module: str) -> bool:
 def _cannot_run(module: str) -> bool:
     """Whether it is a package without a ``__main__``."""
     spec = _spec(module)
-    return spec is not None and spec.submodule_search_locations is not None and not _is_found(f"{module}.__main__")
+    folders = None if spec is None else spec.submodule_search_locations
+    # Looked for in its folders: by its name the search would import the package, before seeds and patch are there.
+    return folders is not None and PathFinder.find_spec(f"{module}.__main__", list(folders)) is None
 
 
 def _spec(module: str) -> ModuleSpec | None:
