@@ -39,5 +39,6 @@ def test_a_flagged_video_pays_for_its_own_calls_only():
 def test_functions_per_chunk_do_not_grow():
     # Of CPython 3.11 and torch 2.13; later ones of Python call none for a comprehension.
     found = {tokens: stages.functions(tokens, stages.observed) for tokens in (64, 1560)}
-    assert found[64] == found[1560], "as many whatever the size"
+    # What the garbage collector runs at some moment, of other tests, too, is less than one function per chunk.
+    assert abs(found[64] - found[1560]) < 1, f"as many whatever the size: {found}"
     assert 0 < found[64] <= FUNCTIONS, found
