@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import tiny_reference as tiny
@@ -17,10 +18,9 @@ PLACES = 25
 
 
 def chosen(seen):
-    """Numbers of some of the lines that ran, any line being as likely as any other."""
-    choice = random.Random(0)
-    lines = choice.sample(sorted(set(seen)), PLACES)
-    return [choice.choice([number for number, line in enumerate(seen) if line == one]) for one in lines]
+    """Some of the lines that ran, any line being as likely as any other, and at which of its times."""
+    choice, times = random.Random(0), Counter(seen)
+    return [(line, choice.randrange(times[line])) for line in choice.sample(sorted(times), PLACES)]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def test_ctrl_c_in_patch(patchable):
     with Lines() as lines:
         handle = tokentrim.patch(pipeline, POLICY)
     handle.unpatch()
-    for at in chosen(lines.seen):
-        with Lines(at), pytest.raises(KeyboardInterrupt):
+    for line, nth in chosen(lines.seen):
+        with Lines(line, nth), pytest.raises(KeyboardInterrupt):
             tokentrim.patch(pipeline, POLICY)
         tokentrim.unpatch(pipeline)
         assert_same(before, fingerprint(pipeline.generator))
@@ -51,10 +51,10 @@ def test_ctrl_c_in_unpatch(patchable):
     tiny.run(pipeline)
     with Lines() as lines:
         handle.unpatch()
-    for at in chosen(lines.seen):
+    for line, nth in chosen(lines.seen):
         handle = tokentrim.patch(pipeline, POLICY)
         tiny.run(pipeline)
-        with Lines(at), pytest.raises(KeyboardInterrupt):
+        with Lines(line, nth), pytest.raises(KeyboardInterrupt):
             handle.unpatch()
         handle.unpatch()
         assert_same(before, fingerprint(pipeline.generator))
