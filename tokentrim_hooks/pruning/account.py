@@ -42,6 +42,8 @@ class KeyAccount:
 
     def __init__(self, context: CacheRows, whole: bool = True) -> None:
         self._whole = whole
+        self.of_hidden = False
+        """Whether it is of a call from which rows are hidden: these are dead to it, and alive again behind it."""
         self.marked: list[int] = []
         """Rows marked since the latest call, of each sample; a call that sees all rows must see them, too."""
         # By the number of queries: calls of one kind may read more of the cache than others between them.
@@ -156,7 +158,7 @@ class KeyAccount:
         """Once that was read: raise if something is dead, and there are keys that are rows of nothing.
 
         Args:
-            alive: CPU BoolTensor ``[B, keys]``; what is merely hidden from the call lives. known, new: as above.
+            alive: CPU BoolTensor ``[B, keys]``; what is hidden from the call lives, unless it is :attr:`of_hidden`. known, new: as above.
             padded: whether keys that are 0 may lie behind the others. part: as above.
 
         Raises:
@@ -177,7 +179,7 @@ class KeyAccount:
             count = "some" if self._beside else beside
             raise UnsupportedContextError(
                 f"{count} of {keys} keys in self attention are no rows of the KV cache: memory that keeps what is "
-                "pruned?\nSwitch it off (a mean, a bank), or write an adapter that spares it, with keeps_memory = True."
+                "left out?\nSwitch it off (a mean, a bank), or write an adapter that spares it, with keeps_memory = True."
             )
 
     def _require_marks(self, alive: Tensor, new: int, part: Samples | None) -> tuple[int, int] | None:

@@ -59,6 +59,7 @@ class FleetingMarks:
     Attributes:
         rows: rows that are hidden, in one layer, of all samples; 0 while nothing is.
         weights: of each of them, what the call reads: 0 nothing, below 1 less than of others; empty if all are 0.
+        context: where they lie; None while nothing is hidden.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class FleetingMarks:
         self.weights: list[float] = []
         self._layers: list[_Hidden] = []
         self._places: list[tuple[int, int]] = []
-        self._context: CacheRows | None = None
+        self.context: CacheRows | None = None
 
     def hide(self, context: CacheRows, hidden: Tensor, weights: Tensor | None = None) -> int:
         """Mark rows.
@@ -95,7 +96,7 @@ class FleetingMarks:
                 "the KV cache holds float8, which has no infinity to hide rows with for one call; "
                 "run with a wider cache, or with policies that only prune"
             )
-        self._context, self.rows = context, len(self._places)
+        self.context, self.rows = context, len(self._places)
         pairs = torch.tensor(self._places).T
         on_device = {device: pairs.to(device) for device in {values.device for values in context.values}}
         for values in context.values:
@@ -120,7 +121,7 @@ class FleetingMarks:
             UnsupportedContextError: marks were lost on the way, with what they lie in.
         """
         found = int((~open_rows).sum())
-        if self._context is None or open_rows.shape[1] != self._context.stop + new or found >= self.rows:
+        if self.context is None or open_rows.shape[1] != self.context.stop + new or found >= self.rows:
             return
         raise UnsupportedContextError(
             f"attention finds {found} of {self.rows} rows that are hidden from a call: V is changed as it is read, or "
@@ -129,7 +130,7 @@ class FleetingMarks:
 
     def forget(self) -> None:
         """Leave the marks where they are: in copies, which are dropped."""
-        self._layers, self._context, self.rows, self.weights = [], None, 0, []
+        self._layers, self.context, self.rows, self.weights = [], None, 0, []
 
     def locate(self, layer: int, values: Tensor) -> Weighed | None:
         """Where V ``[B, length, heads, head_dim]`` at a layer's kernel has rows of less weight; None if none has any.
@@ -139,11 +140,11 @@ class FleetingMarks:
         Raises:
             UnsupportedContextError: rows of the kernel are none of the cache's.
         """
-        if not self.weights or self._context is None:
+        if not self.weights or self.context is None:
             return None
         if values.ndim != 4 or len(self._layers) <= layer or values.shape[0] != self._layers[layer].values.shape[0]:
             raise UnsupportedContextError(_NOT_BY_LAYER)
-        anchors = range(self._context.start, self._context.start + self._context.anchors)
+        anchors = range(self.context.start, self.context.start + self.context.anchors)
         weights, found = torch.ones(values.shape[:2]), list[tuple[int, int, int]]()
         for one, elements in enumerate(values[..., 0, 0]):
             marked = torch.isneginf(elements).nonzero()[:, 0]
@@ -175,7 +176,7 @@ class FleetingMarks:
             now: the context as it is after the call; None where nobody can say (the call has raised). Without it, or
                 where rows have moved, the device is read to find them.
         """
-        context = self._context
+        context = self.context
         if context is None:
             self.forget()
             return

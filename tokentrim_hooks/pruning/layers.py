@@ -1,11 +1,13 @@
 """Whether a row of a KV cache is the same token in every layer: the tap finds the dead ones in the first layer only.
 
-A layer may read fewer rows than the first. If it reads more, it keeps more than the counters say that were read; and if
-it reads some of the heads only, the mark in the first head is not seen with the others.
+A layer may read fewer rows than the first, but no others of equally many, for the tap goes by their number. If it reads
+more, it keeps more than the counters say that were read; and if it reads some of the heads only, the mark in the first
+head is not seen with the others.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
@@ -26,25 +28,29 @@ class LayersAlike:
         self.looks = False
         self.most: int | None = None
         self._by_site, self._shape = by_site, (0, 0)
-        self._first: Tensor | None = None
+        # By their shape, as the tap shares what it found: a layer may attend over parts of its keys.
+        self._firsts: dict[tuple[torch.Size, torch.device], Tensor] = {}
+        self._looking = False
         self._apart: Tensor | None = None
 
     def begin(self, values: Tensor) -> None:
         """The first layer's V, ``[B, keys, heads, head_dim]``."""
         self._shape = (values.shape[0], values.shape[2])
-        self._first = _marks(values) if self.looks else None
+        self._looking = self.looks
+        self._firsts = {(values.shape[:2], values.device): _marks(values)} if self.looks else {}
 
     def look(self, values: Tensor) -> None:
-        """Another layer's V.
+        """The V of another attention call, of any layer.
 
         Raises:
             UnsupportedContextError: it has other heads than the first layer's, or more keys than there can be.
         """
         self._require_like_first(values)
-        if self._first is None or self._first.shape != values.shape[:2] or self._first.device != values.device:
+        if not self._looking or values.shape[0] != self._shape[0]:
             return
-        apart = (_marks(values) != self._first).any()
-        self._apart = apart if self._apart is None else self._apart | apart
+        marks = _marks(values)
+        apart = (marks != self._firsts.setdefault((values.shape[:2], values.device), marks)).any()
+        self._apart = apart if self._apart is None else self._apart.to(apart.device) | apart
 
     def _require_like_first(self, values: Tensor) -> None:
         batch, keys, heads = values.shape[:3]
@@ -63,7 +69,7 @@ class LayersAlike:
 
     def end(self) -> None:
         """The call is over: keep no tensor of it but the flag."""
-        self._first = None
+        self._firsts, self._looking = {}, False
 
     @property
     def waiting(self) -> Tensor | None:

@@ -22,12 +22,12 @@ class SparingAccount(KeyAccount):
     """The rows of one cache behind its sink, by the content of their first head and by that of all heads.
 
     Args:
-        context: the cache, for the call that follows.
+        context: the cache, for the call that follows. whole: as of any account.
     """
 
-    def __init__(self, context: CacheRows) -> None:
+    def __init__(self, context: CacheRows, whole: bool = True) -> None:
         self._first = KeyAccount(_first_heads(_history(context)), whole=False)
-        super().__init__(context)
+        super().__init__(context, whole)
 
     def begin(self, start: int) -> None:
         """As of any account."""

@@ -196,7 +196,7 @@ class CallTap:
             self.veil.require_seen(read[0], new)
         if account is not None:
             self.layers = account.layers
-            account.answer(alive, read[len(flags) :], new, padded, self._part)
+            account.answer(read[0] if account.of_hidden else alive, read[len(flags) :], new, padded, self._part)
         self._count_dead(alive)
         return alive, read[0]
 

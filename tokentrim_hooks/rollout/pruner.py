@@ -17,6 +17,7 @@ from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import grid_of
 from tokentrim_hooks.policy.views import Place
 from tokentrim_hooks.pruning.account import KeyAccount, keeps_contents
+from tokentrim_hooks.pruning.account_of_hidden import AccountsOfHidden
 from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, anchor_frames, require_grid, require_history
 from tokentrim_hooks.pruning.fleeting import FleetingMarks
 from tokentrim_hooks.pruning.key_selection import DeadTokens
@@ -60,7 +61,7 @@ class Pruner:
         self._tombstones = Tombstones()
         self._marked: dict[Hashable, Traces] = {}  # weak: who drops a cache gets the memory back, marks or no marks
         self._left: list[Traces] = []  # where marks were copied from, if that is still there
-        self._accounts: dict[Hashable, KeyAccount] = {}
+        self._accounts, self._of_hidden = dict[Hashable, KeyAccount](), AccountsOfHidden(adapter.keeps_memory)
         self._last: CallTap | None = None
         self._steering, self._fleeting = steering if steering and steering.hides else None, FleetingMarks()
         self.acts: list[Act] = []
@@ -99,6 +100,8 @@ class Pruner:
         veil, gated = self._fleeting if self._hid else None, self.proof.layers > 0
         if account := self._accounts.get(call.stream) if call.stream in self._marked else None:
             account.begin(call.start)
+        elif place is not None and part is None and (hides := self._fleeting.context):
+            account = self._of_hidden.account(hides, call.stream, place.phase, call.start)
         own = call.frames * math.prod(grid_of(call.latents, self._patch_size))
         dead, failures = self._dead_tokens, self._failures
         if part is not None:  # one that fails is followed by the whole batch: nobody steps aside for it
@@ -292,5 +295,6 @@ class Pruner:
             traces.clear()
         self._marked.clear()
         self._left = []
+        self._of_hidden.forget()
         self._dead_tokens.killed_by.clear()
         return left
