@@ -158,7 +158,8 @@ class KeyAccount:
         """Once that was read: raise if something is dead, and there are keys that are rows of nothing.
 
         Args:
-            alive: CPU BoolTensor ``[B, keys]``; what is hidden from the call lives, unless it is :attr:`of_hidden`. known, new: as above.
+            alive: CPU BoolTensor ``[B, keys]``; what is hidden from the call lives, unless this is :attr:`of_hidden`.
+            known, new: as above.
             padded: whether keys that are 0 may lie behind the others. part: as above.
 
         Raises:
@@ -178,8 +179,8 @@ class KeyAccount:
         if beside > 0:
             count = "some" if self._beside else beside
             raise UnsupportedContextError(
-                f"{count} of {keys} keys in self attention are no rows of the KV cache: memory that keeps what is "
-                "left out?\nSwitch it off (a mean, a bank), or write an adapter that spares it, with keeps_memory = True."
+                f"{count} of {keys} keys in self attention are no rows of the KV cache: memory that keeps what is left "
+                "out?\nSwitch it off (a mean, a bank), or write an adapter that spares it, with keeps_memory = True."
             )
 
     def _require_marks(self, alive: Tensor, new: int, part: Samples | None) -> tuple[int, int] | None:

@@ -1,8 +1,8 @@
 """Accounts for the keys of calls from which rows of a KV cache are hidden, as account.py does where rows are dead.
 
 What is hidden comes back when the call has ended, so nothing of it lives on in rows, and an account is of one call
-alone: its keys are rows that the cache holds as it begins, or the chunk's own. That is looked at once per chunk and kind
-of call; calls between them are taken to read as it did.
+alone: its keys are rows that the cache holds as it begins, or the chunk's own. That is looked at once per chunk and
+kind of call; calls between them are taken to read as it did.
 """
 
 from __future__ import annotations
