@@ -56,14 +56,17 @@ _NOT_BY_LAYER = (
 class FleetingMarks:
     """Hides rows of a cache from one call.
 
+    Args:
+        beside_memory: whether keys may be memory beside the rows: then their number says nothing of rows.
+
     Attributes:
         rows: rows that are hidden, in one layer, of all samples; 0 while nothing is.
         weights: of each of them, what the call reads: 0 nothing, below 1 less than of others; empty if all are 0.
         context: where they lie; None while nothing is hidden.
     """
 
-    def __init__(self) -> None:
-        self.rows = 0
+    def __init__(self, beside_memory: bool = False) -> None:
+        self.rows, self._beside_memory = 0, beside_memory
         self.weights: list[float] = []
         self._layers: list[_Hidden] = []
         self._places: list[tuple[int, int]] = []
@@ -121,7 +124,9 @@ class FleetingMarks:
             UnsupportedContextError: marks were lost on the way, with what they lie in.
         """
         found = int((~open_rows).sum())
-        if self.context is None or open_rows.shape[1] != self.context.stop + new or found >= self.rows:
+        if self.context is None or self._beside_memory or found >= self.rows:
+            return
+        if open_rows.shape[1] != self.context.stop + new:
             return
         raise UnsupportedContextError(
             f"attention finds {found} of {self.rows} rows that are hidden from a call: V is changed as it is read, or "

@@ -57,13 +57,13 @@ class Pruner:
     ) -> None:
         self.proof, self.anchors = proof, 0
         self._adapter, self._patch_size, self._policy, self._failures = adapter, patch_size, policy, failures
-        self._dead_tokens = DeadTokens(policy.prune_anchors, policy.coarse)
-        self._tombstones = Tombstones()
+        self._dead_tokens, self._tombstones = DeadTokens(policy.prune_anchors, policy.coarse), Tombstones()
         self._marked: dict[Hashable, Traces] = {}  # weak: who drops a cache gets the memory back, marks or no marks
         self._left: list[Traces] = []  # where marks were copied from, if that is still there
         self._accounts, self._of_hidden = dict[Hashable, KeyAccount](), AccountsOfHidden(adapter.keeps_memory)
         self._last: CallTap | None = None
-        self._steering, self._fleeting = steering if steering and steering.hides else None, FleetingMarks()
+        self._steering = steering if steering and steering.hides else None
+        self._fleeting = FleetingMarks(adapter.keeps_memory)
         self.acts: list[Act] = []
         self._shown: list[tuple[int, int]] = []  # of earlier parts of one call: attention calls tapped, dead keys
         # Of the chunk in progress: frames with a key, calls with a tap, whether any of them dropped a dead key.
