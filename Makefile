@@ -1,4 +1,4 @@
-# make demo   a virtual environment, the package, and the demo (after installation four minutes of one idle core)
+# make demo   a virtual environment, the package, and the demo (after installation 4 to 7 minutes of one idle core)
 # make test   the whole test suite
 # make test-models   adapters against foreign packages, each in a folder of its own (their pins never resolved)
 # make test-engines    the plugins for SGLang and vLLM-Omni, on their wheels (560 MB to download, minutes; not in CI)

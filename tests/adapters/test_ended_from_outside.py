@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import threading
 import time
@@ -28,11 +29,14 @@ from interruptions import subject as subject_of
 from own_loop import calls, last
 from targets import TARGETS, each_target
 from test_interrupted_lines import is_ours
+from tqdm.auto import tqdm
 
 import tokentrim_hooks as tokentrim
 
 TIMES = (0.3, 0.6, 0.9)
 """Shares of a run at which it is ended."""
+PATIENCE = 300
+"""Seconds after which a process that says nothing is ended."""
 TRIES = 5
 """Times that a run is ended at about the same moment until torch is whole afterwards."""
 
@@ -148,6 +152,8 @@ def in_a_process_of_its_own(function: Callable[[], str]) -> str:
     child = os.fork()
     if not child:
         words = "the process was ended"
+        # Its default is shared by processes: one that was ended as it held it would stop all others for ever.
+        tqdm.set_lock(threading.RLock())
         try:
             words = function()
         except BaseException:
@@ -157,6 +163,8 @@ def in_a_process_of_its_own(function: Callable[[], str]) -> str:
             os._exit(0)
     os.close(writes)
     with os.fdopen(reads) as answer:
+        if not select.select([answer], [], [], PATIENCE)[0]:
+            os.kill(child, signal.SIGKILL)
         words = answer.read()
     _, status = os.waitpid(child, 0)
     return words if not status else f"died: {status}"

@@ -1,4 +1,4 @@
-"""``tokentrim demo``: see and measure what pruning does to a small trained video model: four minutes of one core."""
+"""``tokentrim demo``: see and measure what pruning does to a small trained video model: some minutes of one core."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ FILES = {
 def demo(out: Path, untrained: bool, **options: Any) -> None:
     """See and measure it on a small trained model.
 
-    Says in a few sentences what came of it, then shows a table, then where the films and pages are. It takes about four
-    minutes of one idle core; with --fast, one.
+    Says in a few sentences what came of it, then shows a table, then where the films and pages are. It takes four to
+    seven minutes of one core; with --fast, one or two.
     """
     need("safetensors", "scipy", "PIL", "jinja2", "matplotlib", "tqdm")
     ready_folder(out)
