@@ -1,7 +1,8 @@
-"""Tables and progress for the terminal, and tables for Markdown files: the one place that lays out rows of text."""
+"""Words, tables and progress for the terminal, and tables for Markdown files: what lays out rows of text."""
 
 from __future__ import annotations
 
+import difflib
 import shutil
 import sys
 import time
@@ -18,6 +19,12 @@ WIDTH, LEAST = 110, 30
 """Columns of a table in a terminal that is no narrower, and of its last column, which is wrapped to fit."""
 
 Rows = Sequence[Sequence[str]]
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """A question after the known name that looks most like the one given; empty if none does."""
+    alike = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {alike[0]!r}?" if alike else ""
 
 
 def plain_table(columns: Sequence[str], rows: Rows, title: str = "") -> str:

@@ -6,13 +6,13 @@ for no order between them would be what their user meant.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokentrim_hooks.console import meant
 from tokentrim_hooks.errors import PluginError, TokenTrimError, UnknownObserverError, UnknownPolicyError
 from tokentrim_hooks.extras import missing
 from tokentrim_hooks.loading import (
@@ -180,20 +180,20 @@ def _named(kind: str, kinds: str, name: str, infos: Sequence[Named], unknown: Ca
             f"two {kinds} are named {name!r}, from {origins}; uninstall one of them, or name it in {DISABLE}"
         )
     known = sorted({info.name for info in infos if not info.error})
-    there = ", ".join(known) or "none"
-    raise unknown(f"no {kind} named {name!r};{meant(name, known)} installed: {there}{not_used()}")
+    raise unknown(f"{no_such(kind, name, known)}{not_used()}")
+
+
+def no_such(kind: str, name: str, known: Iterable[str]) -> str:
+    """A message: nothing of this kind has the name; which one may have been meant, and all there are."""
+    there = list(known)
+    words = (f"no {kind} named {name!r};", meant(str(name), there), f"installed: {', '.join(there) or 'none'}")
+    return " ".join(filter(None, words))
 
 
 def not_used() -> str:
     """For the end of a message: plugins that failed to load, or whose name is taken, for one may be what is missing."""
     names = ", ".join(dict.fromkeys(info.name for info in left_out()))
     return f"; not used: {names} (see `tokentrim adapters`)" if names else ""
-
-
-def meant(name: str, known: Iterable[str]) -> str:
-    """For a message: the known name that looks most like the one given, if one does."""
-    alike = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" did you mean {alike[0]!r}?" if alike else ""
 
 
 def make_observer(name: str, folder: str | Path | None = None) -> Observer:
@@ -275,7 +275,7 @@ __all__ = [
     "left_out",
     "make_observer",
     "make_policy",
-    "meant",
+    "no_such",
     "ready_observer",
     "tokentrim_adapters",
     "tokentrim_observers",

@@ -13,26 +13,17 @@ import pytest
 import torch
 from test_invented_forks import (
     CHUNK,
-    FramesApart,
-    HeadsApartInAll,
-    InTiles,
-    KeepsMore,
     Numbered,
-    ReadsEverySecond,
-    ReadsLess,
-    TwoKernels,
     numbered,
     reference,
     rollout,
 )
 from test_memory_made_of_rows import CHUNKS, WINDOW, home
-from test_unknown_forks import DEAD, HEADS, TOKENS, WIDTH, SelfAttention, cache_of, plain_attention
+from test_unknown_forks import DEAD, HEADS, TOKENS, WIDTH, SelfAttention, cache_of
 from torch import Tensor
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks import LatentsError, TokenTrimError, TokenTrimWarning, UnsupportedContextError
-from tokentrim_hooks.policy.commit_window import CommitWindow
-from tokentrim_hooks.rollout.repeat import snapshot
+from tokentrim_hooks import LatentsError, TokenTrimError, TokenTrimWarning
 from tokentrim_hooks.testing import ForcedPolicy
 
 assert home  # the fixture that gives the fork's attention a namespace
@@ -273,76 +264,6 @@ def test_where_no_mark_reaches_attention_nothing_is_pruned_and_that_is_said(kind
     assert torch.equal(ours, plain)
 
 
-LOSES_MARKS = (Clamped, KeysThenValues, ZeroedInTheFirstHead, KeptInRing)
-
-
-@pytest.mark.parametrize("kind", LOSES_MARKS, ids=lambda kind: kind.__name__)
-def test_what_is_hidden_is_found_by_attention_or_refused(kind: type[SelfAttention]) -> None:
-    """A mark that is clamped makes another video, of what it was clamped to."""
-    fork, words = numbered(kind), "rows that are hidden from a call"
-    with tokentrim.patched(fork, CommitWindow(3)), pytest.raises(UnsupportedContextError, match=words):
-        rollout(fork, cache_of())
-
-
-class TwoOfAnotherLength(Numbered):
-    """All rows are attended first, then the halves of the latest ones: those two have equally many keys."""
-
-    def read(self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
-        old = len(numbers) - CHUNK
-        if old < CHUNK:
-            return super().read(q, k, v, numbers)
-        parts = [(k[:, some], v[:, some], numbers[some]) for some in (slice(None), slice(CHUNK), slice(old, None))]
-        return sum(super(TwoOfAnotherLength, self).read(q, *part) for part in parts) / 3  # type: ignore[return-value]
-
-
-HIDDEN_ELSEWHERE = {
-    TwoKernels: "different rows in the same places",
-    TwoOfAnotherLength: "different rows in the same places",
-    FramesApart: "different rows in the same places",
-    HeadsApartInAll: NO_ROWS,
-    SinksElsewhere: NO_ROWS,
-    KeepsMore: "a layer sees 24 keys where 16 are known",
-}
-
-
-@pytest.mark.parametrize("kind", HIDDEN_ELSEWHERE, ids=lambda kind: kind.__name__)
-def test_rows_are_hidden_of_all_keys_or_the_fork_is_refused(kind: type[SelfAttention]) -> None:
-    """Other rows were hidden than those that were meant, or not all: off by 2e-4 to 1e-3."""
-    fork = numbered(kind)
-    with tokentrim.patched(fork, CommitWindow(3)), pytest.raises(UnsupportedContextError, match=HIDDEN_ELSEWHERE[kind]):
-        rollout(fork, cache_of())
-
-
-def hidden_by_hand(kind: type[SelfAttention], home: types.ModuleType, frames: int) -> Tensor:
-    """With -inf in commits at all but the latest ``frames``."""
-    calls = 0
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        chunk, step = divmod(calls - 1, 3)
-        gone = (Numbered.now < (chunk * 2 + 2 - frames) * TOKENS) & (Numbered.now >= 0) & (step == 2)
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-        return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(gone, float("-inf")).softmax(-1), v)
-
-    def counted(cache: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return cache
-
-    home.attention = attention  # type: ignore[attr-defined]
-    video = rollout(numbered(kind), cache_of(), before_call=counted)
-    home.attention = plain_attention  # type: ignore[attr-defined]
-    return video
-
-
-@pytest.mark.parametrize("kind", (ReadsLess, ReadsEverySecond, *EXACT), ids=lambda kind: kind.__name__)
-def test_what_is_hidden_equals_minus_infinity(kind: type[SelfAttention], home: types.ModuleType) -> None:
-    fork, expected = numbered(kind), hidden_by_hand(kind, home, 3)
-    with tokentrim.patched(fork, CommitWindow(3)):
-        ours = rollout(fork, cache_of())
-    assert float((ours - rollout(numbered(kind), cache_of())).abs().max()) > 1e-4
-    assert torch.allclose(ours, expected, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("turn", ("chunks", "steps"))
 def test_two_denoisers_that_share_a_cache_in_turns(turn: str) -> None:
     """One is patched: the other reads its marks, by which its chunks become NaN, and that is said."""
@@ -358,47 +279,3 @@ def test_two_denoisers_that_share_a_cache_in_turns(turn: str) -> None:
                 net = both[(chunk if turn == "chunks" else step) % 2]
                 _, answer = net(x0 + 0.1 * bool(level), {}, torch.full((1, 2), level), cache, None, chunk * CHUNK)
                 x0 = answer if level else x0
-
-
-class RollsInEveryCall(Numbered):
-    """Whether it has been made before or not."""
-
-    def write(self, k: Tensor, v: Tensor, cache: Cache, start: int) -> int:
-        cache["global_end_index"].fill_(start)
-        return super().write(k, v, cache, start)
-
-
-@pytest.fixture
-def too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache is more than is copied before a call is made once more; its counters are not."""
-    monkeypatch.setattr(snapshot, "BUDGET", 1024)
-
-
-@pytest.mark.usefixtures("too_large")
-def test_a_large_cache_is_as_it_was_after_the_calls_that_prove_it(home: types.ModuleType) -> None:
-    fork, expected = numbered(Numbered), reference(Numbered, home, 4)
-    with tokentrim.patched(fork, ForcedPolicy({4: DEAD})):
-        assert torch.allclose(rollout(fork, cache_of()), expected, atol=1e-5, rtol=0)
-    fork, words = numbered(InTiles), "another order than its tokens"
-    with tokentrim.patched(fork, ForcedPolicy({4: DEAD})), pytest.raises(UnsupportedContextError, match=words):
-        rollout(fork, cache_of())
-
-
-@pytest.mark.usefixtures("too_large")
-def test_what_cannot_be_put_back_is_said() -> None:
-    """The refused call was made again, and its cache has rolled on."""
-    fork = numbered(RollsInEveryCall)
-    with (
-        pytest.warns(TokenTrimWarning, match="this video may go on otherwise than unpatched"),
-        tokentrim.patched(fork, ForcedPolicy({4: DEAD}), on_error="warn"),
-    ):
-        rollout(fork, cache_of())
-
-
-def test_what_can_be_is_put_back() -> None:
-    fork, plain = numbered(RollsInEveryCall), rollout(numbered(RollsInEveryCall), cache_of())
-    with (
-        pytest.warns(TokenTrimWarning, match=r"override Adapter\.replay\.$"),
-        tokentrim.patched(fork, ForcedPolicy({4: DEAD}), on_error="warn"),
-    ):
-        assert torch.equal(rollout(fork, cache_of()), plain)

@@ -5,7 +5,6 @@ Status 2 stands for a wrong use, a missing extra, or a file that cannot be read 
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +21,7 @@ from tokentrim_hooks.cli.metrics import metrics
 from tokentrim_hooks.cli.report import report
 from tokentrim_hooks.cli.script.attempt import attempt
 from tokentrim_hooks.cli.script.run import run
-from tokentrim_hooks.console import say
+from tokentrim_hooks.console import meant, say
 from tokentrim_hooks.errors import TokenTrimError
 
 ALL = (demo, attempt, run, report, metrics, adapters, policies, detect, compare, bench, completion)
@@ -44,9 +43,8 @@ class InOrder(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command that is asked for; an unknown one is told with those that look like it, as options are."""
         if args[0] not in self.commands and not args[0].startswith("-"):
-            alike = difflib.get_close_matches(args[0], self.commands, n=1)
-            meant = f"; did you mean {alike[0]!r}?" if alike else ""
-            raise click.UsageError(f"no such command {args[0]!r}{meant}", ctx)
+            perhaps = f"; {question}" if (question := meant(args[0], self.commands)) else ""
+            raise click.UsageError(f"no such command {args[0]!r}{perhaps}", ctx)
         return super().resolve_command(ctx, args)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from tokentrim_hooks.cli.options import FOLDER, Named, need
+from tokentrim_hooks.cli.page import PAGE, page_of
 from tokentrim_hooks.console import printable
 from tokentrim_hooks.errors import ReportError
 
@@ -32,8 +33,9 @@ def report(
     """
     if unpatched and not video:
         raise click.UsageError("--unpatched needs --video; add it, with the video of the patched run")
-    _require(folder)
-    need("jinja2", "matplotlib", "numpy", "PIL", extra="report", metrics=("av",) if video else ())
+    if not folder.exists():
+        raise ReportError(f"no such folder: {folder}; give the folder of a run")
+    need(*PAGE, extra="report", metrics=("av",) if video else ())
     if video and not unchecked:
         from tokentrim_hooks.cli.belongs import require_own
 
@@ -62,29 +64,3 @@ def _say_what_else(folder: Path) -> None:
     if others:
         shown = ", ".join(others[:6]) + (f" and {len(others) - 6} more" if len(others) > 6 else "")
         print(f"The page shows {drawn}; there are also {shown}: give one instead of the folder.", file=sys.stderr)
-
-
-def _require(folder: Path) -> None:
-    if not folder.exists():
-        raise ReportError(f"no such folder: {folder}; give the folder of a run")
-
-
-def page_of(
-    folder: Path, video: Path | None = None, unpatched: Path | None = None, what_if: Sequence[str] = ()
-) -> Path:
-    """Write the page of a run's folder, or of one log in it; returns its path.
-
-    Args:
-        folder: the run's, or a log. video, unpatched: decoded videos. what_if: further settings to ask the log about.
-
-    Raises:
-        ReportError: no such folder, or no log in it that can be read. VideoError: a video cannot be read.
-        TokenTrimError: a setting that is none.
-    """
-    _require(folder)
-    from tokentrim_hooks.experiments.what_if.answers import section
-    from tokentrim_hooks.metrics.video import VideoFile
-    from tokentrim_hooks.report.page import write_page
-
-    clips = [None if path is None else VideoFile.of(path) for path in (video, unpatched)]
-    return write_page(folder, *clips, sections=[section(folder, what_if)])

@@ -18,7 +18,7 @@ from tokentrim_hooks.errors import (
     UnsupportedModelError,
 )
 from tokentrim_hooks.loading import asked, check_class
-from tokentrim_hooks.plugins import AdapterInfo, left_out, meant, not_used, usable_adapters
+from tokentrim_hooks.plugins import AdapterInfo, left_out, no_such, not_used, usable_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +122,7 @@ def _named(name: str) -> AdapterInfo:
             f"plugin {name!r} ({broken[0].distribution}) cannot be used: {broken[0].error}.\nInstall a version that "
             "works, or uninstall it."
         )
-    there = ", ".join(usable) or "none"
-    raise UnknownAdapterError(f"no adapter named {name!r};{meant(name, usable)} installed: {there}")
+    raise UnknownAdapterError(no_such("adapter", name, usable))
 
 
 def _refuse_wrapped(model: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
+
+from tokentrim_hooks.console import meant
 
 
 def known(policy: type[Any], names: Iterable[str]) -> None:
@@ -23,9 +24,8 @@ def known(policy: type[Any], names: Iterable[str]) -> None:
     own = [parameter.name for parameter in taken if parameter.kind in kinds]
     for name in names:
         if name not in own:
-            alike = difflib.get_close_matches(name, own, n=1)
-            meant = f" (did you mean {alike[0]!r}?)" if alike else ""
-            raise TypeError(f"{policy.__name__} has no option {name!r}{meant}; known: {', '.join(own) or 'none'}")
+            perhaps = f" ({question})" if (question := meant(name, own)) else ""
+            raise TypeError(f"{policy.__name__} has no option {name!r}{perhaps}; known: {', '.join(own) or 'none'}")
 
 
 def number(name: str, value: object, low: float, high: float, rule: str) -> None:

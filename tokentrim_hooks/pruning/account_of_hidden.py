@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from tokentrim_hooks.pruning.account import KeyAccount, keeps_contents
+from tokentrim_hooks.pruning.account import KeyAccount
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.pruning.layers import LayersAlike
-from tokentrim_hooks.pruning.sparing import SparingAccount
+from tokentrim_hooks.pruning.sparing import account_of
 
 
 class AccountsOfHidden:
@@ -34,10 +34,11 @@ class AccountsOfHidden:
             context: the cache, for this call. stream: its name. phase: of the call.
             start: latent frame at which the call's chunk starts.
         """
-        if self._looked.get((stream, phase)) == start or not keeps_contents(context):
+        looked = self._looked.get((stream, phase)) == start
+        account = None if looked else account_of(context, self._keeps_memory, whole=False)
+        if account is None:
             return None
         self._looked[stream, phase] = start
-        account = SparingAccount(context, whole=False) if self._keeps_memory else KeyAccount(context, whole=False)
         account.of_hidden = True
         account.layers = self._layers.setdefault(stream, account.layers)
         account.layers.looks = True

@@ -30,13 +30,11 @@ class LayersAlike:
         self._by_site, self._shape = by_site, (0, 0)
         # By their shape, as the tap shares what it found: a layer may attend over parts of its keys.
         self._firsts: dict[tuple[torch.Size, torch.device], Tensor] = {}
-        self._looking = False
         self._apart: Tensor | None = None
 
     def begin(self, values: Tensor) -> None:
         """The first layer's V, ``[B, keys, heads, head_dim]``."""
         self._shape = (values.shape[0], values.shape[2])
-        self._looking = self.looks
         self._firsts = {(values.shape[:2], values.device): _marks(values)} if self.looks else {}
 
     def look(self, values: Tensor) -> None:
@@ -46,7 +44,7 @@ class LayersAlike:
             UnsupportedContextError: it has other heads than the first layer's, or more keys than there can be.
         """
         self._require_like_first(values)
-        if not self._looking or values.shape[0] != self._shape[0]:
+        if not self._firsts or values.shape[0] != self._shape[0]:
             return
         marks = _marks(values)
         apart = (marks != self._firsts.setdefault((values.shape[:2], values.device), marks)).any()
@@ -66,10 +64,6 @@ class LayersAlike:
                 f"a layer sees {keys} keys where {self.most} are known: its KV cache keeps more frames than the first "
                 "layer's.\nUse one window for all layers, or write an adapter for this fork."
             )
-
-    def end(self) -> None:
-        """The call is over: keep no tensor of it but the flag."""
-        self._firsts, self._looking = {}, False
 
     @property
     def waiting(self) -> Tensor | None:

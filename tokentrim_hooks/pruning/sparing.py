@@ -13,9 +13,21 @@ from dataclasses import replace
 from torch import Tensor
 
 from tokentrim_hooks.errors import UnsupportedContextError
-from tokentrim_hooks.pruning.account import KeyAccount
+from tokentrim_hooks.pruning.account import KeyAccount, keeps_contents
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.pruning.samples import Samples
+
+
+def account_of(context: CacheRows, keeps_memory: bool, whole: bool = True) -> KeyAccount | None:
+    """The account of a cache, for the call that follows; None where its rows cannot be known by their content.
+
+    Args:
+        keeps_memory: whether keys may be memory beside the rows, which the adapter keeps right.
+        whole: as of any account.
+    """
+    if not keeps_contents(context):
+        return None
+    return SparingAccount(context, whole) if keeps_memory else KeyAccount(context, whole)
 
 
 class SparingAccount(KeyAccount):

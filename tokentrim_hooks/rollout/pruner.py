@@ -16,13 +16,13 @@ from tokentrim_hooks.failures import FailurePolicy
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.policy.drift import grid_of
 from tokentrim_hooks.policy.views import Place
-from tokentrim_hooks.pruning.account import KeyAccount, keeps_contents
+from tokentrim_hooks.pruning.account import KeyAccount
 from tokentrim_hooks.pruning.account_of_hidden import AccountsOfHidden
 from tokentrim_hooks.pruning.context import CacheRows, KeyLayout, anchor_frames, require_grid, require_history
 from tokentrim_hooks.pruning.fleeting import FleetingMarks
 from tokentrim_hooks.pruning.key_selection import DeadTokens
 from tokentrim_hooks.pruning.samples import Samples
-from tokentrim_hooks.pruning.sparing import SparingAccount
+from tokentrim_hooks.pruning.sparing import account_of
 from tokentrim_hooks.pruning.tap import CallTap
 from tokentrim_hooks.pruning.tombstones import FOREIGN_MARKS, Tombstones, Traces, is_marked
 from tokentrim_hooks.rollout.answers import context_of
@@ -175,8 +175,8 @@ class Pruner:
     def _watch_rows(self, context: CacheRows, stream: Hashable) -> None:
         """Account for the keys of later calls; not for memory that the adapter says that it keeps right."""
         self._accounts = {known: account for known, account in self._accounts.items() if known in self._marked}
-        kind = SparingAccount if self._adapter.keeps_memory else KeyAccount
-        self._accounts |= {stream: kind(context)} if keeps_contents(context) else {}
+        account = account_of(context, self._adapter.keeps_memory)
+        self._accounts |= {} if account is None else {stream: account}
 
     def inherit(self, call: Call) -> None:
         """Find the marks in a cache that was copied from another video's, or loaded: they were copied with it."""

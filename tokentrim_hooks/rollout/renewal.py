@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from tokentrim_hooks.inspection import shares_storage
 
 DEPTH = 3
 """Lists and dicts within one another: a cache has an entry for each layer."""
+Prints: TypeAlias = dict[str, tuple[int, list[Any]]]
+"""Of lists and dicts that a call is given, by its arguments' names: where each lies, and what is in it."""
 
 
 class Renewal:
@@ -26,7 +28,7 @@ class Renewal:
 
     def __init__(self) -> None:
         self._first: tuple[Tensor, int] | None = None  # held, or others could come to lie there
-        self._left: dict[str, tuple[int, list[Any]]] = {}
+        self._left: Prints = {}
         self._kept: set[str] = set()
 
     def begin(self, call: Call) -> None:
@@ -39,20 +41,20 @@ class Renewal:
 
     def came_back(self, call: Call) -> None:
         """A call of the chunk has come back."""
-        left, self._left = self._left, _prints_of(call)
+        left, self._left = self._left, prints_of(call)
         self._kept |= {name for name in left.keys() & self._left.keys() if _is_kept(left[name], self._left[name])}
 
-    def renewed(self, call: Call) -> bool:
+    def renewed(self, now: Prints) -> bool:
         """Whether something in the caches is another thing than the call before has left there."""
-        left, now = self._left, _prints_of(call)
+        left = self._left
         return any(self._is_new(name, left[name], now[name]) for name in left.keys() & now.keys())
 
-    def written(self, call: Call) -> bool:
+    def written(self, now: Prints) -> bool:
         """Whether a tensor that the call before has left there was written since: no list made for one call looks so.
 
         One that lies where the last one lay, and has a tensor of it, cannot be told from it by anything else.
         """
-        left, now = self._left, _prints_of(call)
+        left = self._left
         return any(_is_written(left[name][1], now[name][1]) for name in left.keys() & now.keys())
 
     def _is_new(self, name: str, left: tuple[int, list[Any]], now: tuple[int, list[Any]]) -> bool:
@@ -67,7 +69,7 @@ class Renewal:
         return shares_storage(call.latents, noise) and _version(call.latents) == version
 
 
-def _prints_of(call: Call) -> dict[str, tuple[int, list[Any]]]:
+def prints_of(call: Call) -> Prints:
     """Lists and dicts that a call is given: where they lie, and what is in them. Nothing of theirs is held."""
     given = {name: argument for name, argument in call.arguments.items() if isinstance(argument, dict | list)}
     return {name: (id(argument), list(_prints(argument))) for name, argument in given.items()}

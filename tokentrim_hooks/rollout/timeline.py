@@ -17,7 +17,7 @@ from tokentrim_hooks.rollout.answers import accepted_of, context_of, phase_of, r
 from tokentrim_hooks.rollout.loop import Loop
 from tokentrim_hooks.rollout.pace import Pace
 from tokentrim_hooks.rollout.pruner import Pruner
-from tokentrim_hooks.rollout.renewal import Renewal
+from tokentrim_hooks.rollout.renewal import Renewal, prints_of
 from tokentrim_hooks.rollout.shared import Shared
 from tokentrim_hooks.rollout.state import ChunkState, VideoState
 
@@ -115,10 +115,10 @@ class Timeline:
         video, chunk = self.video, self.chunk
         if video is None or chunk is None or video.index:
             return False
-        goes_on, renewed = self._loop.goes_on, self._renewal.renewed(call)
-        if goes_on and not renewed and not self._renewal.repeats(call):
+        goes_on, given = self._loop.goes_on, prints_of(call)
+        if goes_on and not self._renewal.renewed(given) and not self._renewal.repeats(call):
             return False
-        anew = self.pace.begins_anew(call, chunk, left=goes_on is False or self._renewal.written(call))
+        anew = self.pace.begins_anew(call, chunk, left=goes_on is False or self._renewal.written(given))
         if not anew:
             self._loop.learn()
         return anew

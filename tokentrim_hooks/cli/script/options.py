@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from tokentrim_hooks.cli.options import FOLDER
+from tokentrim_hooks.cli.options import Named
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -33,7 +34,7 @@ def patching(command: Decorated) -> Decorated:
     for option in (
         click.option("--watch/--no-watch", default=True, help="Log what policy adaptive measures, for what-ifs."),
         click.option("--probe", type=click.Choice(("first-step", "candidate")), help="Which prediction is judged."),
-        click.option("--config", type=FOLDER, help="TOML file: probe, observers, [policies.NAME]."),
+        click.option("--config", type=Named(path_type=Path), help="TOML file: probe, observers, [policies.NAME]."),
         click.option("--policy", multiple=True, metavar="NAME", help="An installed policy, by name; repeatable."),
     ):
         command = option(command)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokentrim_hooks.cli.options import FOLDER, SEED, need
+from tokentrim_hooks.cli.page import PAGE, page_of
 from tokentrim_hooks.cli.script.folders import claimed, ended
 from tokentrim_hooks.cli.script.options import SCRIPT, patching, script
 from tokentrim_hooks.console import say
@@ -90,16 +91,8 @@ def _say_what_happened(this: Run, status: int, begun_in: Path) -> None:
         say(f"tokentrim run: no model was patched: {this.why_none(status)}")
     for log in this.logs:
         try:
-            page = _page_of(log.path)
+            need(*PAGE, extra="report")  # here, for a run takes none of it
+            page = page_of(log.path)
             say(f"report: {page.relative_to(begun_in) if page.is_relative_to(begun_in) else page}")
         except TokenTrimError as failure:
             say(f"no report page for {log.path}: {failure}")
-
-
-def _page_of(log: Path) -> Path:
-    """Write a log's page; what that takes is imported here, for a run needs none of it."""
-    need("jinja2", "matplotlib", "numpy", "PIL", extra="report")
-    from tokentrim_hooks.experiments.what_if.answers import section
-    from tokentrim_hooks.report.page import write_page
-
-    return write_page(log, sections=[section(log)])

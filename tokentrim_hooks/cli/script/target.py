@@ -81,22 +81,13 @@ def _require_module(name: str) -> None:
     """
     if name.endswith(".py"):  # a search for it would import the module in front of the dot
         raise TokenTrimError(f"no such module: {name}\nLeave -m out for a file, or .py for a module.")
-    if not _is_found(name):
+    spec = _spec(name)
+    if spec is None:
         raise TokenTrimError(f"no such module: {name or EMPTY}\nRun it from the folder that holds it, or install it.")
-    if _cannot_run(name):
-        raise TokenTrimError(f"the package {name} has no __main__ to run.\nName a module in it, as {name}.NAME.")
-
-
-def _is_found(module: str) -> bool:
-    return _spec(module) is not None
-
-
-def _cannot_run(module: str) -> bool:
-    """Whether it is a package without a ``__main__``."""
-    spec = _spec(module)
-    folders = None if spec is None else spec.submodule_search_locations
+    folders = spec.submodule_search_locations
     # Looked for in its folders: by its name the search would import the package, before seeds and patch are there.
-    return folders is not None and PathFinder.find_spec(f"{module}.__main__", list(folders)) is None
+    if folders is not None and PathFinder.find_spec(f"{name}.__main__", list(folders)) is None:
+        raise TokenTrimError(f"the package {name} has no __main__ to run.\nName a module in it, as {name}.NAME.")
 
 
 def _spec(module: str) -> ModuleSpec | None:
