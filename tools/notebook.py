@@ -66,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Say whether the notebook is what the tutorial gives; with ``--write`` make it so."""
     parser = argparse.ArgumentParser(prog="python tools/notebook.py", description=main.__doc__)
     parser.add_argument("--write", action="store_true", help="write examples/first_prune.ipynb of this checkout")
-    parser.add_argument("--folder", type=Path, default=Path(), help="where it runs, and leaves what it writes")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where it runs, and leaves what it writes")
     options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
     book = made(options.folder)
     if options.write:
         nbformat.write(book, NOTEBOOK)

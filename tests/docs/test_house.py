@@ -3,6 +3,7 @@
 import functools
 import importlib
 import re
+import subprocess
 
 import pytest
 from pages import PAGES, ROOT, blocks
@@ -33,6 +34,20 @@ PATH = re.findall(r"^\| \w+ \| `(\S+):(\S+)` \|", PAGE.read_text(), re.MULTILINE
 def test_the_path_of_the_latents_goes_through_code_that_is_there(module, name):
     home = importlib.import_module(f"tokentrim_hooks.{module}")
     assert callable(functools.reduce(getattr, name.split("."), home))
+
+
+TOP = {
+    *(".ci", "adapters", "docs", "examples", "tests", "tokentrim_hooks", "tools"),
+    *(".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"),
+    *("constraints.txt", "mkdocs.yml", "pyproject.toml"),
+}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="NOT CHECKED: this is no checkout")
+def test_nothing_else_stands_at_the_top():
+    """What a tool leaves where it runs is no part of the project."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {name.partition("/")[0] for name in listed.splitlines()} == TOP
 
 
 def test_there_is_a_path():
