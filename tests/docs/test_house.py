@@ -3,6 +3,7 @@
 import functools
 import importlib
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -43,10 +44,11 @@ TOP = {
 }
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="NOT CHECKED: this is no checkout")
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="NOT CHECKED: no checkout of git's")
 def test_nothing_else_stands_at_the_top():
     """What a tool leaves where it runs is no part of the project."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["git", "-c", "safe.directory=*", "ls-files"]  # whoever owns it
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {name.partition("/")[0] for name in listed.splitlines()} == TOP
 
 
