@@ -8,7 +8,10 @@
 # make mutants   plants mistakes in a copy of the core: the tests must kill each (minutes; not in CI)
 # make docs   the documentation as a site, in site/; a broken link fails
 PYTHON ?= python3
-VENV ?= .venv
+# A .venv that make did not make is somebody's own: the torch in it stays as it is. (Looked at once, before any rule.)
+ifndef VENV
+VENV := $(if $(wildcard .venv/.demo .venv/.by-make),.venv,$(if $(wildcard .venv/pyvenv.cfg),.venv-make,.venv))
+endif
 BIN = $(VENV)/bin
 
 .PHONY: demo test test-models test-engines test-comfyui test-observers check mutants docs clean
@@ -16,6 +19,7 @@ BIN = $(VENV)/bin
 # Two stamps, so that the demo installs no test tools. torch comes first: with it in place nothing pulls a CUDA build.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	touch $(VENV)/.by-make
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 numpy setuptools
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	touch $@

@@ -52,6 +52,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(name: str) -> str:
+    """The name of a file, in which even an end of line may stand, for a line of words or of a table."""
+    return printable(name).replace("\n", "\\n")
+
+
 def say(words: str) -> None:
     """Print words to stderr; a script that has closed it, or a reader that has gone, costs no log and no page."""
     with suppress(OSError, ValueError, AttributeError):

@@ -180,13 +180,18 @@ def _named(kind: str, kinds: str, name: str, infos: Sequence[Named], unknown: Ca
             f"two {kinds} are named {name!r}, from {origins}; uninstall one of them, or name it in {DISABLE}"
         )
     known = sorted({info.name for info in infos if not info.error})
-    raise unknown(f"{no_such(kind, name, known)}{not_used()}")
+    classes = {type_of.__name__: info.name for info in infos if (type_of := getattr(info, "policy", None))}
+    raise unknown(f"{no_such(kind, classes.get(str(name), name), known, name)}{not_used()}")
 
 
-def no_such(kind: str, name: str, known: Iterable[str]) -> str:
-    """A message: nothing of this kind has the name; which one may have been meant, and all there are."""
+def no_such(kind: str, name: str, known: Iterable[str], given: str | None = None) -> str:
+    """A message: nothing of this kind has the name; which one may have been meant, and all there are.
+
+    ``given`` is what was said, where ``name`` is what that stands for: the name of a policy, for that of its class.
+    """
     there = list(known)
-    words = (f"no {kind} named {name!r};", meant(str(name), there), f"installed: {', '.join(there) or 'none'}")
+    said = name if given is None else given
+    words = (f"no {kind} named {said!r};", meant(str(name), there), f"installed: {', '.join(there) or 'none'}")
     return " ".join(filter(None, words))
 
 

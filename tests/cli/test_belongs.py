@@ -30,6 +30,12 @@ def run(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("card", ["{", "[]", 100_000 * "[", '{"began": "yesterday", "ended": []}'])
+def test_a_card_that_is_none_says_nothing(run, card):
+    (run / "run.json").write_text(card)
+    assert times_of(run) == (None, None)
+
+
 def test_the_run_s_own_video_is_taken(run, tmp_path, capsys):
     assert main(["report", str(run), "--video", video(tmp_path / "own.mp4")]) == 0
     assert not capsys.readouterr().err

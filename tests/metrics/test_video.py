@@ -17,6 +17,16 @@ def grey(tmp_path):
     return write_video(tmp_path / "grey.mp4", [np.full((32, 48, 3), 128, np.uint8)] * 12, fps=8)
 
 
+def stream(path, width, height):
+    """Four frames in H.264 without a container, so that two streams may stand one behind the other."""
+    with av.open(str(path), "w", format="h264") as container:
+        video = container.add_stream("libx264", rate=8)
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 99, np.uint8), format="rgb24")
+        container.mux([*(packet for _ in range(4) for packet in video.encode(frame)), *video.encode()])
+    return path.read_bytes()
+
+
 def test_reads_what_was_written(grey):
     frames, fps = read_video(grey)
     assert frames.shape == (12, 32, 48, 3)
@@ -89,6 +99,52 @@ def test_a_video_that_breaks_off_says_where(tmp_path, capsys):
     assert main(["metrics", str(tmp_path / "broken.mp4")]) == 2
     said = capsys.readouterr().err
     assert "is damaged or cut off behind frame " in said and " of 60.\nMake it anew" in said, said
+
+
+def test_scores_are_in_the_json_too(tmp_path, capsys):
+    (tmp_path / "x.json").write_text('{"scene": [0.4, []]}')
+    assert main(["metrics", "--vbench", str(tmp_path / "x.json"), "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["vbench"]
+    assert found["total"] is None and "scene" not in found["missing"] and len(found["missing"]) == 15
+
+
+@pytest.mark.parametrize(("expected", "asked"), [(0, False), (12, False), (13, False), (60, True)])
+def test_one_that_ends_before_its_header_says_is_asked_about(grey, expected, asked, monkeypatch, capsys):
+    """As a file in which whole clusters are missing: ffmpeg reads it to its end."""
+    monkeypatch.setattr(VideoFile, "of", lambda path: VideoFile(path, 8.0, expected))
+    assert main(["metrics", str(grey)]) == 0
+    said = capsys.readouterr().err
+    assert ("ends at frame 12, where its header says 60; is it cut off?" in said) == asked == bool(said)
+
+
+@pytest.mark.parametrize("period", ["1", "12", "500"])
+def test_a_period_without_a_boundary_is_told(grey, period, capsys):
+    assert main(["metrics", str(grey), "--period", period]) == 0
+    said = capsys.readouterr()
+    assert f"--period {period} leaves no boundary to compare among 12 frames" in said.err and "nan" not in said.out
+
+
+@pytest.mark.parametrize("frames", [1, 12])
+def test_nothing_drifts_in_one_frame(tmp_path, frames, capsys):
+    video = write_video(tmp_path / "v.mp4", np.full((frames, 32, 48, 3), 0.5), fps=8)
+    assert main(["metrics", str(video)]) == (2 if frames == 1 else 0)
+    assert ("holds one frame, in which nothing moves" in capsys.readouterr().err) == (frames == 1)
+
+
+def test_frames_of_two_sizes_and_a_video_named_twice_are_refused(grey, tmp_path, capsys):
+    (tmp_path / "both.h264").write_bytes(stream(tmp_path / "a.h264", 48, 32) + stream(tmp_path / "b.h264", 48, 64))
+    assert main(["metrics", str(grey), str(tmp_path / "both.h264")]) == 2
+    assert "both.h264 changes its size: 48x32 and 48x64.\nScale it" in capsys.readouterr().err
+    assert main(["metrics", str(grey), str(grey)]) == 2 and "is given twice" in capsys.readouterr().err
+
+
+def test_an_end_of_line_in_a_name_ends_no_line(grey, tmp_path, capsys):
+    video = grey.rename(tmp_path / "two\nlines.mp4")
+    assert main(["metrics", str(video)]) == 0
+    said = capsys.readouterr().out
+    assert "two\\nlines.mp4: 12 frames" in said and not any(line.startswith("lines.mp4") for line in said.splitlines())
+    assert main(["report", str(tmp_path / "no\nfolder")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("tokentrim report: no such folder: ")
 
 
 def test_scores_are_read_before_any_video_is(grey, tmp_path, capsys):

@@ -48,6 +48,7 @@ def test_script_runs_patched_and_leaves_a_report(project):
     assert report.settings["policy.sensitivity"] == 0
     assert (project / "log" / "report.html").is_file()
     assert "chunk   7" in done.stderr, "the progress line"
+    assert done.stderr.startswith("tokentrim run: CausalInferencePipeline is patched, by the adapter self-forcing\n")
 
 
 def test_observing_changes_nothing(project):

@@ -49,7 +49,7 @@ def test_a_script_that_closes_its_streams_has_its_report(project):
 def test_a_script_that_takes_its_log_away_is_told(project):
     text = "pipeline.inference(torch.randn(1, 6, 3, 8, 8)); shutil.rmtree('log')\n"
     done = tokentrim(project, "--out", "log", "--quiet", "--no-thumbnails", text=text)
-    assert done.returncode == 0 and "no report page for " in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 0 and "no report page: " in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("status", [0, 3])
@@ -61,7 +61,7 @@ def test_on_a_full_disk_the_status_is_still_the_script_s(project, status):
     command = [sys.executable, "-m", "tokentrim_hooks", "run", "--out", "log", "--quiet", "--no-thumbnails", "full.py"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-    assert "no report page for " in done.stderr and "run.json: No space left on device" in done.stderr
+    assert "no report page: " in done.stderr and "run.json: No space left on device" in done.stderr
     assert len(read_report(project / "log")) == 5
 
 

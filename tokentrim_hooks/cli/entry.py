@@ -3,7 +3,7 @@
 import os
 import signal
 
-INTERRUPTED = 130
+from tokentrim_hooks.cli.status import INTERRUPTED
 
 
 def main() -> int:

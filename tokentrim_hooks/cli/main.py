@@ -21,12 +21,12 @@ from tokentrim_hooks.cli.metrics import metrics
 from tokentrim_hooks.cli.report import report
 from tokentrim_hooks.cli.script.attempt import attempt
 from tokentrim_hooks.cli.script.run import run
-from tokentrim_hooks.console import meant, say
+from tokentrim_hooks.cli.status import INTERRUPTED, WRONG
+from tokentrim_hooks.console import meant, one_line, say
 from tokentrim_hooks.errors import TokenTrimError
 
 ALL = (demo, attempt, run, report, metrics, adapters, policies, detect, compare, bench, completion)
 COMMANDS: dict[str, click.Command] = {str(command.name): command for command in ALL}
-WRONG, INTERRUPTED = 2, 130
 KEEP = {"try", "run", "compare"}
 """Subcommands that write while they work; the others write at their end."""
 
@@ -66,14 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.UsageError as failure:
         path = failure.ctx.command_path if failure.ctx else name
         words = " ".join(failure.format_message().split())  # click lists choices one below the other
-        return _say(f"{path}: {words}\nSee `{path} --help`.", WRONG)
+        told, status = f"{path}: {words}\nSee `{path} --help`.", WRONG
     except TokenTrimError as failure:
-        return _say(f"{name}: {failure}", WRONG)
+        told, status = f"{name}: {failure}", WRONG
     except OSError as failure:
-        return _say(f"{name}: {_reason(failure)}.\nSee to this file or device, or name another one.", WRONG)
+        told, status = f"{name}: {_reason(failure)}.\nSee to this file or device, or name another one.", WRONG
     except click.Abort:
         kept = "; what was finished until then is kept" if name.split()[-1] in KEEP else ""
-        return _say(f"{name}: stopped by Ctrl-C{kept}.", INTERRUPTED)
+        told, status = f"{name}: stopped by Ctrl-C{kept}.", INTERRUPTED
+    say(_in_lines(told, given))
+    return status
 
 
 def _reason(failure: OSError) -> str:
@@ -82,6 +84,8 @@ def _reason(failure: OSError) -> str:
     return f"{where}{failure.strerror or failure}"
 
 
-def _say(words: str, status: int) -> int:
-    say(words)
-    return status
+def _in_lines(words: str, given: Sequence[str]) -> str:
+    """The words, with no line that begins inside a name which was given: files may have an end of line in theirs."""
+    for name in given:
+        words = words.replace(name, one_line(name)) if "\n" in name else words
+    return words

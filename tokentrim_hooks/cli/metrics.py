@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokentrim_hooks.cli.options import STANDARD_OUTPUT, json_option, need, ready_file, whole, write_json
-from tokentrim_hooks.console import counted, printable, show_table
+from tokentrim_hooks.console import counted, one_line, say, show_table
+from tokentrim_hooks.errors import VideoError
 
 if TYPE_CHECKING:
     from tokentrim_hooks.metrics.rows import Measured
@@ -33,32 +34,48 @@ def metrics(
         raise click.UsageError("give at least one video, or --vbench with a result file")
     if videos:
         need("av", "numpy", "cv2", extra="metrics")
+    for path in {path for path in videos if videos.count(path) > 1}:
+        raise click.UsageError(f"{path} is given twice; name each video once")
     out = ready_file(file)
     scored = _scored(vbench)  # read before the videos are, which may take an hour
     measured = {str(path): _measured(path, period) for path in videos}
     if file != STANDARD_OUTPUT and measured:
-        _show(measured, every)
+        _show({one_line(name): video for name, video in measured.items()}, every)
     if file != STANDARD_OUTPUT and scored is not None:
         _show_vbench(scored)
     if file is not None:
-        write_json(out, {name: video.as_json() for name, video in measured.items()})
+        found = {name: video.as_json() for name, video in measured.items()}
+        write_json(out, {**found, **({} if scored is None else {"vbench": scored.as_json()})})
 
 
 def _measured(path: Path, period: int | None) -> Measured:
-    """Measure a video while it is read."""
+    """Measure a video while it is read; says where it may not be what it seems."""
     from tokentrim_hooks.metrics.meter import metered
     from tokentrim_hooks.metrics.rows import Measured
     from tokentrim_hooks.metrics.video import VideoFile
 
-    video = VideoFile.of(path)
-    return Measured.by(metered(counted(video.frames(), f"{path}: frame", video.expected), video.fps, period))
+    video, name = VideoFile.of(path), one_line(str(path))
+    meter = metered(counted(video.frames(), f"{name}: frame", video.expected), video.fps, period)
+    if len(meter) == 1:
+        raise VideoError(f"{path} holds one frame, in which nothing moves or drifts.\nGive a video of more.")
+    for words in (video.cut_off(len(meter)), _no_boundary(period, len(meter))):
+        if words:
+            say(f"tokentrim metrics: {name}: {words}")
+    return Measured.by(meter)
+
+
+def _no_boundary(period: int | None, frames: int) -> str:
+    """Why nothing can be said of boundaries of chunks, if so."""
+    if period is None or 1 < period < frames:
+        return ""
+    return f"--period {period} leaves no boundary to compare among {frames} frames"
 
 
 def _show(measured: dict[str, Measured], whole: bool) -> None:
     from tokentrim_hooks.metrics.rows import notes, table
 
     for name, video in measured.items():
-        print(printable(f"{name}: {video.values['frames']:.0f} frames, {video.values['seconds']:.1f} s"))
+        print(f"{name}: {video.values['frames']:.0f} frames, {video.values['seconds']:.1f} s")
     show_table(*table(measured, whole))
     print(notes(measured))
 

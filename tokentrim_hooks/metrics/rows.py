@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,7 +63,7 @@ class Measured:
     def cell(self, key: str) -> str:
         """The value in words; behind a drift per minute, the windows that made it."""
         value = self.values.get(key)
-        if value is None:
+        if value is None or math.isnan(value):
             return "-"
         drift = self.drifts.get(key.removesuffix("_per_minute")) if key.endswith("_per_minute") else None
         windows = "" if drift is None else f" ({' '.join(f'{mean:.3g}' for mean in drift.windows)})"
@@ -103,7 +104,7 @@ def direction(key: str) -> Better:
 def _difference(key: str, better: Better, videos: Sequence[Measured]) -> str:
     """The second less the first, and whether that is the better way."""
     first, second = (video.values.get(key) for video in videos)
-    if first is None or second is None:
+    if first is None or second is None or math.isnan(second - first):
         return "-"
     gain = _goodness(second, better) - _goodness(first, better)
     words = " better" if gain > 0 else " worse" if gain < 0 else ""

@@ -52,35 +52,55 @@ class Scores:
             return None
         return (4 * self.quality + self.semantic) / 5
 
+    def as_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "quality": self.quality, "semantic": self.semantic, "total": self.total, "missing": list(self.missing)
+        }  # fmt: skip
+
 
 def read_results(paths: Iterable[str | Path]) -> dict[str, float]:
-    """Raw scores by dimension from VBench's ``*_eval_results.json`` files.
+    """Raw scores by dimension from VBench's ``*_eval_results.json`` files; what else they hold is not looked at.
 
     Raises:
-        VideoError: a file is not such a result.
+        VideoError: a file is not such a result, or has a dimension that another one has, too.
     """
     raw: dict[str, float] = {}
     for path in paths:
-        try:
-            raw.update(_result(json.loads(Path(path).read_text(encoding="utf-8"))))
-        except (OSError, ValueError) as failure:
-            words = f"{path} is not a VBench result file: {getattr(failure, 'strerror', None) or failure}"
-            raise VideoError(f"{words}.\nGive the *_eval_results.json that VBench writes.") from failure
+        found = _read(Path(path))
+        for name in raw.keys() & found:
+            words = f"{path} has a score of {name}, and so has a file before it"
+            raise VideoError(f"{words}.\nGive the results of one video, or one set of videos, at a time.")
+        raw.update(found)
     return raw
 
 
+def _read(path: Path) -> dict[str, float]:
+    try:
+        return _result(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as failure:
+        deep = "it is nested too deep" if isinstance(failure, RecursionError) else ""
+        words = f"{path} is not a VBench result file: {deep or getattr(failure, 'strerror', None) or failure}"
+        raise VideoError(f"{words}.\nGive the *_eval_results.json that VBench writes.") from failure
+
+
 def _result(data: Any) -> dict[str, float]:
+    """The scores of VBench's dimensions; a file may hold more, as a date."""
     if not isinstance(data, dict):
         raise ValueError(f"it holds a {type(data).__name__}, not an object of dimensions")
-    found = {str(name).replace(" ", "_"): _score(name, value) for name, value in data.items()}
-    if not found.keys() & {*QUALITY, *SEMANTIC}:
+    named = {str(name).replace(" ", "_"): value for name, value in data.items()}
+    found = {name: _score(name, value) for name, value in named.items() if name in QUALITY or name in SEMANTIC}
+    if not found:
         raise ValueError("it has none of VBench's dimensions")
     return found
 
 
 def _score(name: str, value: Any) -> float:
+    """A score as VBench writes it: no percentage, and no NaN, which a metric that failed leaves."""
     if not isinstance(value, list) or not value or isinstance(value[0], bool) or not isinstance(value[0], (int, float)):
         raise ValueError(f"{name} has no list that begins with a score")
+    if not -1 <= value[0] <= 1:
+        raise ValueError(f"the score of {name} is {str(value[0])[:12]}, not between -1 and 1")
     return float(value[0])
 
 

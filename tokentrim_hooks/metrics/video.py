@@ -49,12 +49,15 @@ class VideoFile:
         """Its frames, each ``[H, W, 3]`` uint8 RGB.
 
         Raises:
-            VideoError: it cannot be read to its end, or holds no frame.
+            VideoError: it cannot be read to its end, holds no frame, or frames of several sizes.
         """
-        count = 0
+        count, sizes = 0, dict[str, None]()  # in the order in which they come
         try:
             with _opened(self.path) as (container, stream):
                 for frame in container.decode(stream):
+                    sizes[f"{frame.width}x{frame.height}"] = None
+                    if len(sizes) > 1:
+                        break
                     count += 1
                     yield frame.to_ndarray(format="rgb24")
         except VideoError as failure:
@@ -64,6 +67,14 @@ class VideoFile:
             raise VideoError(f"{words}.\nMake it anew, or give the part that plays.") from failure
         if not count:
             raise VideoError(f"{self.path} holds no frame.\nGive a video that plays.")
+        if len(sizes) > 1:
+            raise VideoError(f"{self.path} changes its size: {' and '.join(sizes)}.\nScale it to one size first.")
+
+    def cut_off(self, frames: int) -> str:
+        """What to say where this many were found, and its header speaks of many more; else nothing."""
+        if frames < 0.9 * self.expected:
+            return f"ends at frame {frames}, where its header says {self.expected}; is it cut off?"
+        return ""
 
     def count(self) -> int:
         """Its number of frames, by decoding all of them.

@@ -36,7 +36,7 @@ def attempt(
     out: Path, video: str, seed: int, pairs: int, once: bool, script: str, is_module: bool, arguments: tuple[str, ...],
     **flags: Any,
 ) -> None:  # fmt: skip
-    """Run a script with and without the patch, and compare its videos.
+    """Run a script with and without the patch; compare videos.
 
     Each run is a process of its own with the same seeds for Python, NumPy and torch. The page has both videos in step,
     curves over time, what was pruned, the cost, and a verdict that says no more than one pair can tell.

@@ -56,8 +56,9 @@ def read_config(path: Path) -> dict[str, Any]:
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         config: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
-        reason = getattr(failure, "strerror", None) or failure
+    except (OSError, ValueError, RecursionError) as failure:
+        deep = "it is nested too deep" if isinstance(failure, RecursionError) else ""
+        reason = deep or getattr(failure, "strerror", None) or failure
         raise TokenTrimError(f"cannot read {path}: {reason}.\nGive a TOML file, see docs/cli.md.") from failure
     drift = {field.name for field in dataclasses.fields(DriftPolicy)}
     words = {"": {"probe", "policy", "policies", "observers"}, "policy.": drift}

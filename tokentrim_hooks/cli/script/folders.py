@@ -15,6 +15,7 @@ from typing import Any
 
 from tokentrim_hooks.errors import ReportError
 from tokentrim_hooks.report import names
+from tokentrim_hooks.report.fields import parsed
 from tokentrim_hooks.report.files import made, read, told, write
 
 CARD = "run.json"
@@ -122,7 +123,7 @@ def _card_of(folder: Path) -> Path | None:
 
 def _content(card: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read(card, 1 << 20))
+        content = parsed(read(card, 1 << 20))
     except (ReportError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

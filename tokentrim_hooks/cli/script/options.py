@@ -32,7 +32,7 @@ def patching(command: Decorated) -> Decorated:
         flag = f"--{name.replace('_', '-')}"
         command = click.option(flag, type=kind, help=f"Policy drift: {words}")(command)
     for option in (
-        click.option("--watch/--no-watch", default=True, help="Log what policy adaptive measures, for what-ifs."),
+        click.option("--watch/--no-watch", default=True, help="Log what policy adaptive measures, for what-ifs; on."),
         click.option("--probe", type=click.Choice(("first-step", "candidate")), help="Which prediction is judged."),
         click.option("--config", type=Named(path_type=Path), help="TOML file: probe, observers, [policies.NAME]."),
         click.option("--policy", multiple=True, metavar="NAME", help="An installed policy, by name; repeatable."),

@@ -14,6 +14,7 @@ from tokentrim_hooks.cli.options import FOLDER, SEED, need
 from tokentrim_hooks.cli.page import PAGE, page_of
 from tokentrim_hooks.cli.script.folders import claimed, ended
 from tokentrim_hooks.cli.script.options import SCRIPT, patching, script
+from tokentrim_hooks.cli.status import INTERRUPTED
 from tokentrim_hooks.console import say
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import is_installed
@@ -65,11 +66,19 @@ def _watched(target: Target, this: Run) -> int:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if status and not isinstance(end.code, int):  # what Python prints at its end, but above what we say of it
             say(str(end.code))
-        raise SystemExit(status) from end
+        raise SystemExit(_over_all(this, status)) from end
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        raise
     finally:
         _say_what_happened(this, status, begun_in)
         _note_the_end(this)
-    return status or (0 if this.handles else 1)
+    return _over_all(this, status)
+
+
+def _over_all(this: Run, status: int) -> int:
+    """The script's own status; 1 where that is 0 and no model was patched, which a fork leaves to its parent."""
+    return status or int(not this.handles and os.getpid() == this.process)
 
 
 def _note_the_end(this: Run) -> None:
@@ -95,4 +104,4 @@ def _say_what_happened(this: Run, status: int, begun_in: Path) -> None:
             page = page_of(log.path)
             say(f"report: {page.relative_to(begun_in) if page.is_relative_to(begun_in) else page}")
         except TokenTrimError as failure:
-            say(f"no report page for {log.path}: {failure}")
+            say(f"no report page: {failure}")

@@ -22,7 +22,8 @@ import wrapt
 
 from tokentrim_hooks.api import Detection, detect, patch
 from tokentrim_hooks.cli.script.target import Target
-from tokentrim_hooks.console import printable
+from tokentrim_hooks.cli.status import INTERRUPTED
+from tokentrim_hooks.console import printable, say
 from tokentrim_hooks.errors import AlreadyPatchedError, TokenTrimError, TokenTrimWarning, UnsupportedModelError
 from tokentrim_hooks.handle.handle import PatchHandle
 from tokentrim_hooks.plugins import make_observer, usable_adapters
@@ -153,6 +154,7 @@ class Run:
         else:
             self.handles.append(handle)
             self.logs.append(log)
+            say(f"tokentrim run: {type(instance).__qualname__} is patched, by the adapter {handle.adapter.name}")
             self._clear_pictures(folder)
         return ""
 
@@ -177,6 +179,8 @@ class Run:
             told = list(dict.fromkeys(self.refusals))
             reason = told[0] if len(told) == 1 else f"{len(told)} objects were refused, see above."
             return reason if "\n" in reason else f"{reason}\n{ADVICE}"
+        if status == INTERRUPTED:
+            return "the script was stopped before it made one.\nRun it again, and let it come that far."
         if status:
             words = f"the script failed with status {status} before it made one"
             return f"{words}.\nSee what it says above; its own arguments stand behind its name."

@@ -41,14 +41,19 @@ class Target:
         return cls(name, tuple(arguments), is_module)
 
     def run(self) -> int:
-        """Run it; 1 if it raised, which is shown as Python shows it, else 0. SystemExit and Ctrl-C go on up."""
+        """Run it; 1 if it raised, whatever it is, which is shown as Python shows it, else 0.
+
+        SystemExit and Ctrl-C go on up.
+        """
         try:
             with self._as_main():
                 if self.is_module:
                     runpy.run_module(self.name, run_name="__main__", alter_sys=True)
                 else:
                     runpy.run_path(self.name, run_name="__main__")
-        except Exception as failure:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as failure:  # a CancelledError, too
             own = _its_own(failure.__traceback__)
             sys.excepthook(type(failure), failure.with_traceback(own), own)
             return 1
