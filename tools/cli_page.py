@@ -36,8 +36,8 @@ def row(option: click.Option) -> list[str]:
     """One option: its names and value, then its help and default."""
     value = "" if option.is_flag else f" {option.make_metavar(click.Context(click.Command(option.name)))}"
     default = "" if not option.show_default or option.default is None else f" Default: `{option.default}`."
-    names = " / ".join([", ".join(option.opts), *option.secondary_opts])
-    return [f"`{names}`{value}", f"{option.help}{default}"]
+    names = " / ".join(f"`{name}`" for name in (", ".join(option.opts), *option.secondary_opts))
+    return [f"{names}{value}", f"{option.help}{default}"]
 
 
 def main() -> None:

@@ -47,6 +47,8 @@ HOOKS = {
 """Words of :attr:`Adapter.takes`, and how the table heads them."""
 SHORT = {"judge": "Prune", "hide": "Hide", "correct": "Correct", "settle": "Settle", "guide": "Guide"}
 """The same for the README's table."""
+COLUMNS, BETWEEN = 120, " · "
+"""Of a line of the README; what stands between models there, some of which have a comma in their name."""
 METHODS = (CommitWindow(), LatentMoments(), LateMean(), RowMoments(), FlowMo(), SoftPrune(), FrameEviction())
 """Methods that need more of a model than that it can be judged."""
 AT_ALL_CALLS = (SoftPrune, FrameEviction)
@@ -100,23 +102,31 @@ def rows(checks: Mapping[str, Any]) -> list[Row]:
 
 
 def support_table(checks: Mapping[str, Any] | None = None) -> str:
-    """The short table, in Markdown: built-in adapters of one source with equal hooks share a line."""
+    """The short table, in Markdown: models of built-in adapters with equal hooks share lines of 120 characters."""
     checks, engines = checks or read_checks(), engine_adapters()
     takes = {info.name: info.adapter.takes for info in adapters() if info.adapter is not None}
-    lines: dict[tuple[Any, ...], tuple[list[str], list[str]]] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     built_in = {adapter: found for adapter, found in _by_adapter(checks).items() if adapter not in engines}
     for adapter, found in built_in.items():
         taken = takes.get(adapter, {"judge"})  # a base class declares what every adapter does at least
-        hooks = ["yes" if hook in taken else "" for hook in SHORT]
-        models, names = lines.setdefault((_source(found[0][1]), *hooks), ([], []))
+        models = groups.setdefault(tuple("yes" if hook in taken else "" for hook in SHORT), [])
         models += [model + ("" if version != NOT_CHECKED else f" ({NOT_CHECKED})") for model, version in found]
-        names.append(f"`{adapter}`" if "(" not in adapter else adapter)
-    told = [
-        [", ".join(models), ", ".join(names), *hooks, source] for (source, *hooks), (models, names) in lines.items()
-    ]
-    table = markdown_table(["Models", "Adapter", *SHORT.values(), "Checked on"], told)
-    note = f"Checked with the real code on {checks['device']}; commits: [docs/models.md](docs/models.md)."
-    return f"{table}\n\n{note}"
+    table = markdown_table(["Models", *SHORT.values()], [line for group in groups.items() for line in _lines(*group)])
+    note = f"Checked on {checks['device']}. Adapters, versions, figures: [docs/models.md](docs/models.md)."
+    return f"{table}\n\n{places.wrapped(note)}"
+
+
+def _lines(hooks: tuple[str, ...], models: Sequence[str]) -> list[list[str]]:
+    """Rows of a table for models with these hooks, each no wider than ``COLUMNS``; long names are put together."""
+    room = COLUMNS - len(f"|  | {' | '.join(hooks)} |")
+    packed: list[list[str]] = []
+    for model in sorted(models, key=len, reverse=True):
+        fits = (line for line in packed if len(BETWEEN.join([*line, model])) <= room)
+        line = next(fits, [])
+        if not line:
+            packed.append(line)
+        line.append(model)
+    return [[line, *hooks] for line in sorted(BETWEEN.join(sorted(line, key=str.casefold)) for line in packed)]
 
 
 def _by_adapter(checks: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
@@ -125,11 +135,6 @@ def _by_adapter(checks: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     for model, adapter, _, record in rows(checks):
         found.setdefault(adapter, []).append((model, record.get("version", NOT_CHECKED)))
     return found
-
-
-def _source(version: str) -> str:
-    """Packages by name and version; repositories, of which each has its own, as such; or *not checked*."""
-    return "each one's repository" if "/" in version else version
 
 
 def support_details(checks: Mapping[str, Any] | None = None) -> str:

@@ -58,6 +58,11 @@ def test_there_is_a_path():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lines_can_be_read_in_a_terminal(page):
-    """But for tables, which Markdown cannot wrap."""
+    """But for tables, which Markdown cannot wrap; in the README, which is read as it stands, they are narrow, too."""
     lines = page.read_text().splitlines()
-    assert [line for line in lines if len(line) > 120 and not line.lstrip().startswith("|")] == []
+    tables = page.name != "README.md"
+    assert [line for line in lines if len(line) > 120 and not (tables and line.lstrip().startswith("|"))] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
