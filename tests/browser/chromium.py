@@ -22,6 +22,19 @@ FLAGS = (
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--hide-scrollbars", "--force-device-scale-factor=1", "--host-resolver-rules=MAP * ~NOTFOUND"),
 )
+UNHEARD = """
+    const found = [], all = (selector) => [...document.querySelectorAll(selector)];
+    const levels = all("h1, h2, h3, h4").map(head => Number(head.tagName[1]));
+    if (levels[0] !== 1 || levels.some((level, i) => i && level > levels[i - 1] + 1)) found.push(`headings ${levels}`);
+    if (all("main").length !== 1 || !document.documentElement.lang || !document.title) found.push("main, lang, title");
+    all("img").filter(i => i.alt.length < 10).forEach(i => found.push(`image without words: ${i.alt}`));
+    all("video, input, [role=region]").filter(e => !e.ariaLabel).forEach(e => found.push(`no label: ${e.outerHTML}`));
+    all("th").filter(t => !t.scope || !t.textContent.trim()).forEach(t => found.push(`heading cell: ${t.outerHTML}`));
+    all("tbody tr").filter(r => !r.querySelector("th")).forEach(r => found.push(`no row heading: ${r.innerText}`));
+    all("a[href^='#']").filter(a => !document.getElementById(a.hash.slice(1))).forEach(a => found.push(a.outerHTML));
+    all("body *").filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX === "auto"
+        && e.tabIndex < 0).forEach(e => found.push(`scrolls by mouse alone: ${e.className}`));
+    return found"""
 LOGS = {"browser": "ALL", "performance": "ALL"}
 
 
@@ -96,6 +109,10 @@ class Browser:
             "Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True, "fromSurface": True}
         )
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB"))
+
+    def unheard(self) -> list[str]:
+        """What a screen reader, or somebody without a mouse, would miss on the page."""
+        return list(self.ask(UNHEARD))
 
     def boxes(self, selector: str) -> list[tuple[int, int, int, int]]:
         """Left, top, right, bottom of all elements that match, in pixels of :meth:`picture`."""

@@ -125,6 +125,24 @@ def test_nothing_runs_over_the_edge_or_asks_for_anything(browser, request, page,
     assert not [address for address in browser.asked if not address.startswith(here)]
 
 
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("page", ["report", "comparison"])
+def test_nothing_is_for_eyes_or_a_mouse_alone(browser, request, page, width):
+    browser.open(request.getfixturevalue(page), width)
+    browser.ask("document.querySelectorAll('details').forEach(details => details.open = true)")
+    assert browser.unheard() == []
+
+
+def test_what_would_be_missed_is_noticed(browser, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(
+        "<h2>a</h2><img src=x alt=b><video></video><table><tr><th></th><td>1</td></tr><tr><td>2</td></tr></table>"
+        "<a href='#none'>c</a><div style='overflow-x:auto;width:9px' class=wide>wwwwwwwwwwwww</div>"
+    )
+    browser.open(page, WIDTHS["desktop"])
+    assert len(browser.unheard()) == 8
+
+
 def test_the_table_of_all_chunks_opens_and_fits_a_phone(browser, report):
     browser.open(report, WIDTHS["phone"])
     visible = "return [...document.querySelectorAll('tr.pruned')].filter(row => row.checkVisibility()).length"

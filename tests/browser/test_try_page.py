@@ -49,6 +49,8 @@ def test_it_fits_logs_nothing_and_asks_for_nothing_but_its_videos(browser, page,
     assert browser.ask("return document.documentElement.scrollWidth") <= width
     images = browser.ask("return [...document.images].map(i => [i.naturalWidth > 0, i.alt.length > 10])")
     assert len(images) == 4 and all(map(all, images))
+    assert browser.unheard() == []
+    assert until(lambda: browser.ask("return document.getElementById('place').ariaValueText") == "0.0 of 6.0 seconds")
     (marked,), (line,) = browser.boxes(".bar i"), browser.boxes("#place")
     assert abs((marked[0] - line[0]) / (line[2] - line[0]) - 0.5) < 0.03, "chunk 4 of 8 begins in the middle"
     browser.logs()

@@ -44,8 +44,9 @@ def acts():
 
 def test_what_drifts_is_told_by_figures_of_the_unpatched_model(acts):
     said = sentences(acts)[0]
-    assert said.startswith("What drifts: left alone, from chunks 1-10 to chunks 11-20 (1 is what the true video has), ")
-    assert said.endswith("contrast goes from 1.04 to 1.04 and its share of sprites alive goes from 1.04 to 1.04.")
+    assert said.startswith("What drifts: unpatched, from chunks 1-10 to chunks 11-20, the ")
+    both = "contrast goes from 1.04 to 1.04 and its share of sprites alive goes from 1.04 to 1.04"
+    assert said.endswith(f"{both}. In the true video both are 1.")
 
 
 def test_the_fault_is_told_with_its_interval_and_its_price(acts):

@@ -19,9 +19,9 @@ SHOWN = (
 COURSE = {"contrast / true contrast": "contrast", "sprites alive (identity)": "share of sprites alive"}
 """Measures by which the first sentence says what drifts: both are 1 in the true video."""
 NOTES = """\
-Errors: lower is better; sprites alive: higher. Means over videos of the last chunks, or so many chunks after the fault.
-Differences are paired (same scene, same noise), each with its own 95 % t interval; a verdict has p below 0.05 after
-adjusting for all rows (Benjamini-Hochberg)."""
+Errors: lower is better; sprites alive: higher. Each figure is a mean over the videos: of the last chunks, or, where +1 or
++4 stands, of the chunk so many after the fault. Differences are paired (same scene, same noise), each with its own 95 %
+t interval. A verdict has p below 0.05 after adjusting for all rows (Benjamini-Hochberg)."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,14 @@ def _what_drifts(acts: Sequence[Act]) -> str:
     windows = list(by_window(acts[0].trial.columns))
     first, last = windows[0], windows[-1]
     parts = "; ".join(f"the {act.name} model's {_course(act, first, last)}" for act in acts)
-    return f"What drifts: left alone, from {first} to {last} (1 is what the true video has), {parts}."
+    return f"What drifts: unpatched, from {first} to {last}, {parts}. In the true video both are 1."
 
 
 def _course(act: Act, first: str, last: str) -> str:
     """How an unpatched model's figures change from one window to another."""
     values = {(c.name, c.window): f"{act.rows[0].differences[c.key].base:.2f}" for c in act.trial.columns}
-    return " and its ".join(
-        f"{word} goes from {values[name, first]} to {values[name, last]}" for name, word in COURSE.items()
-    )
+    courses = [f"{word} goes from {values[name, first]} to {values[name, last]}" for name, word in COURSE.items()]
+    return " and its ".join(courses)
 
 
 def _of_fault(act: Act, lines: Sequence[Line]) -> str:

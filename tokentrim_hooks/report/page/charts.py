@@ -103,9 +103,15 @@ def drift_map(record: ChunkRecord, picture: Array | None = None, top: float = 0.
         _outline(axes[0], record)
         axes[0].set_axis_off()
     heat_axes.set_axis_off()
-    verdict = "pruned" if record.pruned else "would be pruned first"
-    figure.suptitle(f"chunk {record.chunk}: {len(record.tokens)} of {height * width} tokens {verdict}", fontsize=10)
+    figure.suptitle(f"chunk {record.chunk}: {map_in_words(record)}", fontsize=10)
     return figure
+
+
+def map_in_words(record: ChunkRecord) -> str:
+    """How many tokens of a drift map are outlined, and why."""
+    height, width = record.grid
+    verdict = "pruned" if record.pruned else "would be pruned first"
+    return f"{len(record.tokens)} of {height * width} tokens {verdict}"
 
 
 def largest_drift(records: Iterable[ChunkRecord]) -> float:

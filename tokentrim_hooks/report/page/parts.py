@@ -17,6 +17,7 @@ from tokentrim_hooks.report.page.charts import (
     drift_map,
     figure_bytes,
     largest_drift,
+    map_in_words,
     severity_limits,
 )
 from tokentrim_hooks.report.page.gathering import MAPS, Run
@@ -71,8 +72,8 @@ class Easel:
             "chart_in_words": words.chart_in_words(run),
             "cache": self._both(cache_map, run) if run.tally.pruned else [],
             "maps": [
-                {"chunk": r.chunk, "picture": embedded("png", figure_bytes(drift_map(r, picture, self.top), "png"))}
-                for r, picture in zip(maps, pictures, strict=True)
+                {"chunk": record.chunk, "words": map_in_words(record), "picture": self._map(record, picture)}
+                for record, picture in zip(maps, pictures, strict=True)
             ],
             "drawn_over": f", also over {over}" if any(picture is not None for picture in pictures) else "",
             "shown": words.shown(run, len(maps)),
@@ -84,6 +85,9 @@ class Easel:
         """A chart for a desktop, and for a phone."""
         figures = (draw(run.records, *arguments, narrow=narrow, **options) for narrow in (False, True))
         return [embedded("svg", figure_bytes(figure)) for figure in figures]
+
+    def _map(self, record: ChunkRecord, picture: Any) -> str:
+        return embedded("png", figure_bytes(drift_map(record, picture, self.top), "png"))
 
     def _decoded(self, run: Run, maps: Sequence[ChunkRecord]) -> list[Any]:
         """A frame from the middle of each chunk."""
