@@ -19,9 +19,9 @@ SHOWN = (
 COURSE = {"contrast / true contrast": "contrast", "sprites alive (identity)": "share of sprites alive"}
 """Measures by which the first sentence says what drifts: both are 1 in the true video."""
 NOTES = """\
-Errors: lower is better; sprites alive: higher. Each figure is a mean over the videos: of the last chunks, or, where +1 or
-+4 stands, of the chunk so many after the fault. Differences are paired (same scene, same noise), each with its own 95 %
-t interval. A verdict has p below 0.05 after adjusting for all rows (Benjamini-Hochberg)."""
+Errors: lower is better; sprites alive: higher. Each figure is a mean over the videos: of the last chunks, or, where +1
+or +4 stands, of the chunk so many after the fault. Differences are paired (same scene, same noise), each with its own
+95 % t interval. A verdict has p below 0.05 after adjusting for all rows (Benjamini-Hochberg)."""
 
 
 @dataclass(frozen=True)
