@@ -44,6 +44,8 @@ class KeyAccount:
         self._whole = whole
         self.of_hidden = False
         """Whether it is of a call from which rows are hidden: these are dead to it, and alive again behind it."""
+        self.astray: Tensor | None = None
+        """Whether finished frames lie in another order than they lay: BoolTensor ``[]``, where that is asked."""
         self.marked: list[int] = []
         """Rows marked since the latest call, of each sample; a call that sees all rows must see them, too."""
         # By the number of queries: calls of one kind may read more of the cache than others between them.
@@ -114,9 +116,9 @@ class KeyAccount:
         """All that :meth:`answer` needs of a call's first layer; arguments and shapes as of :meth:`known`."""
         known = self.known(values, new, part)
         self.layers.begin(values)
-        flags = (self._torn, self.layers.waiting, self._out_of_place(values, new, part), self._broken)
+        flags = (self._torn, self.layers.waiting, self._out_of_place(values, new, part), self._broken, self.astray)
         self._flags = [flag is not None for flag in flags]
-        return [known, *[flag.expand_as(known) for flag in flags if flag is not None]]
+        return [known, *[flag.to(known.device).expand_as(known) for flag in flags if flag is not None]]
 
     def _out_of_place(self, values: Tensor, new: int, part: Samples | None) -> Tensor | None:
         """Where a call has as many keys as the cache has room: BoolTensor ``[B, 1]``, whether they are other memory.
@@ -138,7 +140,7 @@ class KeyAccount:
         """Once that was read, ``[some, B, keys]`` on the CPU: :meth:`require`, of layers and of frames as well."""
         known, *flags = read
         told = iter(bool(flag.any()) for flag in flags)
-        torn, apart, self._beside, broken = (has and next(told) for has in self._flags)
+        torn, apart, self._beside, broken, astray = (has and next(told) for has in self._flags)
         if broken and not padded:
             raise LatentsError(
                 "rows of the KV cache are NaN or inf all over: the model diverged, or another one reads pruned rows.\n"
@@ -146,6 +148,11 @@ class KeyAccount:
             )
         self.layers.require(apart)
         self.require(alive, known, new, padded, part)
+        if astray:
+            raise UnsupportedContextError(
+                "finished frames lie in the KV cache in another order than before: others would be hidden than meant.\n"
+                "Keep them oldest first, or write an adapter that says which is where (CacheRows.frames)."
+            )
         if torn and not bool(alive.all()):
             raise UnsupportedContextError(
                 "some rows of finished frames are gone from the KV cache and others are not, so tokens are not where "

@@ -3,14 +3,20 @@
 What is hidden comes back when the call has ended, so nothing of it lives on in rows, and an account is of one call
 alone: its keys are rows that the cache holds as it begins, or the chunk's own. That is looked at once per chunk and
 kind of call; calls between them are taken to read as it did.
+
+Which rows are a frame's is said by their order, oldest first, unless the adapter says it (:attr:`CacheRows.frames`). So
+rows that lay there as an earlier call ended must lie as they lay, and newer ones behind them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 
-from tokentrim_hooks.pruning.account import KeyAccount
-from tokentrim_hooks.pruning.context import CacheRows
+from torch import Tensor
+
+from tokentrim_hooks.pruning.account import KeyAccount, row_contents
+from tokentrim_hooks.pruning.context import CacheRows, Context
+from tokentrim_hooks.pruning.frames import out_of_order
 from tokentrim_hooks.pruning.layers import LayersAlike
 from tokentrim_hooks.pruning.sparing import account_of
 
@@ -26,6 +32,8 @@ class AccountsOfHidden:
         self._keeps_memory = keeps_memory
         self._looked: dict[tuple[Hashable, str], int] = {}
         self._layers: dict[Hashable, LayersAlike] = {}
+        self._history: dict[Hashable, Tensor] = {}
+        self._looks = False
 
     def account(self, context: CacheRows, stream: Hashable, phase: str, start: int) -> KeyAccount | None:
         """The account of a call from which rows of ``context`` are hidden; None where it is not looked at.
@@ -42,9 +50,31 @@ class AccountsOfHidden:
         account.of_hidden = True
         account.layers = self._layers.setdefault(stream, account.layers)
         account.layers.looks = True
+        self._looks = True
+        before, now = self._history.get(stream), _history(context)
+        if before is not None and before.numel() and before.shape[0] == now.shape[0]:
+            account.astray = out_of_order(before, now)
         return account
+
+    def ended(self, context: Context, stream: Hashable, frames: int) -> None:
+        """A call from which rows were hidden has come back; ``context`` is as it is now, of its chunk's ``frames``."""
+        if self._looks and isinstance(context, CacheRows):
+            self._looks = False
+            self._history[stream] = _history(context, frames)
 
     def forget(self) -> None:
         """A new video begins."""
         self._looked.clear()
         self._layers.clear()
+        self._history.clear()
+
+
+def _history(context: CacheRows, more: int = 0) -> Tensor:
+    """Contents of finished frames behind the anchors, and of ``more`` behind them: LongTensor ``[B, rows]``.
+
+    None where the adapter says which frame is where.
+    """
+    told = bool(context.frames) or context.current[1] > context.current[0]
+    values, first = context.values[0], context.stop if told else context.start + context.anchors
+    stop = first if told else context.stop + more * context.rows_per_frame
+    return row_contents(values, values.dtype, int(values.shape[-2])).flatten(1)[:, first:stop]

@@ -1,4 +1,4 @@
-"""Whether frames leave a KV cache as a whole: where tokens are chosen one by one, places say nothing of tokens."""
+"""Whether frames leave a KV cache as a whole, and stay in their order: else places say nothing of tokens and frames."""
 
 from __future__ import annotations
 
@@ -39,3 +39,19 @@ class WholeFrames:
         present = self._empty.index_add(0, self._frame, self._unique * seen)
         cut = (present > 0) & (present < self._size)
         return cut.sum() > self._samples
+
+
+def out_of_order(before: Tensor, now: Tensor) -> Tensor:
+    """Whether rows that were there lie in another order, or behind newer ones: BoolTensor ``[]`` on the device.
+
+    Rows that are alike are not told apart: then nothing is found.
+
+    Args:
+        before, now: contents of a cache's history at two chunks, oldest first, LongTensor ``[B, rows]``.
+    """
+    known, origin = before.sort(dim=-1)
+    place = torch.searchsorted(known, now.contiguous()).clamp(max=known.shape[-1] - 1)
+    stays = known.gather(-1, place) == now
+    origin = torch.where(stays, origin.gather(-1, place), before.shape[-1])
+    alike = (known[:, 1:] == known[:, :-1]).any()
+    return (origin[:, 1:] < origin[:, :-1]).any() & ~alike

@@ -44,6 +44,7 @@ class Pruner:
 
     Attributes:
         anchors: latent frames that the latest prune spared. acts: which policies hid rows from the latest call.
+        steering: None where no policy hides.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Pruner:
         self._left: list[Traces] = []  # where marks were copied from, if that is still there
         self._accounts, self._of_hidden = dict[Hashable, KeyAccount](), AccountsOfHidden(adapter.keeps_memory)
         self._last: CallTap | None = None
-        self._steering = steering if steering and steering.hides else None
+        self.steering = steering if steering and steering.hides else None
         self._fleeting = FleetingMarks(adapter.keeps_memory)
         self.acts: list[Act] = []
         self._shown: list[tuple[int, int]] = []  # of earlier parts of one call: attention calls tapped, dead keys
@@ -85,12 +86,12 @@ class Pruner:
         goes_on = self._last is not None and part is not None and part.before > 0
         self._shown = [*self._shown, self._numbers()] if goes_on else []
         self.let_go()
-        if not (self._steering or self._marked or self._dead_tokens.killed_by or self._fleeting.rows):
+        if not (self.steering or self._marked or self._dead_tokens.killed_by or self._fleeting.rows):
             return None
         if self.dead and not self.proof.enabled:
             self.clear()  # the proof has failed for another video of this model since
         layout, hidden = self._hide(call, place)
-        if not self.dead and not hidden and not self._fleeting.rows:
+        if not (self.dead or hidden or self._fleeting.rows):
             return None
         if self._dead_tokens and layout is None:
             layout = context_of(self._adapter, call)  # type: ignore[assignment]
@@ -112,7 +113,7 @@ class Pruner:
     def _hide(self, call: Call, place: Place | None) -> tuple[KeyLayout | None, tuple[DeadTokens, ...]]:
         """Hide from one call what policies say: by fleeting marks in a cache, else by a layout and the tokens in it."""
         self.acts, self._hid = [], False
-        steering = self._steering
+        steering = self.steering
         if steering is None or place is None or not self.proof.enabled:
             return None, ()
         context = context_of(self._adapter, call)
@@ -134,6 +135,7 @@ class Pruner:
         if self._fleeting.rows:
             context = context_of(self._adapter, call)
             self._fleeting.take_off(context if isinstance(context, CacheRows) else None)
+            self._of_hidden.ended(context, call.stream, call.frames)
 
     def prune(self, call: Call, tokens: Sequence[Sequence[int]], start: int) -> int:
         """Kill tokens in the context of a call.
@@ -196,8 +198,7 @@ class Pruner:
 
     def follow(self, call: Call, moved: bool = False) -> None:
         """Find the marks again, which were copied, where the cache made its tensors anew or was ``moved`` elsewhere."""
-        traces = self._marked.get(call.stream)
-        if traces is not None and (moved or traces.lost):
+        if (traces := self._marked.get(call.stream)) is not None and (moved or traces.lost):
             context = context_of(self._adapter, call)
             assert isinstance(context, CacheRows)
             self._left = [*(left for left in self._left if not left.lost), traces]
@@ -236,7 +237,7 @@ class Pruner:
         """A call is over: its tap may hold masks, and with them the cache."""
         self._dropped = self._dropped or (self._last is not None and self._last.dead_keys > 0)
         self._last = None
-        if self._steering is not None:  # else nothing was ever hidden
+        if self.steering is not None:  # else nothing was ever hidden
             self._fleeting.take_off()
 
     def drop_hidden(self) -> None:
@@ -293,8 +294,7 @@ class Pruner:
         self._tombstones.revive()
         for traces in (left := [*self._marked.values(), *self._left]):
             traces.clear()
-        self._marked.clear()
-        self._left = []
+        self._marked, self._left = {}, []
         self._of_hidden.forget()
         self._dead_tokens.killed_by.clear()
         return left

@@ -80,13 +80,16 @@ class Regenerator:
         call, chunk = case.call, case.chunk
         found = Judgement(output, case.steps[-1].prediction)
         noisy = chunk.flag = noisy_flag(call) if chunk.steps == 1 and not chunk.given else None
+        if self._prover.wants_order(case.module, call):
+            ask = functools.partial(self._settle, case.video, chunk)
+            found.proof_calls += self._prover.prove(case.module, case.steps[-1:], output, ask, prunes=False)
         if call.commits or self._has_no_predecessor(case):
             # The first chunk of a video, and so the only read: was it handed in as a clean prefix?
             found.given = noisy is not None and not noisy
             return found
         proven = self.pruner.proof.repeats(case.module)
         first_look = functools.partial(self._opinion, case, found, noisy, case.video.waiting, proven)
-        opinion = self._settle("verdict", case.video, chunk, first_look)
+        opinion = self._settle(case.video, chunk, "verdict", first_look)
         found.given = opinion.given
         if opinion.reading is None:
             return found
@@ -118,18 +121,18 @@ class Regenerator:
             again.append(self._replays.regenerate(module, [step], flags, output))
             return Opinion()
 
-        self._settle("replay of a branch", video, chunk, call_again)
+        self._settle(video, chunk, "replay of a branch", call_again)
         return again[0]
 
     def prove_repeatable(
         self, module: nn.Module, steps: list[Step], output: Any, video: VideoState, chunk: ChunkState
     ) -> int:
         """:meth:`Prover.prove` that a call can be made twice; return the calls that it cost, none after the first."""
-        return self._prover.prove(module, steps, output, lambda turn, ask: self._settle(turn, video, chunk, ask))
+        return self._prover.prove(module, steps, output, functools.partial(self._settle, video, chunk))
 
     def agreed(self, turn: str, video: VideoState, chunk: ChunkState, decide: Callable[[], bool]) -> bool:
         """What ``decide`` says; where ranks share the model, what it says on the first of them."""
-        return self._settle(turn, video, chunk, lambda: Opinion(again=decide())).again
+        return self._settle(video, chunk, turn, lambda: Opinion(again=decide())).again
 
     def all_finite(self, step: Step, video: VideoState) -> bool:
         """Whether a prediction is finite, on every rank."""
@@ -137,7 +140,7 @@ class Regenerator:
         where = f"latent frame {step.call.start}"
         return self._failures.ranks.settle(f"check of video {video.number}, {where}", check).holds
 
-    def _settle(self, turn: str, video: VideoState, chunk: ChunkState, propose: Callable[[], Opinion]) -> Opinion:
+    def _settle(self, video: VideoState, chunk: ChunkState, turn: str, propose: Callable[[], Opinion]) -> Opinion:
         """Agree on what ``propose`` says with the ranks that share the model; where there are none, just ask it."""
         where = f"video {video.number}, latent frame {chunk.start}, batch {video.batch}, tokens {chunk.grid}"
         return self._failures.ranks.settle(f"{turn}: {where}", propose)
@@ -221,11 +224,11 @@ class Regenerator:
         while opinion.again and opinion.reading is not None:
             attempts = found.regenerations
             attempt = functools.partial(self._attempt, case, opinion.reading, found)
-            opinion = self._settle(f"regeneration {attempts + 1}", case.video, case.chunk, attempt)
+            opinion = self._settle(case.video, case.chunk, f"regeneration {attempts + 1}", attempt)
             if not opinion.holds:
                 found.regenerations = attempts
                 undo = functools.partial(self._undo_attempt, case, found)
-                opinion = self._settle("undone prune", case.video, case.chunk, undo)
+                opinion = self._settle(case.video, case.chunk, "undone prune", undo)
             if opinion.reading is None:
                 break
             # The statistics take the severity of what is accepted, not of what was rejected.

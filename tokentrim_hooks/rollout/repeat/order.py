@@ -3,7 +3,8 @@
 A fork may keep the rows of a frame tile by tile, or frames interleaved; then a prune kills other tokens than those that
 drifted, in silence. So a call is made once with other latents at some tokens of each frame. In the first layer V of a
 row comes of its token alone: the rows that change are those tokens', and must lie where these are looked for. Frames
-themselves may lie in any order, for a prune kills a token in all of them.
+themselves may lie in any order for a prune, which kills a token in all of them; a policy that hides frames from a call
+needs them in theirs.
 
 Where other rows change as well (latents are mixed before the first layer), or none does (a chunk's own rows are written
 by its commit), that shows nothing, and nothing is said.
@@ -33,12 +34,14 @@ class RowOrder:
 
     Args:
         latents: of the chunk, ``[B, F, C, H, W]``. patch_size: of a token.
+        frames_too: whether a chunk's frames must lie in their order, oldest first.
 
     Attributes:
         tokens: of a frame. chosen: BoolTensor ``[F, tokens]``, a set of its own for every frame.
     """
 
-    def __init__(self, latents: Tensor, patch_size: tuple[int, int]) -> None:
+    def __init__(self, latents: Tensor, patch_size: tuple[int, int], frames_too: bool = False) -> None:
+        self._frames_too = frames_too
         self._latents, self._patch_size, self._grid = latents, patch_size, grid_of(latents, patch_size)
         self.tokens = self._grid[0] * self._grid[1]
         self.chosen = torch.tensor([_some_of(self.tokens, frame) for frame in range(int(latents.shape[1]))])
@@ -70,16 +73,27 @@ class RowOrder:
         Raises:
             UnsupportedContextError: they are.
         """
+        if refusal := self.refusal():
+            raise UnsupportedContextError(refusal)
+
+    def refusal(self) -> str:
+        """What is to be said of rows that are in another order; empty where they are not, or it does not show."""
         changed = [] if self._changed is None else self._changed.nonzero().flatten().tolist()
         frames = [frame.nonzero().flatten().tolist() for frame in self.chosen]
         if len(changed) != sum(map(len, frames)):
             _logger.debug("the order of rows does not show: %d of %d changed", len(changed), sum(map(len, frames)))
-            return
+            return ""
         if not _are_frames(changed, frames, self.tokens):
-            raise UnsupportedContextError(
+            return (
                 "rows of a frame lie in the KV cache in another order than its tokens (tiles? interleaved?): others "
                 "would be pruned.\nKeep them in the order of tokens, or write an adapter for this fork."
             )
+        if self._frames_too and not _are_in_order(changed, frames, self.tokens):
+            return (
+                "frames of a chunk lie in the KV cache in another order than their time: others would be hidden.\n"
+                "Keep them oldest first, or write an adapter that says which is where (CacheRows.frames)."
+            )
+        return ""
 
 
 def _contents(rows: CacheRows) -> Tensor:
@@ -109,3 +123,9 @@ def _are_frames(changed: list[int], frames: list[list[int]], tokens: int) -> boo
         if sorted(places.values()) == wanted:
             return True
     return False
+
+
+def _are_in_order(changed: list[int], frames: list[list[int]], tokens: int) -> bool:
+    """Whether rows are those frames' tokens, one frame behind the other."""
+    begin = changed[0] - frames[0][0]
+    return changed == [begin + number * tokens + token for number, frame in enumerate(frames) for token in frame]

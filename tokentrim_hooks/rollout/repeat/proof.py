@@ -84,6 +84,11 @@ class NullReplay:
                     failure.args = (f"{failure} {SHORT}",)  # itself: ranks know the one that they have agreed on
             raise
 
+    @property
+    def is_undone(self) -> bool:
+        """Whether all that calls have written was small enough to be put back."""
+        return self._before is not None and not self._before.is_short()
+
     def put_back(self) -> None:
         """Another call was made meanwhile, which is none of those that are compared: all is as it was remembered."""
         if self._before is not None:  # else nothing could be remembered, which is told elsewhere
