@@ -34,6 +34,7 @@ def report(pruned=(3,), chunks=6, warm=2):
 BEFORE = {"colour drift": 8.0, "sharpness drift": 40.0, "flicker": 2.0, "motion": 1.0}
 LESS = {"colour drift": 4.0, "sharpness drift": 20.0, "flicker": 2.0, "motion": 1.0}
 PAIR = Pair(report(), BEFORE, LESS, apart=3.0, again=0.0, repeated=True, seconds=(10.0, 11.0))
+OTHER = Report({"adapter": "x"}, [replace(record, sample=1) for record in report().records])
 
 CASES = {
     "less": (PAIR, "Less drift with pruning, in this one pair."),
@@ -44,7 +45,8 @@ CASES = {
     ),
     "same": (replace(PAIR, patched={**BEFORE, "colour drift": 8.1}), "About as much drift with pruning as without"),
     "nothing": (replace(PAIR, report=report(pruned=()), patched=BEFORE, apart=0.0), "Nothing was pruned."),
-    "other video": (replace(PAIR, apart=0.0, patched=BEFORE), "Chunks were pruned, but not of this video"),
+    "other video": (replace(PAIR, report=OTHER, apart=0.0, patched=BEFORE), "Chunks were pruned, but not of this"),
+    "not shown": (replace(PAIR, apart=0.0, patched=BEFORE), "Chunks were pruned, but its frames show nothing"),
     "noise": (replace(PAIR, again=2.9), "Cannot be told: the script gives another video at each run."),
     "beyond noise": (replace(PAIR, again=0.5), "Less drift with pruning, in this one pair."),
     "lengths": (replace(PAIR, again=None), "Cannot be told"),

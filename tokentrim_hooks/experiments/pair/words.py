@@ -49,7 +49,8 @@ def headline(pair: Pair) -> str:
     if not pair.report.triggers:
         return "Nothing was pruned."
     if pair.apart == 0:
-        return "Chunks were pruned, but not of this video: both are the same, bit for bit."
+        why = "its frames show nothing of it" if pair.pruned else "not of this video"
+        return f"Chunks were pruned, but {why}: both are the same, bit for bit."
     if pair.repeated and pair.again != 0 and not _beyond_chance(pair):
         return "Cannot be told: the script gives another video at each run."
     moved = [pair.patched[key] - pair.unpatched[key] for key in DRIFTS if _clearly(pair, key)]
