@@ -80,7 +80,7 @@ class Regenerator:
         call, chunk = case.call, case.chunk
         found = Judgement(output, case.steps[-1].prediction)
         noisy = chunk.flag = noisy_flag(call) if chunk.steps == 1 and not chunk.given else None
-        if self._prover.wants_order(case.module, call):
+        if self.pruner.steering is not None and self._prover.wants_order(case.module, call):
             ask = functools.partial(self._settle, case.video, chunk)
             found.proof_calls += self._prover.prove(case.module, case.steps[-1:], output, ask, prunes=False)
         if call.commits or self._has_no_predecessor(case):
