@@ -21,6 +21,7 @@ from torch import Tensor
 from tokentrim_hooks.errors import LatentsError, UnsupportedContextError
 from tokentrim_hooks.pruning.context import CacheRows
 from tokentrim_hooks.pruning.frames import WholeFrames
+from tokentrim_hooks.pruning.in_place import RowsInPlace
 from tokentrim_hooks.pruning.layers import LayersAlike
 from tokentrim_hooks.pruning.samples import Samples
 
@@ -48,6 +49,8 @@ class KeyAccount:
         """Whether finished frames lie in another order than they lay: BoolTensor ``[]``, where that is asked."""
         self.marked: list[int] = []
         """Rows marked since the latest call, of each sample; a call that sees all rows must see them, too."""
+        self.in_place: RowsInPlace | None = None
+        """Where keys are looked for before anything is sorted; None: nowhere."""
         # By the number of queries: calls of one kind may read more of the cache than others between them.
         self._seen: dict[int, Tensor] = {}
         # A view by frames belongs to layers that attend per site, whose keys are one token's.
@@ -91,6 +94,8 @@ class KeyAccount:
         if self._same and part is None and latest is not None and latest.numel() == contents.numel():
             # All but the chunk's own lie where they lay in its call before: to find them there costs no sort.
             found, self._thorough = (contents.flatten() == latest).view_as(contents), thorough
+        elif self.in_place and (guess := self.in_place.found(contents, self._places, new)) is not None:
+            found, self._thorough = guess, thorough
         else:
             found, self._thorough = thorough(), None
         kinds = {queries: seen for queries, seen in self._seen.items() if queries != new}
@@ -182,6 +187,8 @@ class KeyAccount:
         more = int(self._beside) if padded or keys == size else keys - new - history
         beside = max(_strange(alive, known, new), more)
         if beside > 0 and thorough is not None:
+            if self.in_place:
+                self.in_place.holds = False
             beside = max(_strange(alive, thorough().cpu(), new), more)
         if beside > 0:
             count = "some" if self._beside else beside

@@ -17,12 +17,13 @@ from torch import Tensor
 from tokentrim_hooks.pruning.account import KeyAccount, row_contents
 from tokentrim_hooks.pruning.context import CacheRows, Context
 from tokentrim_hooks.pruning.frames import out_of_order
+from tokentrim_hooks.pruning.in_place import RowsInPlace
 from tokentrim_hooks.pruning.layers import LayersAlike
 from tokentrim_hooks.pruning.sparing import account_of
 
 
 class AccountsOfHidden:
-    """Which calls are looked at, and what they left to be told at the next: layers with their marks in other rows.
+    """Which calls are looked at, and what they left for the next: layers with marks in other rows, where keys lie.
 
     Args:
         keeps_memory: whether keys may be memory beside the rows, which the adapter keeps right.
@@ -32,6 +33,7 @@ class AccountsOfHidden:
         self._keeps_memory = keeps_memory
         self._looked: dict[tuple[Hashable, str], int] = {}
         self._layers: dict[Hashable, LayersAlike] = {}
+        self._in_place: dict[Hashable, RowsInPlace] = {}
         self._history: dict[Hashable, Tensor] = {}
         self._looks = False
 
@@ -50,6 +52,7 @@ class AccountsOfHidden:
         account.of_hidden = True
         account.layers = self._layers.setdefault(stream, account.layers)
         account.layers.looks = True
+        account.in_place = self._in_place.setdefault(stream, RowsInPlace())
         self._looks = True
         before, now = self._history.get(stream), _history(context)
         # Where there is other memory, rows may come back from it, in an order that the adapter knows.
@@ -67,6 +70,7 @@ class AccountsOfHidden:
         """A new video begins."""
         self._looked.clear()
         self._layers.clear()
+        self._in_place.clear()
         self._history.clear()
 
 

@@ -71,7 +71,11 @@ class SparingAccount(KeyAccount):
         thorough = self.second_look()
         # With memory among the keys their number says nothing of rows, but that no layer has more than the first.
         self.layers.most = int(alive.shape[1])
-        if bool(alive.all()) or bool(known.all()) or (thorough is not None and bool(thorough().all())):
+        if bool(alive.all()) or bool(known.all()):
+            return
+        if self.in_place:
+            self.in_place.holds = False
+        if thorough is not None and bool(thorough().all()):
             return
         raise UnsupportedContextError(
             f"{int((~known).sum())} keys in self attention are rows of the KV cache in some heads only (each head "
