@@ -164,20 +164,18 @@ def breaks_even(ratios: dict[float, float]) -> float | None:
 def chunk_seconds(options: argparse.Namespace, dtype: str, log: Log, of: int) -> dict[str, list[float]]:
     """By arm, of each chunk that was timed; had it ``of`` calls, the further ones noisy and not judged.
 
-    Such a call is the first of a chunk that has three or more. Where there are two, the first one is judged, which
-    takes milliseconds, and in the chunk of the trigger replayed: there the further ones are as unpatched, for nothing
-    was dead before; of an arm that is replayed in each chunk nothing can be said.
+    Such a call is as the chunk's first one, which is judged, and that takes milliseconds. Where the first one was
+    replayed, it is as the second: made behind the prune, too (with two calls that is the commit, which reads as much).
     """
-    names = [name for name in chosen(options) if of == options.calls or options.calls > 2 or name != EACH]
+    names = chosen(options)
     found = {(arm, chunk): log.find(dtype=dtype, arm=arm, chunk=chunk) for arm in names for chunk in options.timed}
     calls = {place: row["seconds"] for place, row in found.items() if row is not None}
 
-    def noisy(arm: str, chunk: int) -> float:
-        replayed = options.calls == 2 and chunk == options.at
-        return statistics.fmean(calls[name, chunk][0] for name in ((UNPATCHED, AGAIN) if replayed else (arm,)))
+    def replayed(arm: str, chunk: int) -> bool:
+        return chunk > 0 if arm == EACH else chunk == options.at and arm in map(_once, SHARES)
 
     more = of - options.calls
-    return {arm: [sum(calls[arm, n]) + more * noisy(arm, n) for n in options.timed] for arm in names}
+    return {arm: [sum(calls[arm, n]) + more * calls[arm, n][replayed(arm, n)] for n in options.timed] for arm in names}
 
 
 def uncertainty(by: dict[str, list[float]]) -> float:

@@ -38,19 +38,20 @@ def test_a_run_goes_on_from_its_log_and_prunes_again_without_products(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("calls", "chunk", "expected"), [(2, 4, 4 * 10 + 3), (2, 3, 10 + 3 + 3 * 6), (3, 3, 3 * 10 + 3 + 2)]
+    ("calls", "chunk", "expected"), [(2, 4, 4 * 10 + 3), (2, 3, 10 + 4 * 3), (3, 3, 10 + 3 * 3 + 2), (3, 4, 30 + 3 + 2)]
 )
-def test_further_calls_are_like_a_noisy_one_that_is_not_replayed(tmp_path, calls, chunk, expected):
+def test_further_calls_are_like_one_that_is_not_replayed(tmp_path, calls, chunk, expected):
+    """The first call of the trigger's chunk was counted with its replay for each further one, too."""
     arms = {whole.UNPATCHED: [5.0, 3.0, 2.0], whole.AGAIN: [7.0, 3.0, 2.0], ONCE: [10.0, 3.0, 2.0]}
     log = log_of(tmp_path, arms, [chunk], calls)
     assert whole.chunk_seconds(options(calls=calls, timed=[chunk]), "float32", log, 5)[ONCE] == [expected]
 
 
-def test_of_what_is_replayed_in_each_chunk_two_calls_tell_no_more(tmp_path):
-    every = {"arms": [whole.EACH], "timed": [4]}
-    log = log_of(tmp_path, {name: [1.0, 1.0] for name in (whole.UNPATCHED, whole.AGAIN, whole.EACH)}, [4], 2)
-    assert whole.EACH in whole.chunk_seconds(options(**every), "float32", log, 2)
-    assert whole.EACH not in whole.chunk_seconds(options(**every), "float32", log, 5)
+def test_what_is_replayed_in_each_chunk_pays_for_that_once_per_chunk(tmp_path):
+    arms = {name: [1.0, 1.0] for name in (whole.UNPATCHED, whole.AGAIN)} | {whole.EACH: [2.0, 1.0]}
+    log = log_of(tmp_path, arms, [0, 4], 2)
+    found = whole.chunk_seconds(options(arms=[whole.EACH], timed=[0, 4]), "float32", log, 5)
+    assert found[whole.EACH] == [9.0, 6.0], "nothing is judged in chunk 0"
 
 
 def test_the_interval_is_of_how_far_equal_arms_differ():
