@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -14,6 +15,7 @@ from tokentrim_hooks import (
     Match,
     NoMatch,
     Patches,
+    TokenTrimWarning,
     UnsupportedContextError,
     bind,
     home_of,
@@ -106,6 +108,11 @@ class Heard:
 
 
 HeardT = TypeVar("HeardT", bound=Heard)
+ELSEWHERE = (
+    "the transformer is called in another thread than the one in which its pipeline has prepared the video, and nobody "
+    "is seen to wait for that: such calls are neither judged nor pruned.\n"
+    "Wait for the thread in the pipeline's own method (Future.result, Thread.join, await), or call it in one thread."
+)
 
 
 class Overheard(Generic[HeardT]):
@@ -123,11 +130,21 @@ class Overheard(Generic[HeardT]):
     def __init__(self, pipeline: Any, nothing: Callable[[], HeardT]) -> None:
         self._pipeline, self._nothing = pipeline, nothing
         self._known: WeakKeyDictionary[object, HeardT] = WeakKeyDictionary()
+        self._told = False
 
     @property
     def here(self) -> HeardT:
-        """What was heard in the running thread or task."""
-        return self._known.setdefault(strand(), self._nothing())
+        """What was heard in the thread or task that makes the video: the running one, or one that waits for it."""
+        here = strand(self._pipeline)
+        if here not in self._known and self._known and not self._told:
+            self._told = True
+            warnings.warn(ELSEWHERE, TokenTrimWarning, stacklevel=2)
+        return self._at(here)
+
+    def _at(self, strand: object) -> HeardT:
+        if strand not in self._known:
+            self._known[strand] = self._nothing()
+        return self._known[strand]
 
     def listen(
         self, patches: Patches, owner: Any, name: str, learn: Callable[[HeardT, Mapping[str, Any], Any], None]
@@ -138,7 +155,7 @@ class Overheard(Generic[HeardT]):
             result = wrapped(*args, **kwargs)
             if not is_driven_by(self._pipeline, self._pipeline.transformer):
                 return result
-            here = self.here
+            here = self._at(strand(self._pipeline))
             try:
                 learn(here, bind(wrapped, args, kwargs), result)
             except Exception as failure:

@@ -55,7 +55,8 @@ class Packing:
 class Latest:
     """The latest call of a model, whichever session it was of: are its objects handed on from call to call?"""
 
-    def __init__(self) -> None:
+    def __init__(self, pipeline: object) -> None:
+        self._pipeline = pipeline
         self._objects: tuple[Any, ...] = (_none, _none)
         self._strand: Any = _none
         self._timestep: Tensor | None = None
@@ -68,7 +69,7 @@ class Latest:
             UnsupportedContextError: it goes on with a chunk whose objects are gone: somebody makes them anew.
         """
         new = any(known() is not now for known, now in zip(self._objects, _told(packing), strict=True))
-        alone = self._calls == 1 and self._strand() is strand()
+        alone = self._calls == 1 and self._strand() is strand(self._pipeline)
         if new and alone and any(known() is None for known in self._objects):
             before = self._timestep
             if before is not None and float(timestep.flatten()[0]) < float(before.flatten()[0]):
@@ -78,7 +79,7 @@ class Latest:
                 )
         self._calls = 1 if new else self._calls + 1
         self._objects = tuple(weakref.ref(thing) for thing in _told(packing))
-        self._strand, self._timestep = weakref.ref(strand()), timestep
+        self._strand, self._timestep = weakref.ref(strand(self._pipeline)), timestep
 
 
 def _told(packing: Packing) -> tuple[object, object]:
@@ -136,7 +137,9 @@ class PackedHistory(Adapter[PackedCall]):
         # Weak, or the last video's tensors would outlive it.
         self._video = self._chunk = self._timestep = _none
         self._section, self._step, self._branch, self._start, self._given = 0, 0, 0, 0, 0
-        self._latest = Latest()  # one for all sessions: where arguments are made anew each call seems another video's
+        self._latest = Latest(
+            model
+        )  # one for all sessions: arguments made anew seem another video's
         self.tap(patches)
 
     def tap(self, patches: Patches) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from tokentrim_hooks import Adapter, Match, NoMatch, SessionError, hookimpl, layers_of, strand
+from tokentrim_hooks import Adapter, Match, NoMatch, Patches, SessionError, hookimpl, layers_of, strand
 
 from ._diffusers import dispatcher_of, lacking, recognised, share_of
 from ._packed_history import PackedCall, PackedHistory, Packing
@@ -61,8 +62,23 @@ class FramePack(PackedHistory):
         return [layer for blocks in lists for layer in layers_of(transformer, blocks, "attn")]
 
     def identity(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Videos of one picture may share its embedding; in one thread they come one after the other."""
-        return strand(), arguments[self.image]
+        """Videos of one picture may share its embedding; in one thread they come one after the other.
+
+        Raises:
+            SessionError: the calls of one section come from several threads, and none waits in the pipeline.
+        """
+        here, section = strand(self.pipeline), arguments[self.frames]
+        if section is not None and self._strands.setdefault(section, weakref.ref(here))() is not here:
+            raise SessionError(
+                "the calls of one section come from several threads, so videos cannot be told apart.\n"
+                "Patch the pipeline, not its transformer alone, or make all calls of a video in one thread."
+            )
+        return here, arguments[self.image]
+
+    def attach(self, model: Any, patches: Patches) -> None:
+        """Know, for all sessions, in which thread a section is made."""
+        super().attach(model, patches)
+        self._strands: Any = WeakTensorKeyDictionary()
 
     def parse(self, arguments: Mapping[str, Any]) -> PackedCall | None:
         """Read one call.

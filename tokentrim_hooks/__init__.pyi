@@ -38,16 +38,15 @@ from .inspection import (
     bind,
     defaults_of,
     home_of,
-    is_driven_by,
     lacks,
     layers_of,
     nearest_sigma,
     parameters_of,
     shares_storage,
-    strand,
     x0_of_flow,
 )
 from .markers import hookimpl
+from .patching.callers import is_driven_by, strand
 from .patching.patches import Method, Patches
 from .plugins import (
     AdapterInfo,

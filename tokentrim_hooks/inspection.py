@@ -5,17 +5,13 @@ Adapters recognise models with these, and so say in the same words why one is no
 
 from __future__ import annotations
 
-import abc
-import asyncio
-import contextlib
 import functools
 import inspect
 import sys
-import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +19,6 @@ from torch.profiler import record_function
 
 P = ParamSpec("P")
 T = TypeVar("T")
-MACHINERY = ("torch.", "wrapt.", "tokentrim_hooks.patching", "tokentrim_hooks.rollout", "tokentrim_hooks.pruning")
-"""Modules whose methods lie between a sampler and the call that we watch."""
-GENERAL = (object, abc.ABC, Generic, Protocol, nn.Module)
-"""Classes that objects of any kind derive from."""
 
 
 def layers_of(model: object, blocks: str, name: str) -> list[Any]:
@@ -121,15 +113,6 @@ def weakly(thing: Any) -> Callable[[], Any]:
         return lambda: thing
 
 
-def strand() -> object:
-    """The thread or asyncio task that is running: an adapter's :meth:`identity` where no memory tells videos apart."""
-    with contextlib.suppress(RuntimeError):  # no event loop in this thread
-        task = asyncio.current_task()
-        if task is not None:
-            return task
-    return threading.current_thread()
-
-
 def holds(owner: object, part: object) -> bool:
     """Whether ``part`` is an attribute or submodule of ``owner``, or in a list, tuple or dict that is one."""
     attributes = getattr(owner, "__dict__", {})
@@ -138,64 +121,6 @@ def holds(owner: object, part: object) -> bool:
         if value is part or any(item is part for item in inside):
             return True
     return False
-
-
-def is_driven_by(model: object, denoiser: object) -> bool:
-    """Whether ``model`` makes the running call of its ``denoiser``, and not another object that shares it.
-
-    Pipelines share components (``Pipe(**pipe.components)``) and functions, so the call alone does not tell. The nearest
-    caller of the model's own kind does; that of a helper which holds the denoiser counts only where the model itself is
-    not on the way. Loops outside of any object are the model's.
-    """
-    if model is denoiser:
-        return True
-    helper = None
-    for caller in _callers():
-        if caller is model or holds(model, caller):
-            return True
-        if caller is denoiser or holds(caller, model):
-            continue
-        if _related(caller, model):
-            return False
-        if holds(caller, denoiser):
-            helper = caller
-    return helper is None
-
-
-def _related(one: object, other: object) -> bool:
-    """Whether two objects have a class in common beside the most general ones."""
-    shared = set(type(one).__mro__) & set(type(other).__mro__)
-    return any(kind not in GENERAL and "Mixin" not in kind.__name__ for kind in shared)
-
-
-def _callers() -> Iterator[object]:
-    """``self`` of the methods that are running, innermost first; those of torch and of this package left out."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not is_machinery(frame.f_globals.get("__name__", "")) and (caller := method_of(frame)) is not None:
-            yield caller
-        frame = frame.f_back
-
-
-def method_of(frame: types.FrameType) -> object:
-    """The object whose method is running in a frame; None in a function."""
-    code = frame.f_code
-    return _local(frame, "self") if code.co_argcount and code.co_varnames[0] == "self" else None
-
-
-@functools.lru_cache(maxsize=1024)
-def is_machinery(module: object) -> bool:
-    """Whether code of a module of this name lies between a caller and a hook, and is no caller itself."""
-    return str(module).startswith(MACHINERY)
-
-
-def _local(frame: types.FrameType, name: str) -> object:
-    found = frame.f_locals
-    value = found.get(name)
-    if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED and sys.getrefcount(found) == 3:
-        # Before Python 3.13 a copy that the frame keeps, and all tensors; who called locals() has one reference more.
-        found.clear()
-    return value
 
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

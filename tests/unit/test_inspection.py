@@ -14,7 +14,7 @@ from torch import nn
 
 import tokentrim_hooks as tokentrim
 from tokentrim_hooks import bind, home_of, lacks, layers_of, nearest_sigma, parameters_of
-from tokentrim_hooks.inspection import is_driven_by
+from tokentrim_hooks.patching.callers import is_driven_by
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from tokentrim_hooks.inspection import method_of
+from tokentrim_hooks.patching.callers import method_of
 from tokentrim_hooks.patching.hooks import Switch, drop_hooks, plain_hooks
 
 

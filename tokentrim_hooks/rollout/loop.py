@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import nn
 
-from tokentrim_hooks.inspection import is_machinery, method_of
+from tokentrim_hooks.patching.callers import is_machinery, method_of
 
 
 class _Mark:

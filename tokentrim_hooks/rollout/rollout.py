@@ -14,7 +14,8 @@ from torch import nn
 
 from tokentrim_hooks.adapter import Adapter, Match
 from tokentrim_hooks.failures import FailurePolicy
-from tokentrim_hooks.inspection import Binder, is_driven_by, profiled, weakly
+from tokentrim_hooks.inspection import Binder, profiled, weakly
+from tokentrim_hooks.patching.callers import is_driven_by
 from tokentrim_hooks.policy.base import Policy
 from tokentrim_hooks.pruning.autograd_modes import without_gradients
 from tokentrim_hooks.pruning.call_scope import current_scope, open_scope, scope_of_call
