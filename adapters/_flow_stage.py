@@ -6,6 +6,7 @@ The stage computes x0 = x_t - sigma * flow in float64, with sigma that of its sc
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from tokentrim_hooks import Call, Patches, Phase, Seen, default_phase, nearest_s
 from ._wan import CausalWan, rows_per_frame
 
 CONVERT = "_convert_flow_pred_to_x0"
+AT_ONCE = 16
+"""How many videos may take turns on a stage."""
 
 
 def stage_of(model: Any, refusal: Callable[[Any], str]) -> Any:
@@ -58,19 +61,22 @@ def kept_of(stage: Any, latents: Tensor, timestep: Tensor) -> Tensor:
 
 
 class Commits:
-    """Tells commits from denoising steps without a look at the device: a stage commits the x0 that it made last.
+    """Tells commits from denoising steps without a look at the device: a stage commits an x0 that it has just made.
+
+    Not the last one alone: videos that take turns on one stage each have theirs.
 
     Of a loop that makes x0 elsewhere the timestep is read, until the number of a chunk's steps is known.
     """
 
     def __init__(self, stage: Any, patches: Patches) -> None:
-        self._watched, self._made = hasattr(stage, CONVERT), _nothing
+        self._watched = hasattr(stage, CONVERT)
+        self._made: deque[weakref.ref[Tensor]] = deque(maxlen=AT_ONCE)
         if self._watched:
             patches.wrap(stage, CONVERT, self._note)
 
     def _note(self, wrapped: Any, _stage: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x0 = wrapped(*args, **kwargs)
-        self._made = weakref.ref(x0)
+        self._made.append(weakref.ref(x0))
         return x0
 
     def phase(self, call: Call, seen: Seen, latents: Tensor) -> Phase:
@@ -79,14 +85,10 @@ class Commits:
         if phase is Phase.FIRST:
             return phase
         if self._watched:
-            commits = shares_storage(latents, self._made())
+            commits = any(shares_storage(latents, made()) for made in self._made)
         else:
             commits = phase is Phase.COMMIT or (not seen.usual_steps and _clean(call))
         return Phase.COMMIT if commits else Phase.REFINE
-
-
-def _nothing() -> None:
-    return None
 
 
 def _clean(call: Call) -> bool:

@@ -137,9 +137,7 @@ class PackedHistory(Adapter[PackedCall]):
         # Weak, or the last video's tensors would outlive it.
         self._video = self._chunk = self._timestep = _none
         self._section, self._step, self._branch, self._start, self._given = 0, 0, 0, 0, 0
-        self._latest = Latest(
-            model
-        )  # one for all sessions: arguments made anew seem another video's
+        self._latest = Latest(model)  # one for all sessions: arguments made anew seem another video's
         self.tap(patches)
 
     def tap(self, patches: Patches) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,3 +130,77 @@ def test_what_observing_adds(record_property: Any) -> None:
         tiny_lingbot.stage, lambda stage: tiny_lingbot.run(stage, 0, 6), record_property, "lingbot-world"
     )
     assert OPS - 1 < ops <= OPS and syncs <= 1, (ops, syncs, str(log))
+
+
+class Turns:
+    """Two threads that take turns whenever an x0 has been made, so that both have one that is not committed yet."""
+
+    def __init__(self) -> None:
+        self._changed, self._now, self._left = threading.Condition(), 0, {0, 1}
+
+    def take(self) -> None:
+        """Let the other one go on, and wait until it does so."""
+        me = int(threading.current_thread().name[-1])
+        with self._changed:
+            self._pass_on(me)
+            self._changed.wait_for(lambda: self._now == me or len(self._left) == 1, timeout=60)
+
+    def leave(self) -> None:
+        """The video is made."""
+        me = int(threading.current_thread().name[-1])
+        with self._changed:
+            self._left.discard(me)
+            self._pass_on(me)
+
+    def _pass_on(self, me: int) -> None:
+        self._now = 1 - me
+        self._changed.notify_all()
+
+
+def in_turns(stage: Any, seeds: tuple[int, int]) -> list[Tensor]:
+    """Two videos of one stage, each in a thread of its own, call by call."""
+    turns, videos, convert = Turns(), {}, stage._convert_flow_pred_to_x0
+
+    def convert_and_wait(*given: Any) -> Tensor:
+        x0 = convert(*given)
+        turns.take()
+        return x0
+
+    def make(seed: int) -> None:
+        try:
+            videos[seed] = tiny_lingbot.run(stage, seed, 5)
+        finally:
+            turns.leave()
+
+    threads = [threading.Thread(target=make, args=(seed,), name=f"video {n}") for n, seed in enumerate(seeds)]
+    stage._convert_flow_pred_to_x0 = convert_and_wait
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    stage._convert_flow_pred_to_x0 = convert
+    return [videos[seed] for seed in seeds]
+
+
+def _told_apart() -> Any:
+    """A stage that keeps whether text was read for each thread; as shipped, the second video is wrong unpatched."""
+    here = threading.local()
+    read = property(lambda _: getattr(here, "read", False), lambda _, value: setattr(here, "read", value))
+    stage = tiny_lingbot.stage()
+    stage.__class__ = type("Stage", (type(stage),), {"_cross_attn_initialized": read})
+    return stage
+
+
+def test_two_videos_in_turns_on_one_stage_are_what_they_are_alone() -> None:
+    """The x0 that was made last may be the other video's: a commit is known by its own."""
+    stage, policy = _told_apart(), ForcedPolicy({2: DEAD})
+    alone = [tiny_lingbot.run(stage, seed, 5) for seed in (9, 10)]
+    assert [a.equal(b) for a, b in zip(in_turns(_told_apart(), (9, 10)), alone, strict=True)] == [True, True]
+    with tokentrim.patched(stage, policy):
+        pruned = [tiny_lingbot.run(stage, seed, 5) for seed in (9, 10)]
+    stage = _told_apart()
+    with tokentrim.patched(stage, policy) as handle:
+        found = in_turns(stage, (9, 10))
+    assert [record.phases for record in handle.report] == [PHASES] * 10
+    assert handle.report.triggers == 2
+    assert [float((a - b).abs().max()) for a, b in zip(found, pruned, strict=True)] == [0, 0]
