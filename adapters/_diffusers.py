@@ -109,9 +109,8 @@ class Heard:
 
 HeardT = TypeVar("HeardT", bound=Heard)
 ELSEWHERE = (
-    "the transformer is called in another thread than the one in which its pipeline has prepared the video, and nobody "
-    "is seen to wait for that: such calls are neither judged nor pruned.\n"
-    "Wait for the thread in the pipeline's own method (Future.result, Thread.join, await), or call it in one thread."
+    "the transformer is called in another thread than the one that prepared the video: it is not pruned.\n"
+    "Wait for that thread in a method of the pipeline (Future.result, Thread.join, await), or use one thread."
 )
 
 
