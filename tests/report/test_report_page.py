@@ -1,6 +1,7 @@
 """The log while a run goes on, what a crash leaves, and the page that is made of it."""
 
 import base64
+import json
 import re
 import warnings
 from itertools import pairwise
@@ -81,7 +82,7 @@ def test_page_is_self_contained_and_complete(tmp_path):
     assert html.index('id="verdict"') < html.index("<nav") < html.index('class="chart"'), "the verdict comes first"
     assert "viewport" in html and '"torch"' in html.replace("&#34;", '"')
     assert len(list((tmp_path / "thumbs").glob("*.png"))) == 12
-    assert html.count("<tr class=\"pruned\">") == 2
+    assert html.count('<tr class="pruned">') == 2
 
 
 def test_a_page_of_many_samples_opens_on_the_first_and_lists_them_all(tmp_path):
@@ -92,6 +93,17 @@ def test_a_page_of_many_samples_opens_on_the_first_and_lists_them_all(tmp_path):
     assert len(set(ids)) == len(ids) and {"v0-s0", "v0-s1", "v0-s2", "figures", "settings", "verdict"} <= set(ids)
     folded = re.findall(r'<details class="run">.*?<p class="verdict" id="([^"]+)"', html, re.DOTALL)
     assert folded == ["v0-s1", "v0-s2"] and "1 of 5 judged chunks regenerated: 3" in html.split("</nav>")[0]
+
+
+def test_it_opens_on_the_first_sample_in_which_something_was_pruned(tmp_path):
+    generate(tmp_path, batch=3)
+    log = tmp_path / "chunks.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(r | {"pruned": r["pruned"] and r["sample"] == 2}) + "\n" for r in records))
+    folded = re.findall(
+        r'<details class="run">.*?<p class="verdict" id="([^"]+)"', write_page(tmp_path).read_text(), re.DOTALL
+    )
+    assert folded == ["v0-s0", "v0-s1"]
 
 
 def test_a_page_of_one_sample_has_nothing_folded_but_its_table(tmp_path):

@@ -120,6 +120,7 @@ def _html(
         heads=words.HEADS,
         strip=None if clip is None or unpatched is None else strip(drawn, clip, clip_of(unpatched)),
         runs=[easel.drawn(run, number) for number, run in enumerate(drawn)],
+        opened=next((number for number, run in enumerate(drawn) if run.tally.pruned), 0),
         others=[named(run) for run in gathered.runs[DRAWN:LISTED]],
         sections=sections,
     )
