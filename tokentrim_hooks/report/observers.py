@@ -11,6 +11,7 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 from torch import Tensor
 
 from tokentrim_hooks.errors import TokenTrimWarning
+from tokentrim_hooks.failures import of_a_signal
 from tokentrim_hooks.report.files import made
 from tokentrim_hooks.report.log_file import LogFile
 from tokentrim_hooks.report.names import log_of
@@ -138,6 +139,8 @@ class Guarded:
         try:
             tell([self._observer], event, *arguments)
         except Exception as failure:
+            if (signalled := of_a_signal(failure)) is not None:
+                raise signalled from signalled.__cause__
             self._failed = True
             name = type(self._observer).__name__
             warnings.warn(
