@@ -32,8 +32,6 @@ from .longlive import LongLive
 
 MEMORY = 2
 """Frames of memory."""
-METHODS = {"ema", "eviction"}
-"""Ways of making it, of its self attention: a fork may have more."""
 POSITIONS = ("token_temporal_indices", "token_spatial_indices", "original_spatial_indices", "selected_token_indices")
 UNREAD = ("q", *POSITIONS, "ema_initialized")
 """Entries of a layer's cache that attention never sees."""
@@ -55,7 +53,7 @@ class MemRope(LongLive):
     def attach(self, model: Any, patches: Patches) -> None:
         """As LongLive; besides, keep dead rows out of the means that every layer makes."""
         super().attach(model, patches)
-        if other := {layer.compression_method for layer in self.layers} - METHODS:
+        if other := {layer.compression_method for layer in self.layers} - {"ema", "eviction"}:  # a fork may have more
             raise UnsupportedContextError(
                 f"compression_method={', '.join(map(repr, sorted(other)))} is not MemRoPE's, so what its "
                 'memory is made of is not known.\nUse "ema" or "eviction", or write an adapter for this fork.'
@@ -94,8 +92,7 @@ class MemRope(LongLive):
                 'of.\nPrune fewer tokens or frames, or use compression_method="eviction".'
             )
         given["kv_cache"] = {**cache, **{name: _with_means(cache[name], rows, living) for name in ("k", "v")}}
-        given.pop("self", None)
-        return wrapped(**given)
+        return wrapped(**{name: value for name, value in given.items() if name != "self"})
 
 
 def _leaving(layer: Any, given: Mapping[str, Any]) -> range:
@@ -116,8 +113,7 @@ def _leaving(layer: Any, given: Mapping[str, Any]) -> range:
 def _with_means(rows: Tensor, gone: slice, living: Tensor) -> Tensor:
     """``rows`` ``[B, rows, heads, head_dim]`` again, their ``gone`` ones with the mean of the ``living`` for others."""
     leaving, copy = rows[:, gone], rows.clone()
-    kept = torch.where(living, leaving, torch.zeros_like(leaving)).float()
-    mean = kept.sum(1, keepdim=True) / living.sum(1, keepdim=True)
+    mean = torch.where(living, leaving, 0).float().sum(1, keepdim=True) / living.sum(1, keepdim=True)
     copy[:, gone] = torch.where(living, leaving, mean.to(rows.dtype))
     return copy
 
