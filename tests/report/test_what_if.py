@@ -281,7 +281,7 @@ def test_the_page_has_the_table_and_its_first_row_is_the_run(tmp_path):
     assert table.rows[0][2:4] == [all_of_them, all_of_them]
     assert len(table.rows) == 1 + len(SENSITIVITIES) + 2
     html = write_page(tmp_path, sections=[table]).read_text()
-    assert '<a href="#what-if">' in html and "AdaptivePolicy()</td><td>not known" in html
+    assert '<a href="#what-if">' in html and "AdaptivePolicy()</th><td>not known" in html
 
 
 def test_a_log_is_asked_while_it_is_read(tmp_path, monkeypatch):
