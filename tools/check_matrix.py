@@ -36,7 +36,8 @@ WHY = (
     "Why the rest is not checked. *Hooks* in part: some tests ask for what a model has not (a commit of its own, every "
     "kind of call open to hiding, one chunk in flight) and say so as they run. *Ranks*: what ranks agree on is the "
     "core's, and is tried on the bundled model and with SGLang's own groups; of other models parallelism is refused "
-    "(diffusers' context parallelism, MAGI-1's cp_size, Ulysses) or was not tried. *Compiled*: the other models' own "
+    "(diffusers' context parallelism, MAGI-1's cp_size, Ulysses) or was not tried; FastVideo 0.2.1's causal attention "
+    "divides nothing over ranks (LocalAttention). *Compiled*: the other models' own "
     "code was not compiled."
 )
 
