@@ -1,6 +1,11 @@
-"""Every error and warning that tokentrim raises, so that callers can catch them by name."""
+"""Every error and warning that tokentrim raises, so that callers can catch them by name; and which are none of ours."""
 
 from __future__ import annotations
+
+import functools
+import signal
+from collections.abc import Iterator
+from types import CodeType
 
 
 class TokenTrimError(Exception):
@@ -85,3 +90,35 @@ class MissingExtraError(TokenTrimError, ImportError):
 
 class TokenTrimWarning(UserWarning):
     """Generation goes on without pruning; a patch saw nothing, and why; or compiled code runs eagerly for a while."""
+
+
+def of_a_signal(failure: BaseException) -> BaseException | None:
+    """What a signal handler of the user's has raised while our code ran, as a time limit does; None if it is ours.
+
+    It ends a call as it would anywhere else, whatever ``on_error`` is. Looked for in what ``failure`` was made of, too:
+    a TimeoutError is an OSError, of which we make words.
+    """
+    handlers = set(_handlers())
+    found: BaseException | None = failure
+    while found is not None:
+        step = found.__traceback__
+        while step is not None:
+            if step.tb_frame.f_code in handlers:
+                return found
+            step = step.tb_next
+        found = found.__cause__
+    return None
+
+
+def _handlers() -> Iterator[CodeType]:
+    """The code of all signal handlers that are written in Python."""
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        while isinstance(handler, functools.partial):
+            handler = handler.func
+        if not callable(handler):  # SIG_DFL, SIG_IGN, or one of C
+            continue
+        for each in (handler, getattr(handler, "__func__", None), type(handler).__call__):
+            code = getattr(each, "__code__", None)
+            if isinstance(code, CodeType):
+                yield code

@@ -56,7 +56,7 @@ NAMES = {
     "phases and roles": [member.name for kind in (tokentrim.Phase, tokentrim.Role) for member in kind],
     "taps": list(inspect.signature(tokentrim.Patches.tap).parameters)[1:],
     "patches": sorted(set(public(tokentrim.Patches)) - {"require_tap", "undo", "gone"}),
-    "errors": public(errors)[1:],
+    "errors": [name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)],
     "the kit": [*testing.__all__, *testing.AdapterConformance.__annotations__, *Trial.__annotations__],
     "the kit for policies": list(testing.PolicyConformance.__annotations__),
     "policies by name": [info.name for info in tokentrim.policies()],

@@ -36,10 +36,11 @@ def members(kind):
     return {member.name for member in kind}
 
 
+ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 TABLES = [
     ("patch.md", "Field of `ChunkRecord`", fields(tokentrim.ChunkRecord)),
     ("patch.md", "Option", set(inspect.signature(tokentrim.patch).parameters)),
-    ("errors.md", "Error", public(errors) - {"annotations", "TokenTrimError", "TokenTrimWarning"}),
+    ("errors.md", "Error", ERRORS - {"TokenTrimError", "TokenTrimWarning"}),
     ("policies.md", "Option", fields(tokentrim.DriftPolicy)),
     ("policies.md", "`chunk`, a `Chunk`", fields(tokentrim.Chunk)),
     ("cli.md", "Fault", set(FAULTS)),

@@ -9,8 +9,7 @@ import tiny_reference as tiny
 import torch
 
 import tokentrim_hooks as tokentrim
-from tokentrim_hooks.errors import ReportError
-from tokentrim_hooks.failures import of_a_signal
+from tokentrim_hooks.errors import ReportError, of_a_signal
 from tokentrim_hooks.report.files import told
 from tokentrim_hooks.testing import ForcedPolicy
 

@@ -10,8 +10,7 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 
 from torch import Tensor
 
-from tokentrim_hooks.errors import TokenTrimWarning
-from tokentrim_hooks.failures import of_a_signal
+from tokentrim_hooks.errors import TokenTrimWarning, of_a_signal
 from tokentrim_hooks.report.files import made
 from tokentrim_hooks.report.log_file import LogFile
 from tokentrim_hooks.report.names import log_of
