@@ -57,6 +57,12 @@ def one_line(name: str) -> str:
     return printable(name).replace("\n", "\\n")
 
 
+def reason(failure: BaseException) -> str:
+    """Why a file could not be read, in a few words."""
+    deep = "it is nested too deep" if isinstance(failure, RecursionError) else ""
+    return deep or getattr(failure, "strerror", None) or str(failure)
+
+
 def say(words: str) -> None:
     """Print words to stderr; a script that has closed it, or a reader that has gone, costs no log and no page."""
     with suppress(OSError, ValueError, AttributeError):

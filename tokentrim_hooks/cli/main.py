@@ -22,7 +22,7 @@ from tokentrim_hooks.cli.report import report
 from tokentrim_hooks.cli.script.attempt import attempt
 from tokentrim_hooks.cli.script.run import run
 from tokentrim_hooks.cli.status import INTERRUPTED, WRONG
-from tokentrim_hooks.console import meant, one_line, say
+from tokentrim_hooks.console import meant, one_line, reason, say
 from tokentrim_hooks.errors import TokenTrimError
 
 ALL = (demo, attempt, run, report, metrics, adapters, policies, detect, compare, bench, completion)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _reason(failure: OSError) -> str:
     """The file, and what is the matter with it."""
     where = f"{failure.filename}: " if failure.filename is not None else ""
-    return f"{where}{failure.strerror or failure}"
+    return f"{where}{reason(failure)}"
 
 
 def _in_lines(words: str, given: Sequence[str]) -> str:

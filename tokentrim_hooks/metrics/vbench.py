@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokentrim_hooks.console import reason
 from tokentrim_hooks.errors import VideoError
 
 QUALITY: dict[str, tuple[float, float, float]] = {
@@ -79,8 +80,7 @@ def _read(path: Path) -> dict[str, float]:
     try:
         return _result(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as failure:
-        deep = "it is nested too deep" if isinstance(failure, RecursionError) else ""
-        words = f"{path} is not a VBench result file: {deep or getattr(failure, 'strerror', None) or failure}"
+        words = f"{path} is not a VBench result file: {reason(failure)}"
         raise VideoError(f"{words}.\nGive the *_eval_results.json that VBench writes.") from failure
 
 

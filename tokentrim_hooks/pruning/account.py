@@ -70,11 +70,14 @@ class KeyAccount:
         self.layers.looks = not self._same or bool(self.marked)
 
     def read(self, context: CacheRows) -> None:
-        """Know all rows that a cache holds: at a prune, or where rows were rewritten on purpose."""
+        """Know all rows that a cache holds: at a prune, or where rows were rewritten on purpose.
+
+        Sets :attr:`places`, their contents where they lie: LongTensor ``[B, rows]``.
+        """
         self._kind = context.values[0].dtype
         self._heads = int(context.values[0].shape[-2])
         contents = row_contents(context.values[0], self._kind, self._heads)
-        self._rows, self._places = contents.flatten(), contents.flatten(1)
+        self._rows, self.places = contents.flatten(), contents.flatten(1)
         frames = context.stop // context.rows_per_frame
         # Float8 is told by its signs, which may well be those of another row.
         told = self._whole and self._kind.itemsize > 1 and frames > 0
@@ -94,7 +97,7 @@ class KeyAccount:
         if self._same and part is None and latest is not None and latest.numel() == contents.numel():
             # All but the chunk's own lie where they lay in its call before: to find them there costs no sort.
             found, self._thorough = (contents.flatten() == latest).view_as(contents), thorough
-        elif self.in_place and (guess := self.in_place.found(contents, self._places, new)) is not None:
+        elif self.in_place and (guess := self.in_place.found(contents, self.places, new)) is not None:
             found, self._thorough = guess, thorough
         else:
             found, self._thorough = thorough(), None
@@ -132,9 +135,9 @@ class KeyAccount:
         there are as many rows, or more: then it rolls the cache, and rows may lie elsewhere.
         """
         history, size = self._most or (0, 0)
-        if not values.shape[1] == size == self._places.shape[1] or size <= history + new or not self.marked:
+        if not values.shape[1] == size == self.places.shape[1] or size <= history + new or not self.marked:
             return None
-        rows = self._places[slice(None) if part is None else slice(part.first, part.stop)]
+        rows = self.places[slice(None) if part is None else slice(part.first, part.stop)]
         if len(rows) not in (1, len(values)):
             return None  # a cache with room for more samples than are called with
         return (row_contents(values, self._kind, self._heads) != rows.to(values.device)).sum(-1, keepdim=True) > new

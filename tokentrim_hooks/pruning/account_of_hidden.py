@@ -53,18 +53,24 @@ class AccountsOfHidden:
         account.layers = self._layers.setdefault(stream, account.layers)
         account.layers.looks = True
         account.in_place = self._in_place.setdefault(stream, RowsInPlace())
-        self._looks = True
-        before, now = self._history.get(stream), _history(context)
-        # Where there is other memory, rows may come back from it, in an order that the adapter knows.
-        if not (self._keeps_memory or before is None) and before.numel() and before.shape[0] == now.shape[0]:
-            account.astray = out_of_order(before, now)
+        if not self._keeps_memory:  # rows may come back from it, in an order that the adapter knows
+            account.astray = self._out_of_order(account.places[:, _finished(context)], stream)
         return account
+
+    def _out_of_order(self, now: Tensor, stream: Hashable) -> Tensor | None:
+        """Whether rows lie otherwise than at the end of the call before that was looked at; None if none are there."""
+        self._looks = True
+        before = self._history.get(stream)
+        if before is None or not before.numel() or before.shape[0] != now.shape[0]:
+            return None
+        return out_of_order(before, now)
 
     def ended(self, context: Context, stream: Hashable, frames: int) -> None:
         """A call from which rows were hidden has come back; ``context`` is as it is now, of its chunk's ``frames``."""
         if self._looks and isinstance(context, CacheRows):
-            self._looks = False
-            self._history[stream] = _history(context, frames)
+            self._looks, values = False, context.values[0]
+            contents = row_contents(values, values.dtype, int(values.shape[-2])).flatten(1)
+            self._history[stream] = contents[:, _finished(context, frames)]
 
     def forget(self) -> None:
         """A new video begins."""
@@ -74,12 +80,7 @@ class AccountsOfHidden:
         self._history.clear()
 
 
-def _history(context: CacheRows, more: int = 0) -> Tensor:
-    """Contents of finished frames behind the anchors, and of ``more`` behind them: LongTensor ``[B, rows]``.
-
-    None where the adapter says which frame is where.
-    """
-    told = bool(context.frames) or context.current[1] > context.current[0]
-    values, first = context.values[0], context.stop if told else context.start + context.anchors
-    stop = first if told else context.stop + more * context.rows_per_frame
-    return row_contents(values, values.dtype, int(values.shape[-2])).flatten(1)[:, first:stop]
+def _finished(context: CacheRows, more: int = 0) -> slice:
+    """Rows of finished frames behind the anchors, and of ``more`` behind them; none if the adapter tells frames."""
+    first = context.stop if context.tells_frames else context.start + context.anchors
+    return slice(first, first if context.tells_frames else context.stop + more * context.rows_per_frame)

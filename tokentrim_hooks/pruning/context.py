@@ -114,6 +114,11 @@ class CacheRows:
             runs += [(head, self.stop)]
         return [row for first, stop in runs for row in range(first, stop - step + 1, step)]
 
+    @property
+    def tells_frames(self) -> bool:
+        """Whether the adapter says which frame is where; else that is told by the order of rows, oldest first."""
+        return bool(self.frames) or self.current[1] > self.current[0]
+
     def own_rows(self, frames: int) -> tuple[int, int]:
         """(first, behind the last) row of the current chunk of ``frames`` frames."""
         here = self.current if self.current[1] > self.current[0] else None

@@ -109,9 +109,7 @@ class Prover:
     def _hides_by_place(self, call: Call) -> bool:
         """Whether policies hide rows of a cache whose adapter does not say which frame is where."""
         context = None if self._pruner.steering is None else context_of(self._adapter, call)
-        if not isinstance(context, CacheRows):
-            return False
-        return not context.frames and context.current[1] <= context.current[0]
+        return isinstance(context, CacheRows) and not context.tells_frames
 
     def _order(self, module: nn.Module, step: Step, settle: Settle) -> RowOrder | None:
         """The order of rows that a call is to show, once for a denoiser; None where it cannot, on any rank."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokentrim_hooks.cli.script.options import NUMBERS
+from tokentrim_hooks.console import reason
 from tokentrim_hooks.errors import TokenTrimError
 from tokentrim_hooks.extras import require
 from tokentrim_hooks.handle.handle import judge_of
@@ -57,9 +58,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as failure:
-        deep = "it is nested too deep" if isinstance(failure, RecursionError) else ""
-        reason = deep or getattr(failure, "strerror", None) or failure
-        raise TokenTrimError(f"cannot read {path}: {reason}.\nGive a TOML file, see docs/cli.md.") from failure
+        raise TokenTrimError(f"cannot read {path}: {reason(failure)}.\nGive a TOML file, see docs/cli.md.") from failure
     drift = {field.name for field in dataclasses.fields(DriftPolicy)}
     words = {"": {"probe", "policy", "policies", "observers"}, "policy.": drift}
     for prefix, table in (("", config), ("policy.", config.get("policy", {}))):
